@@ -1,0 +1,119 @@
+"""What every cell is: a frozen pydantic model with plain errors and a dictionary form."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+__all__ = ["Cell", "CellError", "Problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with an experiment, and what to do about it."""
+
+    cell: str
+    field: str
+    message: str
+    remedy: str = ""
+    level: Literal["error", "warning"] = "error"
+
+    def __str__(self) -> str:
+        where = f"{self.cell}.{self.field}" if self.field else self.cell
+        return f"{where}: {self.message}" + (f" → {self.remedy}" if self.remedy else "")
+
+
+class CellError(ValueError):
+    """A user's mistake in a cell or between cells; raised before any process starts."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        lines = [str(problem) for problem in problems]
+        super().__init__(lines[0] if len(lines) == 1 else "\n  " + "\n  ".join(lines))
+
+
+class Cell(BaseModel):
+    """One typed, immutable choice. Unknown fields are errors; `replace` makes a variant.
+
+    `kind` is the class name in snake case; it stands for the class in YAML.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=False)
+    kind: ClassVar[str] = "cell"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.kind = _snake_case(cls.__name__)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise CellError(_problems(type(self), error)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """The same cell with some fields changed; the result is validated anew."""
+        fields = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**fields, **changes})
+
+    def to_dict(self, external: Callable[[str, Any], Any] | None = None, path: str = "") -> dict[str, Any]:
+        """All fields, defaults included, as plain values that YAML can hold, `kind` first.
+
+        Values that no YAML can hold (callables, lists of records) are given to
+        `external(path, value)`, which returns what stands in their place; without it they are errors.
+        """
+        plain: dict[str, Any] = {"kind": self.kind}
+        for name in type(self).model_fields:
+            here = f"{path}.{name}" if path else name
+            plain[name] = _plain(getattr(self, name), here, external, type(self).__name__)
+        return plain
+
+
+def _plain(value: Any, path: str, external: Callable[[str, Any], Any] | None, cell: str) -> Any:
+    if isinstance(value, Cell):
+        return value.to_dict(external, path)
+    if callable(value):
+        if external is None:
+            problem = Problem(cell, path.rsplit(".", 1)[-1], "a callable cannot be written to YAML",
+                              "leave it out of the file and set it with `replace` after loading")
+            raise CellError([problem])
+        return external(path, value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item, f"{path}.{key}", external, cell) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        if external is not None and any(isinstance(item, Mapping) for item in value):
+            return external(path, value)
+        return [_plain(item, f"{path}.{index}", external, cell) for index, item in enumerate(value)]
+    return value
+
+
+def _snake_case(name: str) -> str:
+    """AdamW → adamw, RandomTokens → random_tokens, LoRA → lora, ExactMatch → exact_match."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _problems(cell: type[Cell], error: ValidationError) -> list[Problem]:
+    problems = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"] if not _is_union_tag(part)) or ""
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(field, cell.model_fields, n=1)
+            remedy = f"did you mean `{close[0]}`?" if close else "its fields: " + ", ".join(cell.model_fields)
+            problems.append(Problem(cell.__name__, field, "unknown field", remedy))
+        elif item["type"] == "missing":
+            problems.append(Problem(cell.__name__, field, "this field is required"))
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = "" if item["type"] == "value_error" else f", got {item['input']!r:.80}"
+            problems.append(Problem(cell.__name__, field, message[0].lower() + message[1:] + given))
+    return problems
+
+
+def _is_union_tag(part: Any) -> bool:
+    """Pydantic adds the member of a union that it tried to an error's place: `source.str`."""
+    return isinstance(part, str) and (part in {"str", "int", "float", "bool"} or "[" in part or "callable" in part)

@@ -1,0 +1,101 @@
+"""The data cells: instructions, plain text, random tokens, and the generated skills."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from collie_lab.cells._base import Cell
+
+__all__ = ["SKILLS", "Data", "Instructions", "RandomTokens", "Skills", "Text"]
+
+Record = dict[str, Any]
+Format = Literal["auto", "alpaca", "prompt_completion", "chat", "clinc"]
+
+
+class Data(Cell):
+    """What all data cells share."""
+
+    max_length: int | None = Field(default=None, ge=2)
+    """Longest sequence in tokens. Default: the model's context, at most 2048."""
+    packing: bool = False
+    """Put several documents into one sequence of `max_length`; none attends to another."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a document longer than `max_length`; the count is reported."""
+    shuffle: bool = True
+    """A new order every epoch, drawn from `Training.seed`; the same on every layout."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many documents of the training split."""
+
+
+class Instructions(Data):
+    """Records of an instruction and its response; the loss is on the response only.
+
+    `source` is a JSON or JSONL file, a list of records, or a callable that returns one. Formats:
+    Alpaca (`instruction`, `input`, `output`), `prompt_completion` (`prompt`, `completion`), `chat`
+    (`messages` with `role` and `content`), `clinc` (CLINC150's file of splits), or a callable
+    from a record to `(prompt, response)`. `auto` recognises the first four.
+    """
+
+    source: str | list[Record] | Callable[[], Iterable[Record]]
+    format: Format | Callable[[Record], tuple[str, str]] = "auto"
+    holdout: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of the records kept for evaluation, where the file has no test split of its own."""
+
+    def __init__(self, source: str | Path | list[Record] | Callable[[], Iterable[Record]], **fields: Any) -> None:
+        super().__init__(source=str(source) if isinstance(source, Path) else source, **fields)  # type: ignore[call-arg]
+
+
+class Text(Data):
+    """Plain text for next-token training: .txt, .json (a list of strings) or .jsonl (a `text` field).
+
+    `separator` splits a .txt file into documents. `source` may be a list of strings or a callable.
+    """
+
+    source: str | list[str] | Callable[[], Iterable[str]]
+    separator: str | None = None
+    holdout: float = Field(default=0.05, ge=0.0, lt=1.0)
+    overlong: Literal["truncate", "drop", "error", "split"] = "split"  # type: ignore[assignment]
+    """`split` cuts a long document into windows of `max_length`."""
+
+    def __init__(self, source: str | Path | list[str] | Callable[[], Iterable[str]], **fields: Any) -> None:
+        super().__init__(source=str(source) if isinstance(source, Path) else source, **fields)  # type: ignore[call-arg]
+
+
+class RandomTokens(Data):
+    """Uniformly random tokens, for measurements of memory and speed that need no data."""
+
+    length: int = Field(default=512, ge=2)
+    """Tokens in each document."""
+    documents: int = Field(default=1024, ge=1)
+    seed: int = 0
+
+
+#: The generated tasks, in the order in which they are drawn.
+SKILLS: tuple[str, ...] = (
+    "copy", "reverse", "uppercase", "first", "last", "next", "add", "count", "longest", "repeat",
+)
+
+
+class Skills(Data):
+    """A generated instruction set: ten short tasks with one right answer each. Needs no download.
+
+    Train and test are disjoint: no test prompt stands in the training split. Everything follows from `seed`.
+    """
+
+    tasks: tuple[str, ...] = SKILLS
+    size: int = Field(default=4000, ge=1)
+    """Training records."""
+    test_size: int = Field(default=200, ge=1)
+    seed: int = 0
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [task for task in tasks if task not in SKILLS]
+        if unknown or not tasks:
+            raise ValueError(f"unknown tasks {unknown}; there are: {', '.join(SKILLS)}")
+        return tasks

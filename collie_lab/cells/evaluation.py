@@ -1,0 +1,37 @@
+"""The evaluation cells: what to measure of the model, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pydantic import Field
+
+from collie_lab.cells._base import Cell
+from collie_lab.cells.data import Data
+
+__all__ = ["Evaluation", "ExactMatch", "Perplexity"]
+
+
+class Evaluation(Cell):
+    """What all evaluations share. Each runs at the end, and every `every` steps where that is set."""
+
+    every: int | None = Field(default=None, ge=1)
+    data: Data | None = None
+    """Default: the held-out split of the experiment's own data."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many documents."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences of one forward pass on one rank."""
+
+
+class Perplexity(Evaluation):
+    """exp of the mean negative log-likelihood per predicted token, weighted by tokens over all ranks."""
+
+
+class ExactMatch(Evaluation):
+    """Share of the held-out prompts whose greedy answer is the reference, stripped of outer blanks."""
+
+    limit: int | None = Field(default=200, ge=1)
+    max_new_tokens: int = Field(default=32, ge=1)
+    score: Callable[[str, str], float] | None = None
+    """`score(answer, reference)` in 0..1 instead of equality."""

@@ -1,0 +1,59 @@
+"""The training cell: how long, in what batches, at what precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from collie_lab.cells._base import Cell
+
+__all__ = ["Training"]
+
+
+class Training(Cell):
+    """The loop's settings.
+
+    `batch_size` counts sequences per optimizer step over all ranks, `micro_batch_size` those of one
+    forward pass on one data-parallel rank; the rest is gradient accumulation.
+    """
+
+    steps: int = Field(default=100, ge=1)
+    """Optimizer steps. The data are repeated, in a new order each epoch, as often as that needs."""
+    batch_size: int = Field(default=8, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Default: the whole share of a rank, without accumulation."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: bfloat16 compute with fp32 weights (autocast; FSDP2's mixed precision when sharded)."""
+    recompute: Literal["none", "full"] = "none"
+    """`full`: every block recomputes its activations in the backward pass."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls after the warm-up, to `final_lr` times its peak."""
+    warmup: float = Field(default=0.0, ge=0.0)
+    """Below 1: a share of the steps; from 1 on: steps."""
+    final_lr: float = Field(default=0.0, ge=0.0, le=1.0)
+    clip_grad_norm: float | None = Field(default=None, gt=0.0)
+    """Largest global gradient norm; the gradient is scaled down to it."""
+    seed: int = 0
+    """Of the weights, the data order and dropout."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; a run that is stopped writes one in any case."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    export: bool = True
+    """Write the trained model to `<run>/model`: a transformers folder, or a peft folder with an adapter."""
+    loss: Callable[..., Any] | None = None
+    """`loss(logits, labels)`: fp32 logits [tokens, vocabulary] and labels [tokens] to losses [tokens].
+    Default: cross-entropy."""
+
+    @field_validator("warmup")
+    @classmethod
+    def _whole_steps(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("from 1 on, warmup counts whole steps")
+        return value
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises from zero."""
+        return int(self.warmup) if self.warmup >= 1 else round(self.warmup * self.steps)

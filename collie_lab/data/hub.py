@@ -1,0 +1,56 @@
+"""Where a model's small files are: its local folder, or the hub's cache. No torch, no transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from collie_lab.cells import SHAPES, CellError, Model, Problem
+
+__all__ = ["context_length", "fetch", "model_config"]
+
+# Names under which configurations of transformers keep the longest sequence.
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
+
+
+def fetch(model: Model, files: tuple[str, ...], field: str = "source") -> Path:
+    """The folder that holds the given files of a model, fetched from the hub unless it is local.
+
+    Raises:
+        CellError: no such folder, and the hub does not give it.
+    """
+    path = Path(model.source).expanduser()
+    if path.is_dir():
+        return path
+    missing = CellError([Problem("Model", field, f"{model.source!r} is neither a folder here nor a named shape, and "
+                                 "the hub does not give it", "check the name; named shapes: " + ", ".join(SHAPES))])
+    if model.source.startswith((".", "/", "~")):
+        raise missing
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=list(files)))
+    except Exception as error:  # the hub's client raises many types, from bad names to closed networks
+        raise missing from error
+
+
+def model_config(model: Model) -> dict[str, Any]:
+    """The model's configuration with the cell's overrides, as in its `config.json`.
+
+    Raises:
+        CellError: there is none.
+    """
+    if model.is_shape:
+        return {**SHAPES[model.source], **model.config}
+    file = fetch(model, ("config.json",)) / "config.json"
+    if not file.is_file():
+        raise CellError([Problem("Model", "source", f"{model.source} holds no config.json",
+                                 "name a folder that transformers' save_pretrained wrote")])
+    return {**json.loads(file.read_text(encoding="utf-8")), **model.config}
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """The longest sequence the model was built for, in tokens; None where the configuration does not say."""
+    config = {**config, **config.get("text_config", {})}
+    return next((int(config[name]) for name in _CONTEXT_FIELDS if config.get(name)), None)

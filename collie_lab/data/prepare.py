@@ -1,0 +1,182 @@
+"""Tokenization, once, before any process starts: what is wrong with the data is known by then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from collie_lab.cells import CellError, Data, ExactMatch, Experiment, Problem, RandomTokens
+from collie_lab.data.documents import Documents
+from collie_lab.data.hub import context_length, model_config
+from collie_lab.data.records import Document, Split, read_documents
+from collie_lab.data.tokenizer import Tokenizer, save_tokenizer
+from collie_lab.folder import RunFolder
+
+__all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "sequence_length", "tokenize"]
+
+#: Tokens of a sequence where neither the data cell nor the model's context says less.
+DEFAULT_MAX_LENGTH = 2048
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was put into the run folder: a name for each data set, counts and warnings."""
+
+    evaluations: tuple[str, ...]
+    fingerprint: str
+    summary: dict[str, dict[str, int]]
+    warnings: list[str] = field(default_factory=list)
+
+
+def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
+    """Write the tokenizer, the training documents and every evaluation's documents into the run folder.
+
+    Raises:
+        CellError: a missing file, an empty source, a record without its field, documents that are too long
+            where `overlong="error"`, token ids that the model does not know, nothing held out to evaluate.
+    """
+    config = model_config(experiment.model)
+    tokenizer = save_tokenizer(experiment.model, folder.path / "tokenizer")
+    vocabulary = int({**config, **config.get("text_config", {})}.get("vocab_size", tokenizer.vocab_size))
+    maker = _Maker(tokenizer, vocabulary, context_length(config))
+
+    train = maker.documents(experiment.data, "train")
+    train.save(folder.path / "data" / "train")
+    sets = {(experiment.data, "train"): "train"}
+    for cell in experiment.evaluate:
+        key: tuple[Data, Split] = (experiment.data, "test") if cell.data is None else (cell.data, "all")
+        if key not in sets:
+            sets[key] = f"evaluation-{len(sets)}"
+            documents = maker.documents(*key)
+            if isinstance(cell, ExactMatch) and not documents.answers:
+                raise CellError([Problem("ExactMatch", "data", f"{type(key[0]).__name__} has no prompts to answer",
+                                         "use Instructions or Skills")])
+            documents.save(folder.path / "data" / sets[key])
+    names = tuple(sets[(experiment.data, "test") if cell.data is None else (cell.data, "all")]
+                  for cell in experiment.evaluate)
+    return Prepared(names, train.fingerprint, maker.summary, maker.warnings)
+
+
+def sequence_length(data: Data, context: int | None) -> int:
+    """Tokens of the longest sequence of a data cell on a model of the given context."""
+    return data.max_length or min(DEFAULT_MAX_LENGTH, context or DEFAULT_MAX_LENGTH)
+
+
+class _Maker:
+    """From data cells to documents for one model; keeps counts and warnings."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, context: int | None):
+        self.tokenizer, self.vocabulary, self.context = tokenizer, vocabulary, context
+        self.summary: dict[str, dict[str, int]] = {}
+        self.warnings: list[str] = []
+
+    def documents(self, cell: Data, split: Split) -> Documents:
+        name = type(cell).__name__
+        max_length = sequence_length(cell, self.context)
+        if isinstance(cell, RandomTokens):
+            return _random_tokens(cell, split, self.vocabulary, max_length)
+        chat = self.tokenizer.render_chat if self.tokenizer.chat_template else None
+        records = read_documents(cell, split, chat)
+        if not records:
+            raise CellError([Problem(name, "holdout", "nothing is held out to evaluate on" if split == "test"
+                                     else "no documents are left to train on",
+                                     "change `holdout`, or give the evaluation its own `data`")])
+        documents, cut = tokenize(records, self.tokenizer, max_length, cell.overlong)
+        if cut and cell.overlong == "error":
+            raise CellError([Problem(name, "max_length", f"{cut} of {len(records)} documents are longer than "
+                                     f"{max_length} tokens", "raise it, or set `overlong` to truncate or drop")])
+        if not len(documents):
+            raise CellError([Problem(name, "max_length", "no document keeps anything to learn within "
+                                     f"{max_length} tokens", "raise it")])
+        if cut and cell.overlong in ("truncate", "drop"):
+            verb = "truncated" if cell.overlong == "truncate" else "dropped"
+            self.warnings.append(f"{name}, {split}: {cut} of {len(records)} documents longer than "
+                                 f"{max_length} tokens were {verb}")
+        if int(documents.tokens.max()) >= self.vocabulary:
+            raise CellError([Problem("Model", "tokenizer", f"it makes token {documents.tokens.max()}, but the "
+                                     f"model's vocabulary has {self.vocabulary}", "name the model's own tokenizer")])
+        self.summary[f"{name}, {split}"] = {
+            "documents": len(documents), "tokens": len(documents.tokens), "learned": int(documents.learned.sum()),
+        }
+        return documents
+
+
+def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_length: int,
+             overlong: str) -> tuple[Documents, int]:
+    """Token ids with their loss mask, and the number of documents longer than `max_length` tokens.
+
+    Each document is the tokenizer's own prefix, its segments, and an end-of-sequence token. Segments are
+    tokenized apart, so that a prompt has the same tokens whether or not its answer follows. Documents
+    without a token to learn are left out. `split` gives every window the prefix anew.
+    """
+    ids: list[list[int]] = []
+    learned: list[list[bool]] = []
+    answers: list[str] = []
+    cut = 0
+    for document, pieces in zip(documents, _pieces(documents, tokenizer), strict=True):
+        body = [token for piece, _ in pieces for token in piece]
+        mask = [flag for piece, flag in pieces for _ in piece]
+        too_long = len(tokenizer.prefix) + len(body) > max_length
+        cut += too_long
+        if too_long and overlong == "drop":
+            continue
+        room = max_length - len(tokenizer.prefix)
+        starts = range(0, len(body), room) if overlong == "split" else (0,)
+        for start in starts:
+            window, window_mask = body[start : start + room], mask[start : start + room]
+            if any(window_mask) and len(tokenizer.prefix) + len(window) > 1:
+                ids.append(tokenizer.prefix + window)
+                learned.append([False] * len(tokenizer.prefix) + window_mask)
+                answers.append(document.answer or "")
+    return _pack_arrays(ids, learned, answers if any(item.answer is not None for item in documents) else []), cut
+
+
+def _pieces(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[tuple[list[int], bool]]]:
+    """Each document's segments as token ids, with the end-of-sequence token where it belongs."""
+    for begin in range(0, len(documents), _BATCH):
+        batch = documents[begin : begin + _BATCH]
+        encoded = iter(tokenizer.encode([text for document in batch for text, _ in document.segments]))
+        for document in batch:
+            pieces = [(next(encoded), flag) for _, flag in document.segments]
+            if tokenizer.eos_id is not None and not document.closed:
+                pieces.append(([tokenizer.eos_id], True))
+            yield pieces
+
+
+def _pack_arrays(ids: list[list[int]], learned: list[list[bool]], answers: list[str]) -> Documents:
+    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+    np.cumsum([len(item) for item in ids], out=offsets[1:])
+    for mask in learned:
+        mask[0] = False
+    prompts = [_last_start(mask) for mask in learned] if answers else []
+    return Documents(
+        tokens=np.fromiter((token for item in ids for token in item), dtype=np.int32, count=offsets[-1]),
+        learned=np.fromiter((flag for item in learned for flag in item), dtype=np.bool_, count=offsets[-1]),
+        offsets=offsets, prompt_lengths=np.array(prompts, dtype=np.int64), answers=tuple(answers),
+    )
+
+
+def _last_start(mask: list[bool]) -> int:
+    """Where the last run of True begins: the tokens before it are the prompt of the last answer."""
+    end = len(mask) - mask[::-1].index(True)
+    start = end
+    while start > 0 and mask[start - 1]:
+        start -= 1
+    return start
+
+
+def _random_tokens(cell: RandomTokens, split: Split, vocabulary: int, max_length: int) -> Documents:
+    if cell.length > max_length:
+        raise CellError([Problem("RandomTokens", "length", f"{cell.length} tokens do not fit into sequences of "
+                                 f"{max_length}", "lower `length`, or raise `max_length` up to the model's context")])
+    count = cell.documents if split != "test" else max(1, cell.documents // 20)
+    rng = np.random.default_rng([cell.seed, split == "test"])
+    tokens: Any = rng.integers(0, vocabulary, size=count * cell.length, dtype=np.int32)
+    learned = np.ones(len(tokens), dtype=np.bool_)
+    learned[:: cell.length] = False
+    offsets = np.arange(count + 1, dtype=np.int64) * cell.length
+    return Documents(tokens, learned, offsets, np.zeros(0, dtype=np.int64))

@@ -1,0 +1,211 @@
+"""From a data cell to documents: text in segments, each with or without loss."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from collie_lab.cells import CellError, Data, Instructions, Problem, Skills, Text
+from collie_lab.data.skills import make_skills
+
+__all__ = ["Document", "Split", "read_documents"]
+
+Split = Literal["train", "test", "all"]
+Item = TypeVar("Item")
+Render = Callable[[list[dict[str, str]]], list[tuple[str, bool]]]
+"""From messages to segments, by a tokenizer's chat template."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text in segments; the flag says whether the loss counts a segment."""
+
+    segments: tuple[tuple[str, bool], ...]
+    answer: str | None = None
+    """What a model should say after all but the last segment with loss."""
+    closed: bool = False
+    """The text has its own end mark (a chat template's); else an end-of-sequence token is added."""
+
+
+def read_documents(cell: Data, split: Split, render_chat: Render | None = None) -> list[Document]:
+    """The documents of one split, in the order of the source.
+
+    Args:
+        cell: Instructions, Text or Skills.
+        split: `train`, `test` (the source's own test split, or the held-out share), or `all` for a source
+            that an evaluation names itself (still the test split where the source has one of its own).
+        render_chat: from messages to segments, by the tokenizer's chat template; default: a plain one.
+
+    Raises:
+        CellError: a missing or unreadable file, an empty source, a record without its field.
+    """
+    if isinstance(cell, Skills):
+        documents = [_pair(f"{prompt}\n", answer) for prompt, answer in make_skills(cell, split)]
+    elif isinstance(cell, Text):
+        documents = [Document(((text, True),)) for text in _split_texts(_texts(cell), cell.holdout, split)]
+    elif isinstance(cell, Instructions):
+        documents = _instructions(cell, split, render_chat)
+    else:
+        raise TypeError(f"{type(cell).__name__} has no text")
+    if split == "train" and cell.limit is not None:
+        documents = documents[: cell.limit]
+    return documents
+
+
+def _pair(prompt: str, answer: str) -> Document:
+    return Document(((prompt, False), (answer, True)), answer)
+
+
+# --- instructions ---------------------------------------------------------------------------------
+
+
+def _instructions(cell: Instructions, split: Split, render_chat: Render | None) -> list[Document]:
+    records = _load(cell, cell.source)
+    name = cell.format if not callable(cell.format) else "callable"
+    if isinstance(records, dict):
+        if name not in ("auto", "clinc") or not {"train", "test"} <= records.keys():
+            raise _error(cell, "source", f"{cell.source}: a JSON object, not a list of records",
+                         "only the CLINC format (splits `train`, `val`, `test`) is an object")
+        pairs = records["train" if split == "train" else "test"]
+        return [_pair(f"Query: {text}\nIntent: ", intent.replace("_", " "))
+                for text, intent in (_clinc(cell, item, index) for index, item in enumerate(pairs))]
+    if not records:
+        raise _error(cell, "source", f"{_name(cell.source)} holds no records", "give it at least one")
+    reader = _reader(cell, records[0], render_chat)
+    documents = []
+    for index, record in enumerate(records):
+        try:
+            documents.append(reader(record))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            missing = f"has no field {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
+            raise _error(cell, "source", f"{_name(cell.source)}: record {index} {missing}: {record!r:.120}",
+                         "mend the record, or give `format` a function from a record to (prompt, response)") from None
+    return _split(documents, cell.holdout, split)
+
+
+def _reader(cell: Instructions, first: Any, render_chat: Render | None) -> Callable[[Any], Document]:
+    """The reader of one format; `auto` goes by the fields of the first record."""
+    if callable(cell.format):
+        to_pair = cell.format
+        return lambda record: _pair(*to_pair(record))
+    fields = {"alpaca": "instruction", "prompt_completion": "prompt", "chat": "messages"}
+    name: str = cell.format
+    if name == "auto":
+        keys = first.keys() if isinstance(first, dict) else ()
+        name = next((format_ for format_, field in fields.items() if field in keys), "")
+    if name not in fields:
+        raise _error(cell, "format", f"the records of {_name(cell.source)} fit no known format: {first!r:.120}",
+                     "name their format, or give a function from a record to (prompt, response)")
+    if name == "chat":
+        return lambda record: _chat(record, render_chat)
+    return _alpaca if name == "alpaca" else lambda record: _pair(record["prompt"] + "", record["completion"] + "")
+
+
+def _alpaca(record: dict[str, str]) -> Document:
+    """Taori et al. 2023: instruction, optional input, output; here without the fixed preamble."""
+    context = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
+    return _pair(f"### Instruction:\n{record['instruction']}\n\n{context}### Response:\n", record["output"] + "")
+
+
+def _chat(record: dict[str, Any], render: Render | None) -> Document:
+    messages = record["messages"]
+    segments = render(messages) if render else _plain_chat(messages)
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise TypeError("no message of the assistant")
+    return Document(tuple(segments), answers[-1], closed=render is not None)
+
+
+def _plain_chat(messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
+    """For tokenizers without a chat template: a heading before every message."""
+    segments = []
+    for message in messages:
+        segments.append((f"### {message['role'].capitalize()}:\n", False))
+        segments.append((message["content"] + "\n\n", message["role"] == "assistant"))
+    return segments
+
+
+def _clinc(cell: Instructions, item: Any, index: int) -> tuple[str, str]:
+    if not (isinstance(item, list) and len(item) == 2 and all(isinstance(part, str) for part in item)):
+        raise _error(cell, "source", f"{_name(cell.source)}: record {index} is no [text, intent] pair: {item!r:.80}")
+    return item[0], item[1]
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def _texts(cell: Text) -> list[str]:
+    source = cell.source
+    if isinstance(source, str) and not source.endswith((".json", ".jsonl")):
+        text = _read_file(cell, source)
+        texts = text.split(cell.separator) if cell.separator else [text]
+    else:
+        records = _load(cell, source)
+        texts = [record["text"] if isinstance(record, dict) and "text" in record else record for record in records]
+        wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise _error(cell, "source", f"{_name(source)}: record {wrong} is neither a string nor has a `text` field")
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise _error(cell, "source", f"{_name(source)} holds no text", "give it at least one document")
+    return texts
+
+
+def _split_texts(texts: list[str], holdout: float, split: Split) -> list[str]:
+    """As `_split`; of a single document the end is held out, from a blank on."""
+    if len(texts) > 1 or split == "all" or not holdout:
+        return _split(texts, holdout, split)
+    text = texts[0]
+    cut = text.find(" ", int(len(text) * (1 - holdout)))
+    cut = len(text) if cut < 0 else cut
+    part = text[:cut] if split == "train" else text[cut:]
+    return [part] if part.strip() else []
+
+
+# --- shared ---------------------------------------------------------------------------------------
+
+
+def _split(items: list[Item], holdout: float, split: Split) -> list[Item]:
+    """Hold a share out for the test split, by a fixed shuffle that no other setting moves."""
+    if split == "all":
+        return items
+    count = round(len(items) * holdout)
+    chosen = set(random.Random(0).sample(range(len(items)), count))
+    return [item for index, item in enumerate(items) if (index in chosen) == (split == "test")]
+
+
+def _load(cell: Data, source: Any) -> Any:
+    """The records of a list, a callable, a JSON or a JSONL file."""
+    if callable(source):
+        return list(source())
+    if not isinstance(source, str):
+        return source
+    text = _read_file(cell, source)
+    try:
+        if source.endswith(".jsonl"):
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _error(cell, "source", f"{source} is not valid JSON: {error}") from None
+
+
+def _read_file(cell: Data, source: str) -> str:
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise _error(cell, "source", f"no such file: {source}", f"paths are relative to {Path.cwd()}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise _error(cell, "source", f"{source} is not UTF-8 text") from None
+
+
+def _name(source: str | Iterable[Any] | Callable[..., Any]) -> str:
+    return source if isinstance(source, str) else "the source"
+
+
+def _error(cell: Data, field: str, message: str, remedy: str = "") -> CellError:
+    return CellError([Problem(type(cell).__name__, field, message, remedy)])

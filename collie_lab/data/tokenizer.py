@@ -1,0 +1,125 @@
+"""Tokenizers without torch: the `tokenizers` library on a folder, so that the kernel and ranks start fast."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from collie_lab.cells import CellError, Model, Problem
+from collie_lab.data.hub import fetch
+
+__all__ = ["Tokenizer", "save_tokenizer"]
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """A tokenizer read from a folder with a `tokenizer.json`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._rust = RustTokenizer.from_file(str(folder / "tokenizer.json"))
+        self._rust.no_padding()
+        self._rust.no_truncation()
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        self.eos_id = self._special(config.get("eos_token"))
+        self.pad_id = self._special(config.get("pad_token"))
+        self.chat_template: Any = config.get("chat_template") or (folder / "chat_template.jinja").is_file()
+        # What the tokenizer itself puts before a text, a beginning-of-sequence token or nothing.
+        self.prefix = [token for token in self._rust.encode("").ids if token != self.eos_id]
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return int(self._rust.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens at either end; in parallel over the cores."""
+        return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids, special tokens left out."""
+        return str(self._rust.decode(ids, skip_special_tokens=True))
+
+    def render_chat(self, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
+        """Messages as segments by the tokenizer's own chat template; the assistant's are to be learned.
+
+        Raises:
+            ValueError: the template does not render a conversation as a continuation of its beginning.
+        """
+        # Rendering needs transformers (Jinja with its extensions), and that imports torch: only on demand.
+        from transformers import AutoTokenizer
+
+        chat = AutoTokenizer.from_pretrained(self.folder)
+        segments, done = [], ""
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = chat.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+            whole = chat.apply_chat_template(messages[: index + 1], tokenize=False)
+            if not (whole.startswith(prompt) and prompt.startswith(done)):
+                raise ValueError("the chat template rewrites earlier messages; give `format` a function instead")
+            segments += [(prompt[len(done):], False), (whole[len(prompt):], True)]
+            done = whole
+        return segments
+
+    def _special(self, token: Any) -> int | None:
+        content = token.get("content") if isinstance(token, dict) else token
+        return None if content is None else self._rust.token_to_id(content)
+
+
+def save_tokenizer(model: Model, target: Path) -> Tokenizer:
+    """Put the model's tokenizer into the folder `target` and return it.
+
+    Raises:
+        CellError: the model has no tokenizer, or it cannot be fetched.
+    """
+    source = model.tokenizer or ("bytes" if model.is_shape else model.source)
+    target.mkdir(parents=True, exist_ok=True)
+    if source == "bytes":
+        _save_bytes(target)
+        return Tokenizer(target)
+    folder = fetch(model.replace(source=source) if model.tokenizer else model, _FILES, field="tokenizer")
+    if (folder / "tokenizer.json").is_file():
+        for name in _FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, target / name)
+        if not (target / "tokenizer_config.json").is_file():
+            (target / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    else:
+        _convert(model, source, target)
+    return Tokenizer(target)
+
+
+def _convert(model: Model, source: str, target: Path) -> None:
+    """A tokenizer of another format (SentencePiece, a Python one), converted by transformers."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=model.revision,
+                                                  trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CellError([Problem("Model", "tokenizer", f"{source} has no tokenizer that loads: {error}",
+                                 "name one: Model(..., tokenizer=...), `bytes` for the built-in one")]) from None
+    tokenizer.save_pretrained(target)
+
+
+def _save_bytes(target: Path) -> None:
+    """The built-in tokenizer: one token a byte, then <s>, </s> and <pad>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = RustTokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    tokenizer.save(str(target / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+              "pad_token": "<pad>"}
+    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -1,0 +1,164 @@
+"""The run folder: the contract between the processes of a run and everyone who reads it.
+
+    runs/<name>-<id>/  experiment.yaml  launch.json  status.json  metrics.jsonl  events.jsonl  result.json
+                       env.json  logs/rank-N.{out,err}  logs/launcher.log  errors/rank-N.json
+                       checkpoints/  model/  stop
+
+`status.json` belongs to the parent (the supervisor), everything else to the ranks. A JSON file is written
+whole or not at all; a JSONL file grows by whole lines, so a reader may follow it while it is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = ["STATUSES", "JsonLines", "RunFolder", "Tail", "read_json", "write_json"]
+
+#: Every state of a run. `lost`: its supervisor died without a word.
+STATUSES: Final = (
+    "running", "ok", "stopped", "cuda_oom", "host_oom", "diverged", "timeout", "error", "lost",
+)
+
+
+class RunFolder:
+    """Paths of one run, and how its files are read and written."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).resolve()
+
+    @classmethod
+    def create(cls, parent: str | Path, name: str) -> RunFolder:
+        """A new folder `<parent>/<name>-<id>`; the id is the time and a few random letters."""
+        parent = Path(parent)
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            stamp = time.strftime("%m%d-%H%M%S")
+            path = parent / f"{name}-{stamp}-{os.urandom(2).hex()}"
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                break
+        folder = cls(path)
+        for sub in (folder.logs, folder.errors, folder.checkpoints):
+            sub.mkdir()
+        return folder
+
+    @property
+    def id(self) -> str:
+        """The folder's name, by which a run is known."""
+        return self.path.name
+
+    @property
+    def logs(self) -> Path:
+        """Standard output and error of every rank, and the launcher's own words."""
+        return self.path / "logs"
+
+    @property
+    def errors(self) -> Path:
+        """One record for each rank that failed."""
+        return self.path / "errors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder for each kept checkpoint: `step-000100`."""
+        return self.path / "checkpoints"
+
+    @property
+    def stop_flag(self) -> Path:
+        """Its existence asks the ranks to stop after the step they are in."""
+        return self.path / "stop"
+
+    def log(self, rank: int, stream: str = "out") -> Path:
+        """The log of one rank; `stream` is `out` or `err`."""
+        return self.logs / f"rank-{rank}.{stream}"
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder; an empty dictionary where there is none yet."""
+        return read_json(self.path / name)
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file of the folder, whole or not at all."""
+        write_json(self.path / name, value)
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        complete = sorted(self.checkpoints.glob("step-[0-9]*[0-9]"))
+        return complete[-1] if complete else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file as a dictionary; empty where the file does not exist."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return {}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON by a temporary file, fsync and rename. Numbers that are not finite become null."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(finite(value), file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def finite(value: Any) -> Any:
+    """The same value with NaN and infinities as None: JSON knows neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+class JsonLines:
+    """Appends records to a JSONL file, one `write` a line, so that a crash loses at most the last."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record as one line."""
+        self._file.write((json.dumps(finite(record), ensure_ascii=False) + "\n").encode())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Tail:
+    """Follows a JSONL file: each call of `new` yields the records written since the last."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """Records of the complete lines that have come since; nothing where the file does not exist yet."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        end = data.rfind(b"\n") + 1
+        self._offset += end
+        for line in data[:end].splitlines():
+            yield json.loads(line)

@@ -1,0 +1,70 @@
+"""From documents to the tensors of one micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from collie_lab.data import Documents
+from collie_lab.training.packed import PackedLayout
+
+__all__ = ["Batch", "collate"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as keyword arguments of the model, and what a meter wants to know of it.
+
+    Flat: one row of all tokens [1, T]. Padded: one row a document [B, L], for models that mix tokens by
+    other means than transformers' attention interface.
+    """
+
+    inputs: dict[str, Any]
+    tokens: int
+    attended: int
+    """Sum over documents of the squared length: the work of attention."""
+
+
+def collate(documents: Documents, indices: NDArray[np.int64], device: torch.device, *, flat: bool) -> Batch:
+    """The documents of the given indices as one micro-batch on `device`.
+
+    Positions restart in every document; a target is the next token of the same document.
+    """
+    lengths = documents.lengths[indices]
+    places = np.concatenate([np.arange(documents.offsets[i], documents.offsets[i + 1]) for i in indices])
+    tokens = documents.tokens[places].astype(np.int64)
+    learned = documents.learned[places]
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
+    predicted = np.flatnonzero(learned)
+    labels = tokens[predicted]
+    if flat:
+        packed = PackedLayout.build(lengths).to(device)
+        inputs = {"input_ids": _to(tokens[None], device), "position_ids": _to(positions[None], device),
+                  "packed": packed, "targets": (_to(predicted - 1, device), _to(labels, device))}
+    else:
+        inputs = _padded(tokens, positions, lengths, predicted, labels, device)
+    return Batch({**inputs, "use_cache": False}, len(tokens), int((lengths.astype(np.int64) ** 2).sum()))
+
+
+def _padded(tokens: NDArray[np.int64], positions: NDArray[np.int64], lengths: NDArray[np.int64],
+            predicted: NDArray[np.int64], labels: NDArray[np.int64], device: torch.device) -> dict[str, Any]:
+    rows, width = len(lengths), int(lengths.max())
+    place = np.repeat(np.arange(rows), lengths) * width + positions
+    ids = np.zeros(rows * width, dtype=np.int64)
+    mask = np.zeros(rows * width, dtype=np.int64)
+    ids[place], mask[place] = tokens, 1
+    return {"input_ids": _to(ids.reshape(rows, width), device),
+            "attention_mask": _to(mask.reshape(rows, width), device),
+            "targets": (_to(place[predicted] - 1, device), _to(labels, device))}
+
+
+def _to(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    # Pinned memory lets the copy run beside the previous step's kernels.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

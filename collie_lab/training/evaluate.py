@@ -1,0 +1,111 @@
+"""The evaluations, on any data-parallel layout; each document counts once."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from collie_lab.cells import Evaluation, ExactMatch, Perplexity
+from collie_lab.data import Documents, Tokenizer
+from collie_lab.parallel import Strategy
+from collie_lab.training.batch import collate
+from collie_lab.training.packed import ATTENTION
+
+__all__ = ["evaluate", "exact_match", "generate", "perplexity"]
+
+
+def evaluate(cell: Evaluation, model: PreTrainedModel, documents: Documents, tokenizer: Tokenizer,
+             strategy: Strategy, *, flat: bool) -> dict[str, float]:
+    """The figures of one evaluation cell, by name; the same on every rank."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), strategy.whole(model), strategy.compute():
+            match cell:
+                case Perplexity():
+                    return perplexity(cell, model, documents, strategy, flat=flat)
+                case ExactMatch():
+                    return exact_match(cell, model, documents, tokenizer, strategy)
+        raise TypeError(f"no evaluation for the cell {type(cell).__name__}")
+    finally:
+        model.train(was_training)
+
+
+def perplexity(cell: Perplexity, model: PreTrainedModel, documents: Documents, strategy: Strategy, *,
+               flat: bool) -> dict[str, float]:
+    """exp of the mean negative log-likelihood (`nll`, nats) per predicted token."""
+    sums = torch.zeros(2, dtype=torch.float64, device=strategy.device)
+    for indices in _shares(documents.lengths, cell.limit, cell.batch_size, strategy):
+        batch = collate(documents, indices, strategy.device, flat=flat)
+        sums[0] += model(**batch.inputs, likelihood=True)
+        sums[1] += int(documents.targets[indices].sum())
+    total, tokens = strategy.total(sums).tolist()
+    return {"perplexity": math.exp(min(total / tokens, 700.0)), "nll": total / tokens}
+
+
+def exact_match(cell: ExactMatch, model: PreTrainedModel, documents: Documents, tokenizer: Tokenizer,
+                strategy: Strategy) -> dict[str, float]:
+    """The mean score of the greedy answers, and its standard error over the documents."""
+    score = cell.score or (lambda answer, reference: float(answer.strip() == reference.strip()))
+    sums = torch.zeros(3, dtype=torch.float64, device=strategy.device)
+    for indices in _shares(documents.prompt_lengths, cell.limit, cell.batch_size, strategy):
+        prompts = [documents.tokens[documents.offsets[i] : documents.offsets[i] + documents.prompt_lengths[i]]
+                   for i in indices]
+        answers = generate(model, prompts, tokenizer, cell.max_new_tokens, strategy.device)
+        scores = [score(answer, documents.answers[i]) for answer, i in zip(answers, indices, strict=True)]
+        sums += torch.tensor([len(scores), sum(scores), sum(x * x for x in scores)], device=strategy.device)
+    count, total, squares = strategy.total(sums).tolist()
+    mean = total / count
+    variance = max(0.0, squares / count - mean * mean)
+    return {"exact_match": mean, "exact_match_se": math.sqrt(variance / max(1.0, count - 1))}
+
+
+def generate(model: PreTrainedModel, prompts: list[NDArray[np.int32]], tokenizer: Tokenizer, max_new_tokens: int,
+             device: torch.device) -> list[str]:
+    """Greedy continuations of the prompts, up to the end-of-sequence token, as text."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # padded on the left: new tokens follow the prompt's last
+        ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
+        mask[row, width - len(prompt) :] = 1
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
+                              eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id or 0)
+    with _masked_attention(model):
+        output: Tensor = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    answers = []
+    for row in output[:, width:].tolist():
+        end = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)
+        answers.append(tokenizer.decode(row[:end]))
+    return answers
+
+
+def _shares(lengths: NDArray[np.int64], limit: int | None, batch_size: int, strategy: Strategy
+            ) -> Iterator[NDArray[np.int64]]:
+    """This rank's batches; documents of like length together, so that little is padding."""
+    count = len(lengths) if limit is None else min(limit, len(lengths))
+    order = np.argsort(lengths[:count], kind="stable")[strategy.dp_rank :: strategy.dp_size]
+    for begin in range(0, len(order), batch_size):
+        yield order[begin : begin + batch_size]
+
+
+@contextlib.contextmanager
+def _masked_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Padded prompts need masks, and transformers makes none for an attention function that it does not know."""
+    if model.config._attn_implementation != ATTENTION:
+        yield
+        return
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(ATTENTION)

@@ -1,0 +1,159 @@
+"""The language-model loss, in chunks of tokens: the full logits never exist, let alone in fp32.
+
+Per chunk the logits are made, the loss and its gradient are taken, and only the gradients with respect to
+the hidden states and the head's weight are kept; the backward pass has nothing left to do but to scale them
+(the fused linear cross-entropy of Liger Kernel, arXiv 2410.10989, in plain torch).
+
+Shapes: N predicted tokens, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from transformers import PreTrainedModel
+
+__all__ = ["TokenLoss", "attach_loss", "linear_loss"]
+
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+"""fp32 logits [N, V] and labels [N] to losses [N]."""
+
+_SMALLEST_CHUNK = 1024
+
+
+def linear_loss(hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, labels_N: Tensor,
+                token_loss: TokenLoss | None = None) -> Tensor:
+    """Sum over tokens of the loss of `hidden @ weight.T + bias` against the labels; cross-entropy by default."""
+    result: Tensor = _LinearLoss.apply(hidden_NC, weight_VC, bias_V, labels_N, token_loss)
+    return result
+
+
+def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None) -> None:
+    """Teach a causal LM of transformers to return its summed loss: `model(..., targets=(index, labels))`.
+
+    `index` [N] are the places of the flattened batch whose next token is predicted, `labels` [N] those
+    tokens; with `likelihood=True` the loss is cross-entropy whatever `token_loss` is. Called without
+    `targets`, the model is as before. Being its own `forward`, the loss runs inside every wrapper's hooks
+    (FSDP2, DDP, peft).
+    """
+    original = model.forward
+    head = model.get_output_embeddings()
+    transform = _logit_transform(model)
+
+    def transformed(loss: TokenLoss | None) -> TokenLoss | None:
+        if transform is None:
+            return loss
+        plain = loss or _cross_entropy
+        return lambda logits, labels: plain(transform(logits), labels)
+
+    train_loss, likelihood_loss = transformed(token_loss), transformed(None)
+
+    @functools.wraps(original)
+    def forward(*args: Any, targets: tuple[Tensor, Tensor] | None = None, likelihood: bool = False,
+                **kwargs: Any) -> Any:
+        if targets is None:
+            return original(*args, **kwargs)
+        index, labels = targets
+        hidden = model.base_model(*args, **kwargs)[0]
+        hidden_NC = hidden.flatten(0, 1).index_select(0, index)
+        return linear_loss(hidden_NC, head.weight, head.bias, labels,
+                           likelihood_loss if likelihood else train_loss)
+
+    model.forward = forward
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, labels_N: Tensor,
+                token_loss: TokenLoss | None) -> Tensor:
+        device = hidden_NC.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        total = torch.zeros((), device=hidden_NC.device)
+        d_hidden = torch.empty_like(hidden_NC) if need_hidden else None
+        # fp32: a sum of many chunks would lose digits in bf16.
+        d_weight = torch.zeros_like(weight_VC, dtype=torch.float32) if need_weight else None
+        d_bias = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias and bias_V is not None else None
+        with torch.autocast(device, enabled=False):
+            weight = weight_VC.to(compute)
+            bias = None if bias_V is None else bias_V.to(compute)
+            for begin, end in _chunks(len(labels_N), *weight.shape):
+                hidden = hidden_NC[begin:end].to(compute)
+                logits = F.linear(hidden, weight, bias).float()
+                loss, d_logits = _loss_and_gradient(logits, labels_N[begin:end], token_loss, need_hidden or need_weight)
+                total += loss
+                if d_logits is None:
+                    continue
+                d_logits = d_logits.to(compute)
+                if d_hidden is not None:
+                    d_hidden[begin:end] = d_logits @ weight
+                if d_weight is not None:
+                    _add_product(d_weight, d_logits, hidden)
+                if d_bias is not None:
+                    d_bias += d_logits.float().sum(0)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = weight_VC.dtype, None if bias_V is None else bias_V.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        scale, (weight_dtype, bias_dtype) = gradients[0], ctx.dtypes
+        return (
+            None if d_hidden is None else d_hidden.mul_(scale.to(d_hidden.dtype)),
+            None if d_weight is None else d_weight.mul_(scale).to(weight_dtype),
+            None if d_bias is None else d_bias.mul_(scale).to(bias_dtype),
+            None, None,
+        )
+
+
+def _chunks(tokens: int, vocabulary: int, hidden: int) -> list[tuple[int, int]]:
+    """Chunks whose logits are about as large as all hidden states, or a small number of tokens."""
+    size = max(_SMALLEST_CHUNK, math.ceil(tokens / math.ceil(vocabulary / hidden)))
+    return [(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
+
+
+def _add_product(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    if d_logits.dtype == d_weight.dtype:
+        d_weight.addmm_(d_logits.T, hidden)
+    else:
+        d_weight += d_logits.T @ hidden
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor, token_loss: TokenLoss | None,
+                       differentiate: bool) -> tuple[Tensor, Tensor | None]:
+    """Summed loss and its gradient with respect to the logits [N, V]; the logits' memory is reused."""
+    if token_loss is not None:
+        with torch.set_grad_enabled(differentiate):
+            logits.requires_grad_(differentiate)
+            loss = token_loss(logits, labels).sum()
+        return loss.detach(), torch.autograd.grad(loss, logits)[0] if differentiate else None
+    log_sum = torch.logsumexp(logits, dim=1)
+    chosen = logits.gather(1, labels[:, None])
+    loss = log_sum.sum() - chosen.sum()
+    if not differentiate:
+        return loss, None
+    probabilities = logits.sub_(log_sum[:, None]).exp_()
+    return loss, probabilities.scatter_add_(1, labels[:, None], torch.full_like(chosen, -1.0))
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _logit_transform(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
+    """What some families do to their logits after the head: Gemma caps, Granite divides, Cohere multiplies."""
+    config = model.config.get_text_config()
+    if cap := getattr(config, "final_logit_softcapping", None):
+        return lambda logits: cap * torch.tanh(logits / cap)
+    if divisor := getattr(config, "logits_scaling", None):
+        return lambda logits: logits / divisor
+    if factor := getattr(config, "logit_scale", None):
+        return lambda logits: logits * factor
+    return None

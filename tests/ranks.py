@@ -1,0 +1,60 @@
+"""Run a function on several gloo ranks in fresh processes, or in this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from collie_lab.cells import Experiment
+from collie_lab.data import prepare
+from collie_lab.folder import RunFolder
+
+__all__ = ["losses", "run_here", "run_ranks"]
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> None:
+    """Call `function(*args)` on every rank of a gloo group; exceptions come through."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_enter, (world_size, folder, function, args), nprocs=world_size, start_method="spawn")
+
+
+def _enter(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    try:
+        function(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_here(experiment: Experiment, folder: Path, resume: Path | None = None) -> RunFolder:
+    """Train in this process (or on this rank of a group), without a launcher; the run folder."""
+    from collie_lab.training.trainer import Trainer
+
+    run = RunFolder(folder)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank == 0:
+        for sub in (run.path, run.checkpoints):
+            sub.mkdir(parents=True, exist_ok=True)
+        prepared = prepare(experiment, run)
+        run.write("launch.json", {"data": {"evaluations": list(prepared.evaluations)},
+                                  "resume_from": str(resume) if resume else None})
+    if dist.is_initialized():
+        dist.barrier()
+    Trainer(experiment, run, torch.device("cpu")).run()
+    return run
+
+
+def losses(run: RunFolder) -> list[float]:
+    """The loss of every step, in order."""
+    lines = (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]

@@ -1,0 +1,59 @@
+"""Every layout gives the loss curve of one process; a resumed run that of an uninterrupted one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from collie_lab import SGD, AdamW, Experiment, LoRA, Lomo, Model, Parallel, Perplexity, Skills, Training
+from collie_lab.folder import RunFolder
+from tests.ranks import losses, run_here, run_ranks
+
+STEPS = 20
+BASE = Experiment(
+    model=Model("llama-tiny", init="random"),
+    data=Skills(size=200, test_size=20, packing=True, max_length=96),
+    training=Training(steps=STEPS, batch_size=4, clip_grad_norm=1.0, schedule="cosine", warmup=2, export=False),
+    evaluate=[Perplexity()],
+)
+ADAMW = BASE.replace(optimizer=AdamW(lr=3e-3, weight_decay=0.1))
+ARMS = {
+    "adamw": ADAMW,
+    "sgd": BASE.replace(optimizer=SGD(lr=0.1, momentum=0.9)),
+    "lomo": BASE.replace(optimizer=Lomo(lr=0.1, weight_decay=0.01)).with_("training.clip_grad_norm", None),
+    "lora": BASE.replace(optimizer=AdamW(lr=1e-2), adapter=LoRA(r=4)),
+    "accumulation": ADAMW.with_("training.micro_batch_size", 1),
+    "recompute": ADAMW.with_("training.recompute", "full"),
+}
+
+
+def _train_all(folder: str, zero: int) -> None:
+    for name, experiment in ARMS.items():
+        run_here(experiment.replace(parallel=Parallel(dp=2, zero=zero)), Path(folder) / f"{name}-{zero}")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[float], float]]:
+    folder = tmp_path_factory.mktemp("one")
+    runs = {name: run_here(experiment, folder / name) for name, experiment in ARMS.items()}
+    return {name: (losses(run), run.read("result.json")["nll"]) for name, run in runs.items()}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_two_ranks_give_the_curve_of_one(zero: int, tmp_path: Path,
+                                         one_process: dict[str, tuple[list[float], float]]) -> None:
+    run_ranks(_train_all, 2, str(tmp_path), zero)
+    for name, (expected, expected_nll) in one_process.items():
+        run = RunFolder(tmp_path / f"{name}-{zero}")
+        found = losses(run)
+        assert len(found) == STEPS
+        assert found == pytest.approx(expected, abs=1e-5), name
+        assert run.read("result.json")["nll"] == pytest.approx(expected_nll, abs=1e-5), name
+
+
+def test_accumulation_and_recomputation_change_nothing(one_process: dict[str, tuple[list[float], float]]) -> None:
+    plain = one_process["adamw"][0]
+    assert one_process["accumulation"][0] == pytest.approx(plain, abs=1e-5)
+    assert one_process["recompute"][0] == pytest.approx(plain, abs=1e-6)
