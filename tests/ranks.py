@@ -45,9 +45,8 @@ def run_here(experiment: Experiment, folder: Path, resume: Path | None = None) -
     if rank == 0:
         for sub in (run.path, run.checkpoints):
             sub.mkdir(parents=True, exist_ok=True)
-        prepared = prepare(experiment, run)
-        run.write("launch.json", {"data": {"evaluations": list(prepared.evaluations)},
-                                  "resume_from": str(resume) if resume else None})
+        prepare(experiment, run)
+        run.write("launch.json", {"resume_from": str(resume) if resume else None})
     if dist.is_initialized():
         dist.barrier()
     Trainer(experiment, run, torch.device("cpu")).run()

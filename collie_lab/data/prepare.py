@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from collie_lab.cells import CellError, Data, ExactMatch, Experiment, Problem, RandomTokens
+from collie_lab.cells import CellError, Data, Experiment, Problem, RandomTokens
 from collie_lab.data.documents import Documents
 from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.records import Document, Split, read_documents
@@ -24,16 +24,20 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was put into the run folder: a name for each data set, counts and warnings."""
+    """What was put into the run folder, as `data/index.json` tells the ranks."""
 
     evaluations: tuple[str, ...]
+    """The data set of each evaluation cell."""
     fingerprint: str
+    """A hash of the training tokens."""
     summary: dict[str, dict[str, int]]
     warnings: list[str] = field(default_factory=list)
 
 
 def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
     """Write the tokenizer, the training documents and every evaluation's documents into the run folder.
+
+    Ranks map the arrays into memory; none of them tokenizes.
 
     Raises:
         CellError: a missing file, an empty source, a record without its field, documents that are too long
@@ -46,19 +50,17 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
 
     train = maker.documents(experiment.data, "train")
     train.save(folder.path / "data" / "train")
-    sets = {(experiment.data, "train"): "train"}
+    sets: list[tuple[Data, Split]] = []
+    names = []
     for cell in experiment.evaluate:
-        key: tuple[Data, Split] = (experiment.data, "test") if cell.data is None else (cell.data, "all")
-        if key not in sets:
-            sets[key] = f"evaluation-{len(sets)}"
-            documents = maker.documents(*key)
-            if isinstance(cell, ExactMatch) and not documents.answers:
-                raise CellError([Problem("ExactMatch", "data", f"{type(key[0]).__name__} has no prompts to answer",
-                                         "use Instructions or Skills")])
-            documents.save(folder.path / "data" / sets[key])
-    names = tuple(sets[(experiment.data, "test") if cell.data is None else (cell.data, "all")]
-                  for cell in experiment.evaluate)
-    return Prepared(names, train.fingerprint, maker.summary, maker.warnings)
+        source: tuple[Data, Split] = (experiment.data, "test") if cell.data is None else (cell.data, "all")
+        if source not in sets:
+            sets.append(source)
+            maker.documents(*source).save(folder.path / "data" / f"evaluation-{len(sets)}")
+        names.append(f"evaluation-{sets.index(source) + 1}")
+    prepared = Prepared(tuple(names), train.fingerprint, maker.summary, maker.warnings)
+    folder.write("data/index.json", asdict(prepared))
+    return prepared
 
 
 def sequence_length(data: Data, context: int | None) -> int:

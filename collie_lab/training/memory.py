@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 import torch
@@ -49,6 +50,7 @@ class CpuMemory:
         self._base = 0
         self._profiler: torch.profiler.profile | None = None
         self.probe: set[int] = set()
+        gc.collect()  # garbage of an earlier run in this process, freed under way, would count against this one
         self._start()
 
     @contextlib.contextmanager

@@ -144,7 +144,8 @@ class Trainer:
         self._causal_lm, adapted = build_model(experiment, self.device)
         self._flat = self._causal_lm.config._attn_implementation == ATTENTION
         adapted.train()
-        counts = [sum(p.numel() for p in adapted.parameters() if p.requires_grad or all_) for all_ in (True, False)]
+        self._counts = {"parameters": sum(p.numel() for p in adapted.parameters()),
+                        "trainable": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
         self.model = self._strategy.wrap(adapted, experiment.optimizer.in_backward)
         self._adapted: Any = adapted
         self.optimizer = optim.build(experiment.optimizer, self.model, self._strategy.reduce)
@@ -162,13 +163,16 @@ class Trainer:
         if isinstance(self._memory, CpuMemory):
             self._memory.probe = self._heaviest_step()
         self.event("start", step=self.step, steps=training.steps, world_size=experiment.parallel.world_size,
-                   parameters=counts[0], trainable=counts[1], device=str(self.device.type))
+                   device=str(self.device.type), **self._counts)
 
     def _build_data(self) -> None:
         data, training = self.experiment.data, self.experiment.training
         folder = self.folder.path / "data"
         self._documents = Documents.load(folder / "train")
-        self._held_out = [Documents.load(folder / name) for name in self._launch["data"]["evaluations"]]
+        index = self.folder.read("data/index.json")
+        self._held_out = [Documents.load(folder / name) for name in index["evaluations"]]
+        for text in index["warnings"]:
+            self.event("warning", text=text)
         dp_size = self._strategy.dp_size
         context = getattr(self._causal_lm.config.get_text_config(),
                           "max_position_embeddings", None)
@@ -225,5 +229,6 @@ class Trainer:
             self.folder.write("result.json", {
                 "status": status, "steps": self.step, **summary, **self._evaluations, "peak_bytes": int(peak.item()),
                 "seconds": time.perf_counter() - began, "world_size": self.experiment.parallel.world_size,
+                **self._counts,
             })
         self.event("end")

@@ -1,0 +1,41 @@
+# make venv   a virtual environment with everything, in .venv (made once; again when the requirements change)
+# make demo   the main job: notebooks/00_quickstart.ipynb, executed; results in out/quickstart
+# make test   all tests that need no GPU
+# make lint   ruff and the type checker
+# make bench  benchmarks against other libraries, side by side in one run
+# make gpu    what a machine with an NVIDIA GPU runs, with the Python that is there: make gpu PYTHON=python3
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: venv demo test lint bench gpu
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("collie_lab needs Python 3.11 or newer, this is " + sys.version.split()[0] \
+		+ ": make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@mkdir -p out
+	$(BIN)/papermill --cwd . notebooks/00_quickstart.ipynb out/00_quickstart.ipynb
+	@echo && cat out/quickstart/table.md && echo && echo "notebook: out/00_quickstart.ipynb   results: out/quickstart"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/cpu_training.py
+
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_training.py

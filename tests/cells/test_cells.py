@@ -1,0 +1,79 @@
+"""Cells: validation in plain words, variants, and the way to YAML and back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import collie_lab as lab
+
+FULL = lab.Experiment(
+    model=lab.Model("llama-7b", init="random", config={"num_hidden_layers": 2}),
+    data=lab.Instructions("alpaca.json", max_length=512, packing=True), optimizer=lab.Lomo(lr=1e-2),
+    adapter=lab.LoRA(r=16, targets=("q_proj", "v_proj")), parallel=lab.Parallel(dp=2, zero=3),
+    training=lab.Training(steps=20, batch_size=32, schedule="cosine", warmup=0.03, precision="bf16"),
+    evaluate=[lab.Perplexity(every=5, data=lab.Text("val.txt")), lab.ExactMatch(limit=None)], name="full",
+)
+
+
+@pytest.mark.parametrize("experiment", [
+    FULL, lab.Experiment(model="x"), lab.Experiment(model="x", data=lab.RandomTokens(length=7)),
+    lab.Experiment(model="x", data=lab.Skills(tasks=("add",)), optimizer=lab.SGD(momentum=0.5)),
+    lab.Experiment(model="x", data=lab.Text(["a", "b"])),
+])
+def test_yaml_round_trip(experiment: lab.Experiment, tmp_path: Path) -> None:
+    text = experiment.to_yaml(tmp_path / "e.yaml")
+    assert lab.Experiment.from_yaml(text) == experiment
+    assert lab.Experiment.from_yaml(tmp_path / "e.yaml") == experiment
+
+
+def test_yaml_is_as_documented() -> None:
+    experiment = lab.Experiment.from_yaml("""
+model: {source: llama-1m, init: random}
+optimizer: {kind: lomo, lr: 5.0e-4}
+data: {kind: random_tokens, length: 2048, seed: 1}
+evaluate: [{kind: perplexity, every: 10}]
+""")
+    assert experiment.optimizer == lab.Lomo(lr=5e-4)
+    assert experiment.data == lab.RandomTokens(length=2048, seed=1)
+    assert yaml.safe_load(experiment.to_yaml())["optimizer"]["kind"] == "lomo"
+
+
+def test_variants() -> None:
+    assert FULL.with_("optimizer.lr", 0.5).optimizer == lab.Lomo(lr=0.5)
+    assert FULL.with_("adapter", None).adapter is None
+    assert FULL.replace(optimizer=lab.AdamW()).parallel == FULL.parallel
+    assert FULL.optimizer == lab.Lomo(lr=1e-2)  # the original is as it was
+    with pytest.raises(Exception, match="frozen"):
+        FULL.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: lab.AdamW(lrr=1), "AdamW.lrr: unknown field → did you mean `lr`?"),
+    (lambda: lab.AdamW(lr=-1), "AdamW.lr: input should be greater than 0, got -1"),
+    (lambda: lab.Parallel(zero=1), "Parallel.zero: input should be 0, 2 or 3, got 1"),
+    (lambda: lab.Skills(tasks=("dance",)), "Skills.tasks: unknown tasks"),
+    (lambda: lab.Training(warmup=1.5), "Training.warmup: from 1 on, warmup counts whole steps"),
+    (lambda: lab.Experiment(), "Experiment.model: this field is required"),
+    (lambda: lab.Experiment(model="x", optimiser=1), "did you mean `optimizer`?"),
+    (lambda: FULL.with_("optimizer.lrr", 1), "AdamW|Lomo.lrr: unknown field"),
+    (lambda: FULL.with_("optimiser.lr", 1), "Experiment.optimiser: unknown field"),
+    (lambda: lab.Experiment.from_yaml("model: x\noptimizer: {kind: adam}"), "unknown kind 'adam' → there are: adamw"),
+    (lambda: lab.Experiment.from_yaml("model: x\noptimizer: {lr: 1}"), "`kind` is missing"),
+    (lambda: lab.Experiment.from_yaml("model: x\nsteps: 3"), "Experiment.steps: unknown field"),
+    (lambda: lab.Experiment.from_yaml("absent.yaml"), "no such file: absent.yaml"),
+    (lambda: lab.Experiment(model="x", callbacks=(print,)).to_yaml(), "a callable cannot be written to YAML"),
+])
+def test_mistakes_name_cell_and_field(make: object, message: str) -> None:
+    with pytest.raises(lab.CellError) as caught:
+        make()  # type: ignore[operator]
+    assert any(part in str(caught.value) for part in message.split("|"))
+
+
+def test_import_is_light() -> None:
+    code = "import sys, collie_lab; assert not {'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

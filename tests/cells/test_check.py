@@ -1,0 +1,79 @@
+"""check(): every conflict, with its reason and remedy, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import collie_lab as lab
+
+GOOD = lab.Experiment(model=lab.Model("llama-tiny", init="random"), data=lab.Skills(size=40, test_size=10),
+                      training=lab.Training(steps=2, batch_size=4), evaluate=[lab.Perplexity(), lab.ExactMatch()])
+
+
+def test_a_sound_experiment_has_no_problems() -> None:
+    report = GOOD.check()
+    assert report.ok
+    assert repr(report) == "no problems"
+
+
+@pytest.mark.parametrize(("experiment", "message"), [
+    (GOOD.with_("model.init", "pretrained"), "Model.init: llama-tiny is a named shape and has no trained weights"),
+    (GOOD.replace(model=lab.Model("./nowhere")), "neither a folder here nor a named shape"),
+    (GOOD.with_("data.max_length", 4096), "Skills.max_length: 4096 tokens do not fit the model's context of 512"),
+    (GOOD.replace(parallel=lab.Parallel(dp=3)), "Training.batch_size: 4 sequences cannot be shared equally by 3"),
+    (GOOD.replace(parallel=lab.Parallel(dp=8)), "Training.batch_size: 4 sequences cannot be shared equally by 8"),
+    (GOOD.with_("training.micro_batch_size", 3), "3 does not divide the 4 sequences of a rank"),
+    (GOOD.with_("training.warmup", 2), "2 steps of warm-up, but only 2 steps"),
+    (GOOD.replace(optimizer=lab.Lomo()).with_("training.micro_batch_size", 2), "cannot accumulate gradients"),
+    (GOOD.replace(optimizer=lab.Lomo()).with_("training.clip_grad_norm", 1.0), "before the global norm is known"),
+    (GOOD.replace(data=lab.RandomTokens(length=64)), "ExactMatch.data: RandomTokens has no prompts"),
+    (GOOD.replace(data=lab.Instructions("absent.json")), "no such file: absent.json"),
+    (GOOD.replace(data=lab.Instructions([])), "holds no records"),
+    (GOOD.replace(data=lab.Text([" "])), "holds no text"),
+    (GOOD.replace(data=lab.Instructions([{"prompt": "x"}])), "record 0 has no field 'completion'"),
+])
+def test_errors(experiment: lab.Experiment, message: str) -> None:
+    report = experiment.check()
+    assert not report.ok
+    assert message in repr(report)
+    with pytest.raises(lab.CellError):
+        report.raise_for_errors()
+
+
+@pytest.mark.parametrize(("experiment", "message"), [
+    (GOOD.with_("parallel.zero", 3), "Parallel.zero: nothing to shard on one rank"),
+    (GOOD.with_("training.checkpoint_every", 5), "no checkpoint within 2 steps"),
+    (GOOD.with_("training.final_lr", 0.1), "a constant schedule never falls"),
+    (GOOD.replace(evaluate=[lab.Perplexity(every=9)]), "only at the end"),
+])
+def test_options_without_effect_warn(experiment: lab.Experiment, message: str) -> None:
+    report = experiment.check()
+    assert report.ok
+    assert message in str(report.warnings[0])
+
+
+def test_all_problems_come_at_once() -> None:
+    bad = GOOD.replace(data=lab.Instructions("absent.json"), parallel=lab.Parallel(dp=3))
+    assert len(bad.check().errors) == 2
+
+
+@pytest.mark.parametrize(("experiment", "message"), [
+    (GOOD.replace(data=lab.Instructions([{"prompt": "x" * 600, "completion": "y"}], overlong="error", holdout=0)),
+     "1 of 1 documents are longer than 512 tokens"),
+    (GOOD.replace(data=lab.Instructions([{"prompt": "x", "completion": "y"}], holdout=0)), "nothing is held out"),
+    (GOOD.replace(data=lab.RandomTokens(length=600), evaluate=[]), "600 tokens do not fit into sequences of 512"),
+    (GOOD.with_("model.config", {"vocab_size": 100}), "the model's vocabulary has 100"),
+])
+def test_what_only_tokenization_can_tell_comes_before_any_process(experiment: lab.Experiment, message: str,
+                                                                 tmp_path: Path) -> None:
+    with pytest.raises(lab.CellError, match=message):
+        experiment.launch(folder=tmp_path / "runs")
+    assert not list((tmp_path / "runs").iterdir())  # nothing is left of the attempt
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    with pytest.raises(lab.CellError):
+        GOOD.replace(parallel=lab.Parallel(dp=3)).launch(folder=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

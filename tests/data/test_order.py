@@ -1,0 +1,69 @@
+"""Packing and the order of documents over steps and ranks."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from collie_lab import Instructions, Model
+from collie_lab.data import Documents, Order, pack, read_documents, save_tokenizer
+from collie_lab.data.prepare import tokenize
+
+
+def _documents(count: int = 100) -> Documents:
+    lengths = np.random.default_rng(0).integers(5, 60, count)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    learned = np.ones(offsets[-1], dtype=np.bool_)
+    learned[offsets[:-1]] = False
+    return Documents(np.zeros(offsets[-1], dtype=np.int32), learned, offsets, np.zeros(0, dtype=np.int64))
+
+
+def test_packing_keeps_every_document_once_and_fits() -> None:
+    documents = _documents(500)
+    sequences = pack(documents.lengths, np.random.default_rng(1).permutation(500), 64)
+    assert sorted(np.concatenate(sequences).tolist()) == list(range(500))
+    totals = np.array([documents.lengths[sequence].sum() for sequence in sequences])
+    assert totals.max() <= 64
+    # Johnson 1974: best fit decreasing needs at most 11/9 of the best; the sum of the lengths bounds the best.
+    assert len(sequences) <= np.ceil(documents.lengths.sum() / 64) * 11 / 9 + 1
+
+
+def test_packing_fills_real_instructions(shared: Path, tmp_path: Path) -> None:
+    records = read_documents(Instructions(shared / "data/alpaca-subsets/random_9k.json"), "train")
+    documents, cut = tokenize(records, save_tokenizer(Model("llama-tiny"), tmp_path), 1024, "truncate")
+    assert cut < len(records) / 10
+    sequences = pack(documents.lengths, np.arange(len(documents)), 1024)
+    assert documents.lengths.sum() / (len(sequences) * 1024) >= 0.98
+
+
+@pytest.mark.parametrize("packing", [None, 64])
+def test_ranks_share_the_batches_of_one_process(packing: int | None) -> None:
+    documents = _documents()
+    options = {"batch_size": 8, "seed": 3, "packing": packing}
+    alone = list(islice(Order(documents, micro_batch_size=8, **options).steps(), 30))
+    ranks = [list(islice(Order(documents, micro_batch_size=2, dp_rank=rank, dp_size=2, **options).steps(), 30))
+             for rank in (0, 1)]
+    for one, *parts in zip(alone, *ranks, strict=True):
+        assert all((part.tokens, part.targets) == (one.tokens, one.targets) for part in parts)
+        dealt = [sorted(np.concatenate(part.micro_batches).tolist()) for part in parts]
+        assert sorted(dealt[0] + dealt[1]) == sorted(np.concatenate(one.micro_batches).tolist())
+        assert one.tokens == documents.lengths[np.concatenate(one.micro_batches)].sum()
+
+
+def test_every_epoch_sees_every_document_in_another_order() -> None:
+    documents = _documents(40)
+    steps = islice(Order(documents, batch_size=4, micro_batch_size=4).steps(), 20)
+    seen = np.concatenate([step.micro_batches[0] for step in steps])
+    first, second = seen[:40].tolist(), seen[40:].tolist()
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert first != second
+
+
+def test_order_goes_on_in_mid_epoch_from_a_step_number() -> None:
+    order = Order(_documents(), batch_size=8, micro_batch_size=4, packing=64)
+    whole = list(islice(order.steps(), 30))
+    for one, two in zip(whole[17:], order.steps(17), strict=False):
+        assert all((a == b).all() for a, b in zip(one.micro_batches, two.micro_batches, strict=True))

@@ -1,0 +1,135 @@
+"""Readers of the formats, splits, and errors that name the record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from collie_lab import CellError, Instructions, Skills, Text
+from collie_lab.data import make_skills, read_documents
+
+ALPACA = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Say hi.", "input": "", "output": "hi"}]
+PAIRS = [{"prompt": "a", "completion": "b"}]
+CHAT = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"},
+                      {"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"},
+                      {"role": "assistant", "content": "see you"}]}]
+
+
+def _texts(cell: Instructions) -> list[tuple[tuple[str, bool], ...]]:
+    return [document.segments for document in read_documents(cell, "train")]
+
+
+def test_alpaca_with_and_without_input() -> None:
+    assert _texts(Instructions(ALPACA, holdout=0)) == [
+        (("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n", False), ("3", True)),
+        (("### Instruction:\nSay hi.\n\n### Response:\n", False), ("hi", True)),
+    ]
+
+
+def test_prompt_completion_from_a_jsonl_file(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(json.dumps(record) for record in PAIRS) + "\n", encoding="utf-8")
+    assert _texts(Instructions(file, holdout=0)) == [(("a", False), ("b", True))]
+
+
+def test_chat_learns_every_assistant_message() -> None:
+    (document,) = read_documents(Instructions(CHAT, holdout=0), "train")
+    assert [text for text, learned in document.segments if learned] == ["hello\n\n", "see you\n\n"]
+    assert document.answer == "see you"
+
+
+def test_clinc_uses_its_own_splits(tmp_path: Path) -> None:
+    file = tmp_path / "clinc.json"
+    file.write_text(json.dumps({"train": [["hi there", "greet_user"]], "val": [], "test": [["bye", "goodbye"]]}))
+    cell = Instructions(file)
+    assert _texts(cell) == [(("Query: hi there\nIntent: ", False), ("greet user", True))]
+    assert read_documents(cell, "test")[0].answer == read_documents(cell, "all")[0].answer == "goodbye"
+
+
+def test_a_callable_source_and_format() -> None:
+    cell = Instructions(lambda: [{"q": 1, "a": 2}], format=lambda record: (str(record["q"]), str(record["a"])), holdout=0)
+    assert _texts(cell) == [(("1", False), ("2", True))]
+
+
+def test_holdout_parts_the_records() -> None:
+    cell = Instructions([{"prompt": str(n), "completion": "x"} for n in range(100)], holdout=0.2)
+    train, test = ({document.segments[0][0] for document in read_documents(cell, split)} for split in ("train", "test"))
+    assert (len(train), len(test)) == (80, 20)
+    assert not train & test
+
+
+def test_text_files(tmp_path: Path) -> None:
+    file = tmp_path / "stories.txt"
+    file.write_text("one two<|end|>three four<|end|>", encoding="utf-8")
+    whole = read_documents(Text(file, separator="<|end|>", holdout=0), "train")
+    assert [document.segments[0][0] for document in whole] == ["one two", "three four"]
+    single = Text(["word " * 100], holdout=0.1)
+    parts = [read_documents(single, split)[0].segments[0][0] for split in ("train", "test")]
+    assert "".join(parts) == "word " * 100
+    assert len(parts[1]) == pytest.approx(50, abs=6)
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("absent.json", "Instructions.source: no such file: absent.json"),
+    ([], "holds no records"),
+    ([{"instruction": "x"}], "record 0 has no field 'output'"),
+    ([*PAIRS, {"prompt": "a"}], "record 1 has no field 'completion'"),
+    ([{"question": "x"}], "fit no known format"),
+    ([{"prompt": "a", "completion": 3}], "record 0 cannot be read"),
+    ([{"messages": [{"role": "user", "content": "x"}]}], "no message of the assistant"),
+])
+def test_bad_records_are_named(source: object, message: str) -> None:
+    with pytest.raises(CellError, match=message.replace("(", r"\(")):
+        read_documents(Instructions(source), "train")  # type: ignore[arg-type]
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text("[{", encoding="utf-8")
+    with pytest.raises(CellError, match="is not valid JSON"):
+        read_documents(Instructions(file), "train")
+    file.write_text('{"rows": []}', encoding="utf-8")
+    with pytest.raises(CellError, match="a JSON object, not a list of records"):
+        read_documents(Instructions(file), "train")
+
+
+def test_skills_are_right_seeded_and_parted() -> None:
+    cell = Skills(size=500, test_size=100)
+    train, test = make_skills(cell, "train"), make_skills(cell, "test")
+    assert (len(train), len(test)) == (500, 100)
+    assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in test}
+    assert train == make_skills(cell, "train") != make_skills(cell.replace(seed=1), "train")
+    assert make_skills(cell.replace(size=50), "test") == test  # the test split does not hang on the other's size
+    for prompt, answer in train + test:
+        assert answer == _solve(prompt), prompt
+
+
+def _solve(prompt: str) -> str:
+    """A second implementation of the tasks, from the prompt alone."""
+    words = prompt.split()
+    match words:
+        case ["copy", word]: return word
+        case ["reverse", word]: return "".join(reversed(word))
+        case ["uppercase", word]: return word.upper()
+        case ["first", "letter", "of", word]: return word[:1]
+        case ["last", "letter", "of", word]: return word[-1:]
+        case ["number", "after", number]: return f"{int(number) + 1}"
+        case ["add", a, "and", b]: return f"{int(a) + int(b)}"
+        case ["count", letter, "in", word]: return str(sum(char == letter for char in word))
+        case ["longest", "of", *rest]: return max(rest, key=len)
+        case ["repeat", times, "times", word]: return "".join([word] * int(times))
+    raise AssertionError(prompt)
+
+
+def test_too_few_different_prompts() -> None:
+    with pytest.raises(CellError, match="fewer than 20000 different prompts"):
+        make_skills(Skills(tasks=("add",), size=20000), "train")
+
+
+def test_real_files(shared: Path) -> None:
+    clinc = Instructions(shared / "data/clinc150/data_full.json")
+    assert [len(read_documents(clinc, split)) for split in ("train", "test")] == [15000, 4500]
+    alpaca = Instructions(shared / "data/alpaca-subsets/random_9k.json")
+    assert sum(len(read_documents(alpaca, split)) for split in ("train", "test")) == 9229

@@ -1,0 +1,70 @@
+"""Tokenizers and tokenization, against transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from collie_lab import Instructions, Model, Text
+from collie_lab.data import Documents, Tokenizer, read_documents, save_tokenizer
+from collie_lab.data.prepare import tokenize
+
+TEXT = "Once upon a time,\n thère was 🐶 <b>"
+
+
+def test_bytes_go_there_and_back(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(Model("llama-tiny", init="random"), tmp_path)
+    (ids,) = tokenizer.encode([TEXT])
+    assert len(ids) == len(TEXT.encode())
+    assert tokenizer.decode(ids) == TEXT
+    assert (tokenizer.vocab_size, tokenizer.prefix, tokenizer.eos_id) == (259, [256], 257)
+    assert AutoTokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"] == [256, *ids]
+
+
+def test_a_models_own_tokenizer(shared: Path, tmp_path: Path) -> None:
+    source = shared / "models/stories260k"
+    tokenizer = save_tokenizer(Model(str(source)), tmp_path)
+    expected = AutoTokenizer.from_pretrained(source)
+    assert tokenizer.prefix + tokenizer.encode([TEXT])[0] == expected(TEXT)["input_ids"]
+    assert (tokenizer.prefix, tokenizer.eos_id) == ([1], 2)
+
+
+def test_loss_is_on_responses_and_the_end_mark(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(Model("llama-tiny"), tmp_path)
+    cell = Instructions([{"prompt": "ab", "completion": "cd"}], holdout=0)
+    documents, _ = tokenize(read_documents(cell, "train"), tokenizer, 32, "truncate")
+    text = tokenizer.encode(["abcd"])[0]
+    assert documents.tokens.tolist() == [256, *text, 257]
+    assert documents.learned.tolist() == [False, False, False, True, True, True]
+    assert (documents.prompt_lengths.tolist(), documents.answers) == ([3], ("cd",))
+    documents.save(tmp_path / "saved")
+    assert _same(documents, tmp_path / "saved")
+
+
+def _same(documents: Documents, folder: Path) -> bool:
+
+    return Documents.load(folder).fingerprint == documents.fingerprint
+
+
+@pytest.mark.parametrize(("overlong", "lengths", "cut"), [("truncate", [8, 4], 1), ("drop", [4], 1), ("split", [8, 6, 4], 1)])
+def test_documents_that_are_too_long(overlong: str, lengths: list[int], cut: int, tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(Model("llama-tiny"), tmp_path)
+    records = read_documents(Text(["x" * 11, "yy"], holdout=0), "train")
+    documents, found = tokenize(records, tokenizer, 8, overlong)
+    assert documents.lengths.tolist() == lengths
+    assert found == cut
+
+
+def test_the_chat_template_of_the_tokenizer(tmp_path: Path) -> None:
+    save_tokenizer(Model("llama-tiny"), tmp_path)
+    template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+                "{% if add_generation_prompt %}<assistant>{% endif %}")
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    cell = Instructions([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}], holdout=0)
+    (document,) = read_documents(cell, "train", tokenizer.render_chat)
+    assert document.segments == (("<user>hi</s><assistant>", False), ("yo</s>", True))
+    documents, _ = tokenize([document], tokenizer, 64, "truncate")
+    assert documents.tokens.tolist().count(257) == 2  # the template's own end marks, none added

@@ -1,0 +1,55 @@
+"""The chunked loss against torch's cross-entropy on full logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from collie_lab.training import loss as module
+from collie_lab.training.loss import linear_loss
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("custom", [False, True])
+def test_value_and_gradients(bias: bool, custom: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SMALLEST_CHUNK", 7)  # several chunks, the last one ragged
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 16, dtype=torch.float64), torch.randn(40, 16, dtype=torch.float64)
+    offset = torch.randn(40, dtype=torch.float64) if bias else None
+    labels = torch.randint(0, 40, (50,))
+    token_loss = (lambda logits, labels: F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)) \
+        if custom else None
+
+    def gradients(total: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(total * 0.5, [x for x in (h, w, o) if x is not None]))
+
+    h, w = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    o = None if offset is None else offset.float().requires_grad_()
+    value = linear_loss(h, w, o, labels, token_loss)
+    found = gradients(value)
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    o = None if offset is None else offset.requires_grad_()
+    expected = F.cross_entropy(F.linear(h, w, o), labels, reduction="sum", label_smoothing=0.1 if custom else 0.0)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    for one, two in zip(found, gradients(expected), strict=True):
+        torch.testing.assert_close(one, two.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_frozen_head_gets_no_gradient() -> None:
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(12, 8)
+    linear_loss(hidden, weight, None, torch.randint(0, 12, (5,))).backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_no_full_logits_are_held() -> None:
+    """The largest allocation is a chunk of logits, not tokens × vocabulary."""
+    tokens, hidden_size, vocabulary = 8192, 32, 4096
+    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
+    weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (tokens,))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        linear_loss(hidden, weight, None, labels).backward()
+    sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(sizes) <= 1024 * vocabulary * 4

@@ -1,0 +1,95 @@
+"""A resumed run equals an uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from collie_lab import AdamW, Experiment, LoRA, Lomo, Model, Parallel, Skills, Training
+from collie_lab.folder import RunFolder
+from collie_lab.training.checkpoint import _SafeReader
+from tests.ranks import losses, run_here, run_ranks
+
+BASE = Experiment(
+    model=Model("llama-tiny", init="random"), data=Skills(size=60, test_size=20, packing=True, max_length=96),
+    optimizer=AdamW(lr=3e-3), training=Training(steps=8, batch_size=4, micro_batch_size=2, schedule="linear",
+                                                checkpoint_every=5, keep_checkpoints=1),
+)
+
+
+@pytest.mark.parametrize("arm", ["adamw", "lora", "lomo"])
+def test_resume_is_exact(arm: str, tmp_path: Path) -> None:
+    experiment = {
+        "adamw": BASE,
+        "lora": BASE.replace(adapter=LoRA(r=4, dropout=0.1)),  # dropout: the random state matters too
+        "lomo": BASE.replace(optimizer=Lomo(lr=0.05)).with_("training.micro_batch_size", None),
+    }[arm]
+    whole = run_here(experiment, tmp_path / "whole")
+    checkpoint = whole.latest_checkpoint()
+    assert checkpoint is not None and checkpoint.name == "step-000005"
+    resumed = run_here(experiment, tmp_path / "resumed", resume=checkpoint)
+    assert losses(resumed) == losses(whole)[5:]
+    name = "adapter_model.safetensors" if arm == "lora" else "model.safetensors"
+    a, b = (load_file(run.path / "model" / name) for run in (whole, resumed))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def _train(folder: str, resume: str | None) -> None:
+    experiment = BASE.replace(parallel=Parallel(dp=2, zero=3)).with_("training.micro_batch_size", 1)
+    run_here(experiment, Path(folder), resume=Path(resume) if resume else None)
+
+
+@pytest.mark.ranks
+def test_two_ranks_resume_exactly_and_one_process_goes_on_from_their_checkpoint(tmp_path: Path) -> None:
+    run_ranks(_train, 2, str(tmp_path / "whole"), None)
+    whole = RunFolder(tmp_path / "whole")
+    checkpoint = whole.latest_checkpoint()
+    assert checkpoint is not None
+    run_ranks(_train, 2, str(tmp_path / "resumed"), str(checkpoint))
+    assert losses(RunFolder(tmp_path / "resumed")) == losses(whole)[5:]
+    alone = run_here(BASE.with_("training.micro_batch_size", 1), tmp_path / "alone", resume=checkpoint)
+    assert losses(alone) == pytest.approx(losses(whole)[5:], abs=1e-5)
+
+
+def test_stop_flag_ends_the_run_with_a_checkpoint_and_a_result(tmp_path: Path) -> None:
+    def stop_at_three(trainer: object) -> None:
+        if trainer.step == 3:  # type: ignore[attr-defined]
+            trainer.folder.stop_flag.touch()  # type: ignore[attr-defined]
+
+    run = run_here(BASE.replace(callbacks=(stop_at_three,)), tmp_path / "run")
+    result = run.read("result.json")
+    assert (result["status"], result["steps"]) == ("stopped", 4)
+    assert run.latest_checkpoint() == run.checkpoints / "step-000004"
+    resumed = run_here(BASE, tmp_path / "resumed", resume=run.latest_checkpoint())
+    whole = run_here(BASE, tmp_path / "whole")
+    assert losses(run) + losses(resumed) == losses(whole)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    run = run_here(BASE, tmp_path / "run")
+    other = BASE.replace(adapter=LoRA(r=4))
+    with pytest.raises(ValueError, match="another model or adapter"):
+        run_here(other, tmp_path / "other", resume=run.latest_checkpoint())
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return eval, ("1 + 1",)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(pickle.UnpicklingError, match="may not name builtins.eval"):
+        _SafeReader(tmp_path).read_metadata()
+
+
+def test_diverging_is_a_status(tmp_path: Path) -> None:
+    run = run_here(BASE.replace(optimizer=Lomo(lr=1e6)).with_("training.micro_batch_size", None), tmp_path / "run")
+    result = run.read("result.json")
+    assert result["status"] == "diverged"
+    assert result["loss"] is None
+    assert not (run.path / "model").exists()
