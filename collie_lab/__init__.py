@@ -1,7 +1,63 @@
-"""collie_lab: a Jupyter-first workbench for experiments in training large language models."""
+"""collie_lab: a Jupyter-first workbench for experiments in training large language models.
+
+Importing it is quick and does not import torch: what runs, draws or tabulates is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from collie_lab._version import __version__
-from collie_lab.cells import *  # noqa: F403
-from collie_lab.cells import __all__ as _cells
+from collie_lab.cells import (
+    SGD,
+    SHAPES,
+    SKILLS,
+    AdamW,
+    Adapter,
+    Cell,
+    CellError,
+    Data,
+    Evaluation,
+    ExactMatch,
+    Experiment,
+    Instructions,
+    Lomo,
+    LoRA,
+    Model,
+    Optimizer,
+    Parallel,
+    Perplexity,
+    Problem,
+    RandomTokens,
+    Skills,
+    Text,
+    Training,
+)
 
-__all__ = ["__version__", *_cells]
+if TYPE_CHECKING:
+    from collie_lab.launch import RankError, Run, attach, runs
+    from collie_lab.study import Results
+    from collie_lab.view import compare, figure
+
+_LAZY = {
+    "RankError": "launch", "Run": "launch", "attach": "launch", "runs": "launch",
+    "Results": "study", "compare": "view", "figure": "view",
+}
+
+__all__ = [
+    "SGD", "SHAPES", "SKILLS", "Adapter", "AdamW", "Cell", "CellError", "Data", "Evaluation", "ExactMatch",
+    "Experiment", "Instructions", "LoRA", "Lomo", "Model", "Optimizer", "Parallel", "Perplexity", "Problem",
+    "RandomTokens", "RankError", "Results", "Run", "Skills", "Text", "Training", "__version__", "attach",
+    "compare", "figure", "runs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"collie_lab.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'collie_lab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import yaml
 from pydantic import Field, field_validator
 
 from collie_lab.cells._base import Cell, CellError, Problem
@@ -78,6 +77,8 @@ class Experiment(Cell):
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The experiment as YAML, defaults included; written to `path` where one is given."""
+        import yaml
+
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
@@ -86,6 +87,8 @@ class Experiment(Cell):
     @classmethod
     def from_yaml(cls, source: str | Path) -> Self:
         """Read a YAML file (a `Path`, or a string that ends in .yaml or .yml) or YAML text."""
+        import yaml
+
         text = str(source)
         if isinstance(source, Path) or text.endswith((".yaml", ".yml")):
             if not Path(source).is_file():

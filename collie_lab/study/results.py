@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Results"]
 
-_MIB = 2**20
 # What each column of the table shows: its figure in a run's summary, the unit's factor, its format.
 _COLUMNS: dict[str, tuple[str, float, str]] = {
     "Trained": ("trainable", 1.0, "{:,.0f}"),
     "Loss": ("loss", 1.0, "{:.3f}"),
     "Perplexity": ("perplexity", 1.0, "{:.2f}"),
     "Exact match (%)": ("exact_match", 100.0, "{:.1f}"),
-    "Peak memory (MiB)": ("peak_bytes", 1 / _MIB, "{:.1f}"),
+    "Peak memory (MB)": ("peak_bytes", 1e-6, "{:.1f}"),
     "TGS": ("tgs", 1.0, "{:,.0f}"),
 }
 

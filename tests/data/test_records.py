@@ -10,7 +10,8 @@ import pytest
 from collie_lab import CellError, Instructions, Skills, Text
 from collie_lab.data import make_skills, read_documents
 
-ALPACA = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Say hi.", "input": "", "output": "hi"}]
+ALPACA = [{"instruction": "Add.", "input": "1 2", "output": "3"},
+          {"instruction": "Say hi.", "input": "", "output": "hi"}]
 PAIRS = [{"prompt": "a", "completion": "b"}]
 CHAT = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"},
                       {"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"},
@@ -49,7 +50,8 @@ def test_clinc_uses_its_own_splits(tmp_path: Path) -> None:
 
 
 def test_a_callable_source_and_format() -> None:
-    cell = Instructions(lambda: [{"q": 1, "a": 2}], format=lambda record: (str(record["q"]), str(record["a"])), holdout=0)
+    cell = Instructions(lambda: [{"q": 1, "a": 2}], holdout=0,
+                        format=lambda record: (str(record["q"]), str(record["a"])))
     assert _texts(cell) == [(("1", False), ("2", True))]
 
 
@@ -110,16 +112,26 @@ def _solve(prompt: str) -> str:
     """A second implementation of the tasks, from the prompt alone."""
     words = prompt.split()
     match words:
-        case ["copy", word]: return word
-        case ["reverse", word]: return "".join(reversed(word))
-        case ["uppercase", word]: return word.upper()
-        case ["first", "letter", "of", word]: return word[:1]
-        case ["last", "letter", "of", word]: return word[-1:]
-        case ["number", "after", number]: return f"{int(number) + 1}"
-        case ["add", a, "and", b]: return f"{int(a) + int(b)}"
-        case ["count", letter, "in", word]: return str(sum(char == letter for char in word))
-        case ["longest", "of", *rest]: return max(rest, key=len)
-        case ["repeat", times, "times", word]: return "".join([word] * int(times))
+        case ["copy", word]:
+            return word
+        case ["reverse", word]:
+            return "".join(reversed(word))
+        case ["uppercase", word]:
+            return word.upper()
+        case ["first", "letter", "of", word]:
+            return word[:1]
+        case ["last", "letter", "of", word]:
+            return word[-1:]
+        case ["number", "after", number]:
+            return f"{int(number) + 1}"
+        case ["add", a, "and", b]:
+            return f"{int(a) + int(b)}"
+        case ["count", letter, "in", word]:
+            return str(sum(char == letter for char in word))
+        case ["longest", "of", *rest]:
+            return max(rest, key=len)
+        case ["repeat", times, "times", word]:
+            return "".join([word] * int(times))
     raise AssertionError(prompt)
 
 

@@ -48,13 +48,13 @@ def _same(documents: Documents, folder: Path) -> bool:
     return Documents.load(folder).fingerprint == documents.fingerprint
 
 
-@pytest.mark.parametrize(("overlong", "lengths", "cut"), [("truncate", [8, 4], 1), ("drop", [4], 1), ("split", [8, 6, 4], 1)])
-def test_documents_that_are_too_long(overlong: str, lengths: list[int], cut: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("overlong", "lengths"), [("truncate", [8, 4]), ("drop", [4]), ("split", [8, 6, 4])])
+def test_documents_that_are_too_long(overlong: str, lengths: list[int], tmp_path: Path) -> None:
     tokenizer = save_tokenizer(Model("llama-tiny"), tmp_path)
     records = read_documents(Text(["x" * 11, "yy"], holdout=0), "train")
     documents, found = tokenize(records, tokenizer, 8, overlong)
     assert documents.lengths.tolist() == lengths
-    assert found == cut
+    assert found == 1
 
 
 def test_the_chat_template_of_the_tokenizer(tmp_path: Path) -> None:
@@ -63,7 +63,8 @@ def test_the_chat_template_of_the_tokenizer(tmp_path: Path) -> None:
                 "{% if add_generation_prompt %}<assistant>{% endif %}")
     (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
     tokenizer = Tokenizer(tmp_path)
-    cell = Instructions([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}], holdout=0)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    cell = Instructions([{"messages": messages}], holdout=0)
     (document,) = read_documents(cell, "train", tokenizer.render_chat)
     assert document.segments == (("<user>hi</s><assistant>", False), ("yo</s>", True))
     documents, _ = tokenize([document], tokenizer, 64, "truncate")

@@ -37,7 +37,8 @@ def test_stories260k_tells_its_known_story(shared: Path, tmp_path: Path) -> None
     tokenizer = save_tokenizer(cell, tmp_path)
     model, _ = build_model(Experiment(model=cell), CPU)
     model.eval()
-    prompts = [np.array(tokenizer.prefix), np.array(tokenizer.prefix + tokenizer.encode(["Once upon a time, there"])[0])]
+    opening = tokenizer.encode(["Once upon a time, there"])[0]
+    prompts = [np.array(tokenizer.prefix), np.array(tokenizer.prefix + opening)]
     with torch.no_grad():
         first, second = generate(model, prompts, tokenizer, 40, CPU)
     story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
@@ -55,11 +56,12 @@ def test_exact_match_counts_every_document_once(tmp_path: Path) -> None:
     tokens = np.array([token for prompt in prompts for token in [*prompt, 0]], dtype=np.int32)
     documents = Documents(tokens, np.ones(len(tokens), dtype=np.bool_), offsets,
                           np.array([len(prompt) for prompt in prompts]), (answers[0], "no", answers[2]))
-    found = evaluate(ExactMatch(max_new_tokens=8, batch_size=2), model, documents, tokenizer, Single(CPU, "fp32"), flat=True)
+    alone = Single(CPU, "fp32")
+    found = evaluate(ExactMatch(max_new_tokens=8, batch_size=2), model, documents, tokenizer, alone, flat=True)
     assert found["exact_match"] == pytest.approx(2 / 3)
     assert found["exact_match_se"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))
     half = ExactMatch(max_new_tokens=8, score=lambda answer, reference: 0.5)
-    assert evaluate(half, model, documents, tokenizer, Single(CPU, "fp32"), flat=True)["exact_match"] == 0.5
+    assert evaluate(half, model, documents, tokenizer, alone, flat=True)["exact_match"] == 0.5
 
 
 def test_exported_model_gives_the_same_logits(tmp_path: Path) -> None:

@@ -38,21 +38,26 @@ def _reference(model: torch.nn.Module, documents: Documents) -> torch.Tensor:
     return total
 
 
-FAMILIES = {
-    "llama": dict(num_key_value_heads=2),
-    "mistral": dict(num_key_value_heads=2, sliding_window=16),
-    "qwen2": dict(num_key_value_heads=2), "gpt_neox": {}, "gpt2": {}, "gemma": dict(num_key_value_heads=1, head_dim=16),
-    "gemma2": dict(num_key_value_heads=1, head_dim=16, sliding_window=16), "phi3": dict(pad_token_id=0),
-    "granite": dict(num_key_value_heads=2, logits_scaling=4.0), "cohere": dict(num_key_value_heads=2, logit_scale=0.25),
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 16},
+    "qwen2": {"num_key_value_heads": 2},
+    "gpt_neox": {},
+    "gpt2": {},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
+    "gemma2": {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16},
+    "phi3": {"pad_token_id": 0},
+    "granite": {"num_key_value_heads": 2, "logits_scaling": 4.0},
+    "cohere": {"num_key_value_heads": 2, "logit_scale": 0.25},
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_equal_the_documents_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300,
-                 max_position_embeddings=128, **FAMILIES[family])
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "vocab_size": 300, "max_position_embeddings": 128, **FAMILIES[family]}
     if family == "gpt2":
-        shape = dict(n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=128)
+        shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300, "n_positions": 128}
     monkeypatch.setitem(SHAPES, "test", {"model_type": family, **shape})
     model, _ = build_model(Experiment(model=Model("test", init="random")), CPU)
     model.eval()

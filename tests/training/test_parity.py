@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from collie_lab import SGD, AdamW, Experiment, LoRA, Lomo, Model, Parallel, Perplexity, Skills, Training
+from collie_lab import SGD, AdamW, Experiment, Lomo, LoRA, Model, Parallel, Perplexity, Skills, Training
 from collie_lab.folder import RunFolder
 from tests.ranks import losses, run_here, run_ranks
 

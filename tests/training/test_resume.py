@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from collie_lab import AdamW, Experiment, LoRA, Lomo, Model, Parallel, Skills, Training
+from collie_lab import AdamW, Experiment, Lomo, LoRA, Model, Parallel, Skills, Training
 from collie_lab.folder import RunFolder
 from collie_lab.training.checkpoint import _SafeReader
 from tests.ranks import losses, run_here, run_ranks
@@ -30,7 +30,7 @@ def test_resume_is_exact(arm: str, tmp_path: Path) -> None:
     }[arm]
     whole = run_here(experiment, tmp_path / "whole")
     checkpoint = whole.latest_checkpoint()
-    assert checkpoint is not None and checkpoint.name == "step-000005"
+    assert checkpoint == whole.checkpoints / "step-000005"
     resumed = run_here(experiment, tmp_path / "resumed", resume=checkpoint)
     assert losses(resumed) == losses(whole)[5:]
     name = "adapter_model.safetensors" if arm == "lora" else "model.safetensors"
@@ -83,7 +83,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
             return eval, ("1 + 1",)
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(pickle.UnpicklingError, match="may not name builtins.eval"):
+    with pytest.raises(pickle.UnpicklingError, match=r"may not name builtins\.eval"):
         _SafeReader(tmp_path).read_metadata()
 
 

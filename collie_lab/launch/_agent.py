@@ -1,0 +1,50 @@
+"""torchrun, the agent that starts the ranks: its command line and what its log says of them.
+
+torchrun reports exit codes in text only. `started_closing` recognises its first words after a rank has
+failed, `exits` its closing report. Should their form change, a run still ends; only the codes are unknown.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import NamedTuple
+
+__all__ = ["Exit", "before_closing", "command", "exits", "started_closing"]
+
+
+class Exit(NamedTuple):
+    """How one rank ended: negative codes are signals."""
+
+    rank: int
+    code: int
+    pid: int
+
+
+_REPORT = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+) \(pid: (\d+)\)")
+_CLOSING = re.compile(r"Sending process \d+ closing signal|failed \(exitcode: -?\d+\)")
+
+
+def command(module: str, world_size: int, folder: str) -> list[str]:
+    """The command that runs `module` on `world_size` ranks of this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size),
+            "-m", module, folder]
+
+
+def started_closing(log: str) -> bool:
+    """Whether a rank has failed: torchrun then ends the others."""
+    return _CLOSING.search(log) is not None
+
+
+def before_closing(log: str) -> str:
+    """What stood in the log before torchrun spoke of a failed rank: words of ranks that had no log yet."""
+    match = _CLOSING.search(log)
+    return log[: log.rfind("\n", 0, match.start()) + 1] if match else log
+
+
+def exits(log: str) -> list[Exit]:
+    """Ranks that did not end with code 0, from the closing report: torchrun's first suspect first."""
+    found = [Exit(int(rank), int(code), int(pid)) for rank, code, pid in _REPORT.findall(log)]
+    _, _, suspect = log.partition("Root Cause")
+    first = {exit_.rank for exit_ in exits(suspect)[:1]} if suspect else set()
+    return sorted(found, key=lambda exit_: exit_.rank not in first)

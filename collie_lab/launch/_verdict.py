@@ -1,0 +1,125 @@
+"""What became of a run, judged from what is left of it. Pure: facts in, verdict out."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from collie_lab.launch._agent import Exit
+
+__all__ = ["Facts", "Verdict", "first_failure", "how_it_ended", "judge"]
+
+#: Why the supervisor stopped waiting: the ranks had ended, one had failed, somebody wanted the end, the ranks
+#: did not heed the stop flag, the time was up, or the kernel was gone.
+Cause = Literal["ended", "failed", "killed", "unstopped", "timeout", "orphaned"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the supervisor knows at the end of a run."""
+
+    cause: Cause
+    agent_code: int | None
+    """Exit code of torchrun; None where it could not be ended."""
+    exits: Sequence[Exit] = ()
+    """The ranks that did not end with code 0, torchrun's first suspect first."""
+    records: Sequence[Mapping[str, Any]] = ()
+    """The contents of `errors/`."""
+    result: Mapping[str, Any] = field(default_factory=dict)
+    signalled: frozenset[int] = frozenset()
+    """Pids that the supervisor itself ended."""
+    oom_kills: int = 0
+    """Processes that the system ended for want of memory since the start."""
+    grace: float = 0.0
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The final status, the rank that failed first (if one did), and a sentence for people."""
+
+    status: str
+    detail: str = ""
+    rank: int | None = None
+
+
+def judge(facts: Facts) -> Verdict:
+    """The verdict on a run."""
+    if facts.agent_code == 0 and facts.result:
+        return Verdict(str(facts.result["status"]))
+    match facts.cause:
+        case "killed":
+            return Verdict("stopped", "killed on request")
+        case "unstopped":
+            return Verdict("stopped", f"killed: the ranks did not heed the stop within {facts.grace:g} s")
+        case "orphaned":
+            return Verdict("stopped", "ended, for the kernel that had started it was gone")
+        case "timeout":
+            return Verdict("timeout", f"no end after {facts.timeout:g} s; "
+                                      "the error logs of the ranks show what they were doing")
+    return _judge_failure(facts)
+
+
+def _judge_failure(facts: Facts) -> Verdict:
+    rank = first_failure(facts)
+    if rank is None:
+        return Verdict("error", _without_culprit(facts.agent_code))
+    record = next((record for record in facts.records if record["rank"] == rank), None)
+    if any(record["type"] == "OutOfMemoryError" for record in facts.records):
+        status = "cuda_oom"
+    elif record is None and facts.oom_kills and _code(facts, rank) == -signal.SIGKILL:
+        return Verdict("host_oom", f"rank {rank}: killed (SIGKILL) by the system, out of host memory", rank)
+    else:
+        status = "error"
+    ending = summary_line(record) if record else how_it_ended(_code(facts, rank))
+    return Verdict(status, f"rank {rank}: {ending}", rank)
+
+
+def first_failure(facts: Facts) -> int | None:
+    """The rank whose failure came first.
+
+    A rank that ended without a word (a crash, `os._exit`) goes before those with an exception, whose
+    exceptions are of its making. Not so SIGABRT: NCCL's watchdog aborts a rank after a peer has failed.
+    SIGTERM is torchrun's way to end the peers.
+    """
+    told = sorted(facts.records, key=lambda record: int(record["time_ns"]))
+    spoken = {record["rank"] for record in told}
+    silent = [exit_ for exit_ in facts.exits if exit_.rank not in spoken and exit_.pid not in facts.signalled]
+    crashed = [exit_.rank for exit_ in silent if exit_.code not in (-signal.SIGTERM, -signal.SIGABRT)]
+    ordered = [*crashed, *(int(record["rank"]) for record in told), *(exit_.rank for exit_ in silent)]
+    return ordered[0] if ordered else None
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code in words: `segmentation fault (SIGSEGV)`, `exit code 3`."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    words = {"SIGSEGV": "segmentation fault", "SIGKILL": "killed", "SIGABRT": "aborted", "SIGBUS": "bus error"}
+    return f"{words.get(name, 'ended')} ({name})"
+
+
+def summary_line(record: Mapping[str, Any]) -> str:
+    """An error record in one line: `ValueError: bad loss`, `sys.exit(3)`."""
+    message = str(record["message"]).strip()
+    first = message.splitlines()[0] if message else ""
+    if record["type"] == "SystemExit":
+        return first
+    return f"{record['type']}: {first}" if first else str(record["type"])
+
+
+def _code(facts: Facts, rank: int) -> int:
+    return next((exit_.code for exit_ in facts.exits if exit_.rank == rank), 1)
+
+
+def _without_culprit(agent_code: int | None) -> str:
+    if agent_code == 0:
+        return "the ranks ended without a result"
+    if agent_code is not None and agent_code < 0:
+        return f"the launcher (torchrun) was {how_it_ended(agent_code)}"
+    return "the launcher (torchrun) failed; its words are in logs/launcher.log"

@@ -1,0 +1,129 @@
+"""What every rank does before anything else: die with its parent, write to its logs, tell how it failed.
+
+Imports no torch, so that a failure while torch is imported is told like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from collie_lab.folder import RunFolder, write_json
+
+__all__ = ["die_with_parent", "enter"]
+
+_PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def enter(folder: RunFolder | str | Path) -> Iterator[None]:
+    """The frame of a rank's whole life: `with rank.enter(folder): train(...)`.
+
+    Standard output and error go to the rank's logs; SIGUSR1 writes the stacks of all threads to the
+    error log; SIGINT is ignored (a run is stopped by its stop flag). An exception leaves a record in
+    `errors/` and ends the process with exit code 1. The rank's number is the environment's `RANK`.
+    """
+    folder = folder if isinstance(folder, RunFolder) else RunFolder(folder)
+    rank = int(os.environ.get("RANK", "0"))
+    _redirect(folder, rank)
+    _tie_to_parent(folder)
+    faulthandler.enable(all_threads=True)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    except SystemExit as leave:
+        if leave.code not in (None, 0):
+            _record(folder, rank, leave)
+        raise
+    except BaseException as error:
+        _record(folder, rank, error)
+        raise SystemExit(1) from None
+
+
+def die_with_parent() -> None:
+    """Have Linux send SIGKILL to this process when the thread that started it ends; elsewhere nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _redirect(folder: RunFolder, rank: int) -> None:
+    """Files, not pipes: whoever floods a file blocks nobody and nobody has to read it."""
+    for descriptor, stream in ((1, "out"), (2, "err")):
+        target = os.open(folder.log(rank, stream), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(target, descriptor)
+        os.close(target)
+
+
+def _tie_to_parent(folder: RunFolder) -> None:
+    """End when torchrun ends, however it ends, and have forked children (DataLoader workers) do the same."""
+    die_with_parent()
+    supervisor = folder.read("status.json").get("pid")
+    if supervisor is not None and not _has_grandparent(supervisor):
+        # torchrun was gone before the line above could notice.
+        print("this rank has lost the launcher that started it", file=sys.stderr)
+        os._exit(1)
+    if sys.platform == "linux":
+        _tie_children()
+    else:
+        threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _has_grandparent(pid: int) -> bool:
+    try:
+        return psutil.Process(os.getppid()).ppid() == pid
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _tie_children() -> None:
+    """Tie every forked child to its parent: the kernel's setting does not pass through a fork.
+
+    Only children of the main thread: the signal comes when the forking *thread* ends, and another
+    thread may well end before the child has done its work.
+    """
+    forking = threading.local()
+
+    def before() -> None:
+        forking.parent = os.getpid()
+        forking.main = threading.current_thread() is threading.main_thread()
+
+    def in_child() -> None:
+        if forking.main:
+            die_with_parent()
+            if os.getppid() != forking.parent:
+                os._exit(1)
+
+    os.register_at_fork(before=before, after_in_child=in_child)
+
+
+def _follow_parent(parent: int) -> None:
+    """Where the system offers no signal at the parent's end: look once a second."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _record(folder: RunFolder, rank: int, error: BaseException) -> None:
+    """Write `errors/rank-N.json`, and the traceback to the error log."""
+    time_ns = time.time_ns()
+    inner = error.__traceback__.tb_next if error.__traceback__ else None  # the first frame is `enter` itself
+    text = "".join(traceback.format_exception(type(error), error, inner))
+    message = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else str(error)
+    write_json(folder.errors / f"rank-{rank}.json", {
+        "rank": rank, "time_ns": time_ns, "host": socket.gethostname(),
+        "type": type(error).__name__, "message": message, "traceback": text,
+    })
+    print(text, file=sys.stderr, end="", flush=True)

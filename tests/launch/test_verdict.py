@@ -1,0 +1,97 @@
+"""The verdict on a run from what is left of it, and the parts it is made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collie_lab.launch._agent import Exit, exits, started_closing
+from collie_lab.launch._logs import read_log
+from collie_lab.launch._processes import oom_kills
+from collie_lab.launch._verdict import Facts, Verdict, judge
+
+
+def record(rank: int, type_: str = "ValueError", time_ns: int = 1) -> dict[str, Any]:
+    return {"rank": rank, "type": type_, "message": "words", "time_ns": time_ns}
+
+
+KILLED = Exit(1, -9, 100)
+
+
+@pytest.mark.parametrize(("facts", "verdict"), [
+    (Facts("ended", 0, result={"status": "ok"}), Verdict("ok")),
+    (Facts("ended", 0, result={"status": "diverged"}), Verdict("diverged")),
+    (Facts("killed", 0, result={"status": "ok"}), Verdict("ok")),  # the end came before the kill
+    (Facts("ended", 0), Verdict("error", "the ranks ended without a result")),
+    (Facts("ended", 1, [KILLED], oom_kills=1),
+     Verdict("host_oom", "rank 1: killed (SIGKILL) by the system, out of host memory", 1)),
+    (Facts("ended", 1, [KILLED]), Verdict("error", "rank 1: killed (SIGKILL)", 1)),
+    (Facts("ended", 1, [Exit(0, 1, 7)], [record(0, "OutOfMemoryError")]),
+     Verdict("cuda_oom", "rank 0: OutOfMemoryError: words", 0)),
+    # A peer's exception follows from the crash, though only the exception has left a record.
+    (Facts("failed", 1, [Exit(0, 1, 99), KILLED], [record(0)]), Verdict("error", "rank 1: killed (SIGKILL)", 1)),
+    # NCCL's watchdog aborts the peers of a failed rank; torchrun and the supervisor end them.
+    (Facts("failed", 1, [Exit(1, -6, 100), Exit(0, 1, 99)], [record(0)]),
+     Verdict("error", "rank 0: ValueError: words", 0)),
+    (Facts("failed", 1, [KILLED, Exit(0, 1, 99)], [record(0)], signalled=frozenset({100})),
+     Verdict("error", "rank 0: ValueError: words", 0)),
+    (Facts("failed", 1, [Exit(0, -15, 99), Exit(1, 1, 100)], [record(1)]),
+     Verdict("error", "rank 1: ValueError: words", 1)),
+    (Facts("failed", 1, [], [record(0, time_ns=2), record(1, "KeyError", time_ns=1)]),
+     Verdict("error", "rank 1: KeyError: words", 1)),
+    (Facts("ended", 1), Verdict("error", "the launcher (torchrun) failed; its words are in logs/launcher.log")),
+    (Facts("ended", -9), Verdict("error", "the launcher (torchrun) was killed (SIGKILL)")),
+])
+def test_verdicts(facts: Facts, verdict: Verdict) -> None:
+    assert judge(facts) == verdict
+
+
+REPORT = """
+W1123 00:00:00.000000 9 torch/distributed/elastic/multiprocessing/api.py:900] Sending process 99 closing signal SIGTERM
+Failures:
+[0]:
+  time      : 2026-11-23_00:00:00
+  host      : here
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 99)
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+------------------------------------------------------------
+Root Cause (first observed failure):
+[1]:
+  time      : 2026-11-23_00:00:00
+  host      : here
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 100)
+"""
+
+
+def test_torchruns_report_gives_codes_and_suspect() -> None:
+    assert exits(REPORT) == [Exit(1, -9, 100), Exit(0, 1, 99)]
+    assert exits("nothing to report") == []
+    assert started_closing(REPORT)
+    assert not started_closing("W1123 Setting OMP_NUM_THREADS")
+
+
+def test_kills_for_want_of_memory_are_counted_by_cgroup(tmp_path: Path) -> None:
+    assert oom_kills(tmp_path) == 0
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/job\n0::/job\n")
+    (tmp_path / "proc/vmstat").write_text("nr_free 1\noom_kill 9\n")
+    assert oom_kills(tmp_path) == 9
+    for file, count in {"memory/job/memory.oom_control": 3, "job/memory.events": 2}.items():
+        path = tmp_path / "sys/fs/cgroup" / file
+        path.parent.mkdir(parents=True)
+        path.write_text(f"oom 7\noom_kill {count}\n")
+        assert oom_kills(tmp_path) == count
+
+
+def test_logs_read_as_a_terminal_shows_them(tmp_path: Path) -> None:
+    log = tmp_path / "rank-0.err"
+    assert read_log(log) == ""
+    log.write_bytes(b"one\r\n\r 10%\r100%\nthree\n" + b"x" * 200_000 + b"\nlast")
+    assert read_log(log).splitlines()[:3] == ["one", "100%", "three"]
+    assert read_log(log, tail=1) == "last"
+    assert read_log(log, tail=4).splitlines()[0] == "100%"

@@ -1,0 +1,61 @@
+"""A rank without a model: it calls the experiment's callbacks at every step and keeps the run folder's contract."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from collie_lab import rank
+from collie_lab.code import load_experiment
+from collie_lab.folder import JsonLines, RunFolder
+
+
+class Trainer:
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        self.rank = int(os.environ["RANK"])
+        self.world_size = int(os.environ["WORLD_SIZE"])
+        self.step = 0
+
+    def barrier(self) -> None:
+        """A collective; torch is imported only where one is wanted."""
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        dist.barrier()
+
+    def say(self, name: str, record: dict[str, Any]) -> None:
+        lines = JsonLines(self.folder.path / f"{name}.jsonl")
+        lines.append(record)
+        lines.close()
+
+
+def main() -> None:
+    folder = RunFolder(sys.argv[1])
+    with rank.enter(folder):
+        experiment = load_experiment(folder)
+        trainer = Trainer(folder)
+        status = "ok"
+        for trainer.step in range(1, experiment.training.steps + 1):
+            for callback in experiment.callbacks:
+                callback(trainer)
+            if trainer.rank == 0:
+                trainer.say("metrics", {"step": trainer.step, "time": time.time(), "loss": 1.0 / trainer.step,
+                                        "lr": 0.1, "grad_norm": None, "tokens": 8, "tokens_per_second": 80.0,
+                                        "mfu": None, "memory_allocated": None})
+            if folder.stop_flag.exists():
+                status = "stopped"
+                if trainer.rank == 0:
+                    trainer.say("events", {"time": time.time(), "kind": "stopping", "step": trainer.step})
+                break
+        if trainer.rank == 0:
+            trainer.say("events", {"time": time.time(), "kind": "evaluation", "step": trainer.step, "perplexity": 2.5})
+            folder.write("result.json", {"status": status, "steps": trainer.step, "loss": 0.5, "perplexity": 2.5,
+                                         "peak_bytes": 10, "tokens_per_second": 80.0, "seconds": 0.1})
+
+
+if __name__ == "__main__":
+    main()

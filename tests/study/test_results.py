@@ -1,0 +1,58 @@
+"""Tables and files from run folders; no process is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import collie_lab as lab
+from collie_lab.folder import JsonLines, RunFolder
+
+
+def _run(name: str, status: str = "ok", **result: float) -> lab.Run:
+    folder = RunFolder.create("runs", name)
+    lines = JsonLines(folder.path / "metrics.jsonl")
+    for step in range(1, 4):
+        lines.append({"step": step, "time": step, "loss": 3.0 / step, "lr": 0.1, "grad_norm": 1.0, "tokens": 100,
+                      "tokens_per_second": 50.0, "mfu": None, "memory_allocated": 10})
+    lines.close()
+    (folder.path / "experiment.yaml").write_text("model: {source: x}\n", encoding="utf-8")
+    folder.write("status.json", {"status": status, "pid": 1, "pid_started": 0.0, "started": 0.0, "ended": 1.0})
+    if result:
+        folder.write("result.json", {"status": status, "steps": 3, "world_size": 2, **result})
+    return lab.Run(folder)
+
+
+@pytest.fixture
+def results() -> lab.Results:
+    good = {"loss": 1.0, "perplexity": 2.5, "exact_match": 0.25, "peak_bytes": 2_000_000, "tokens_per_second": 3000.0,
+            "trainable": 1234}
+    return lab.Results({"AdamW & co": _run("a", **good), "LOMO": _run("b", "cuda_oom")})
+
+
+def test_table_shows_figures_and_a_failed_run_as_its_status(results: lab.Results) -> None:
+    table = results.table()
+    assert table.loc["AdamW & co"].to_dict() == {
+        "Trained": "1,234", "Loss": "1.000", "Perplexity": "2.50", "Exact match (%)": "25.0",
+        "Peak memory (MB)": "2.0", "TGS": "1,500"}
+    assert set(table.loc["LOMO"]) == {"cuda oom"}
+
+
+def test_export_writes_every_format_and_where_it_comes_from(results: lab.Results, tmp_path: Path) -> None:
+    files = results.export(tmp_path / "out")
+    assert [file.name for file in files] == ["arms.json", "figure.pdf", "figure.png", "table.csv", "table.md", "table.tex"]
+    frame = pd.read_csv(tmp_path / "out" / "table.csv", index_col=0)
+    assert frame.loc["AdamW & co", "peak_bytes"] == 2_000_000
+    assert frame.loc["AdamW & co", "tgs"] == 1500
+    markdown = (tmp_path / "out" / "table.md").read_text(encoding="utf-8").splitlines()
+    assert markdown[0].startswith("| Method")
+    assert len({len(line) for line in markdown}) == 1
+    latex = (tmp_path / "out" / "table.tex").read_text(encoding="utf-8")
+    assert r"AdamW \& co & 1,234 & 1.000" in latex
+    assert r"\toprule" in latex
+    arms = json.loads((tmp_path / "out" / "arms.json").read_text(encoding="utf-8"))
+    assert arms["LOMO"]["status"] == "cuda_oom"
+    assert arms["AdamW & co"]["run"] == results.runs["AdamW & co"].id

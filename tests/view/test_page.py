@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from collie_lab.folder import RunFolder
+from collie_lab.view.chart import Line, line_chart, nice_ticks, sparkline
+from collie_lab.view.history import History
+from collie_lab.view.page import page
+from tests.view.fabricate import FakeRun, append, end, record
+
+
+def _page(folder: RunFolder, alive: bool) -> str:
+    history = History(folder)
+    history.update(alive)
+    text = page(history)
+    ElementTree.fromstring(text.replace("&nbsp;", " "))  # well-formed, so that no front-end mends it its own way
+    return text
+
+
+def _words(markup: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style>.*?</style>", "", markup)))
+
+
+@pytest.mark.parametrize(("low", "high", "ticks"), [
+    (0, 10, [0, 2.5, 5, 7.5, 10]), (1.1, 5.8, [0, 2, 4, 6]), (0.012, 0.019, [0.012, 0.014, 0.016, 0.018, 0.02]),
+])
+def test_nice_ticks(low: float, high: float, ticks: list[float]) -> None:
+    np.testing.assert_allclose(nice_ticks(low, high, 4), ticks)
+
+
+def test_whole_ticks_for_steps() -> None:
+    assert nice_ticks(0, 3, 6, whole=True) == [0, 1, 2, 3]
+
+
+def test_points_lie_where_their_values_are() -> None:
+    x, y = np.array([0.0, 50.0, 100.0]), np.array([0.0, 2.0, 4.0])
+    svg = line_chart([Line(x, y, "dot", dots=True)], (0, 100), (0, 4), width=158, height=134)
+    centres = [(float(a), float(b)) for a, b in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    assert centres == [(46, 110), (96, 60), (146, 10)]  # the frame is 100 by 100
+
+
+def test_nan_breaks_a_line() -> None:
+    svg = line_chart([Line(np.arange(5.0), np.array([1, 2, np.nan, 3, 4]), "smooth")], (0, 4), (1, 4))
+    assert re.search(r'class="smooth" d="([^"]*)"', svg)[1].count("M") == 2  # type: ignore[index]
+    assert "nan" not in svg
+    assert "nan" not in sparkline(np.array([1, np.nan, 2]))
+
+
+def test_a_finished_run(finished: FakeRun) -> None:
+    words = _words(_page(finished.folder, alive=False))
+    for part in (finished.folder.id, " ok ", "step 40/40", "took 1 min 00 s", "perplexity 3.000", "exact match 50.0%",
+                 "tokens/s 130", "peak memory 2.00 MB", "learning rate 0.001", "held out (log perplexity)"):
+        assert part in words
+
+
+def test_before_the_first_step(folder: RunFolder) -> None:
+    append(folder, "events.jsonl", [{"time": 0, "kind": "phase", "text": "loading the <model>"}])
+    text = _page(folder, alive=True)
+    assert "loading the &lt;model&gt;" in text
+
+
+def test_a_loss_that_never_was_a_number(folder: RunFolder) -> None:
+    append(folder, "metrics.jsonl", [record(step, float("nan")) for step in range(1, 5)])
+    end(folder, "diverged")
+    text = _page(folder, alive=False)
+    assert "no finite loss" in text
+    assert "diverged" in text
+
+
+def test_a_single_step_is_a_dot(folder: RunFolder) -> None:
+    append(folder, "metrics.jsonl", [record(1)])
+    assert 'class="lone"' in _page(folder, alive=True)
+
+
+def test_a_failure_is_told_escaped_and_in_red(folder: RunFolder) -> None:
+    folder.write("errors/rank-1.json", {"rank": 1, "time_ns": 1, "type": "ValueError", "message": "a <b> & c",
+                                        "traceback": "Traceback\n  line 7"})
+    append(folder, "events.jsonl", [{"time": 0, "kind": "warning", "text": "half of the tokens are padding"}])
+    end(folder, "error", detail="rank 1: exit code 1")
+    text = _page(folder, alive=False)
+    assert "rank 1: ValueError: a &lt;b&gt; &amp; c" in text
+    for part in ("line 7", "rank 1: exit code 1", "half of the tokens are padding", "background:#B3261E"):
+        assert part in text
+
+
+def test_ten_thousand_steps_stay_light(folder: RunFolder) -> None:
+    append(folder, "metrics.jsonl", (record(step, 1 + step % 7) for step in range(1, 10_001)))
+    assert len(_page(folder, alive=True)) < 30_000
