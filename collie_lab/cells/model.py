@@ -19,12 +19,13 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: 
             "max_position_embeddings": context, **more}
 
 
-#: Named shapes. 7b–65b: Touvron et al. 2023 (arXiv 2302.13971), table 2. The small ones are ours, for
-#: CPUs; their 320-piece vocabulary holds the byte tokenizer.
+#: Named shapes. 7b–65b: Touvron et al. 2023 (arXiv 2302.13971), table 2; 1b: TinyLlama (Zhang et al. 2024,
+#: arXiv 2401.02385). The smaller ones are ours, for CPUs; their 320-piece vocabulary holds the byte tokenizer.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-tiny": _llama(64, 172, 2, 4, vocabulary=320, context=512, tie_word_embeddings=True),
     "llama-1m": _llama(128, 344, 5, 8, vocabulary=320, context=512, tie_word_embeddings=True),
     "llama-5m": _llama(256, 688, 6, 8, vocabulary=320, context=1024, tie_word_embeddings=True),
+    "llama-1b": _llama(2048, 5632, 22, 32, num_key_value_heads=4),
     "llama-7b": _llama(4096, 11_008, 32, 32),
     "llama-13b": _llama(5120, 13_824, 40, 40),
     "llama-30b": _llama(6656, 17_920, 60, 52),

@@ -81,17 +81,20 @@ class Order:
 
 
 def pack(lengths: NDArray[np.int64], order: NDArray[np.int64], capacity: int) -> list[Sequence]:
-    """Best-fit decreasing bin packing, over windows of `order`: sequences of at most `capacity` tokens.
+    """Best-fit bin packing over windows of `order`: sequences of at most `capacity` tokens.
 
-    Each document goes, longest first, to the sequence that it fills best (Johnson 1974).
+    Each document goes to the sequence that it fills best (Johnson 1974). The long ones go first, longest
+    first; the short ones follow in the given order, since packing them by length too would put the like
+    together and make gradients noisier than a random draw's.
     """
     sequences: list[Sequence] = []
     for begin in range(0, len(order), _WINDOW):
         window = order[begin : begin + _WINDOW]
-        longest_first = window[np.argsort(-lengths[window], kind="stable")]
+        sort_key = np.where(lengths[window] > capacity // 4, -lengths[window], 0)
+        long_first = window[np.argsort(sort_key, kind="stable")]
         free: list[tuple[int, int]] = []  # (tokens left, bin), sorted
         bins: list[list[int]] = []
-        for document in longest_first.tolist():
+        for document in long_first.tolist():
             length = int(lengths[document])
             at = bisect.bisect_left(free, (length, -1))
             if at == len(free):

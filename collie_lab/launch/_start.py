@@ -44,7 +44,10 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     `resume` continues from a run's newest checkpoint, or from the given one. `timeout` ends the run after
     so many seconds, `env` adds to the environment of the ranks. The run gets a new folder in `folder`.
     """
-    experiment.check().raise_for_errors()
+    report = experiment.check()
+    report.raise_for_errors()
+    for problem in report.warnings:
+        warnings.warn(str(problem), stacklevel=3)
     checkpoint = _checkpoint(resume)
     mapping, packed = code.pack(experiment)
     run_folder = RunFolder.create(folder, experiment.name)

@@ -101,8 +101,10 @@ class Results:
 
 
 def _cell(value: Any, factor: float, form: str, status: str) -> str:
+    if status not in ("ok", "stopped"):
+        return status.replace("_", " ")
     if value is None or value != value:
-        return "–" if status in ("ok", "stopped") else status.replace("_", " ")
+        return "–"
     return form.format(float(value) * factor)
 
 

@@ -92,7 +92,9 @@ class Trainer:
             grad_norm = self._clip()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        values = self._strategy.total(torch.stack([loss_sum, loss_sum.new_tensor(float(self._wants_stop()))]))
+        # A tensor from a host number would wait for the device; a filled one does not.
+        stop = torch.full_like(loss_sum, float(self._wants_stop()))
+        values = self._strategy.total(torch.stack([loss_sum, stop]))
         self._meters.push(
             self.step, torch.stack([values[0] / plan.targets, grad_norm, values[1]]),
             lr=self.optimizer.param_groups[0]["lr"], tokens=plan.tokens, memory=self._memory.step_bytes, began=began,

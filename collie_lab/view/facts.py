@@ -24,8 +24,19 @@ def metric_text(name: str, value: float | None) -> str:
 
 
 def evaluation_text(values: Mapping[str, float]) -> str:
-    """The numbers of one evaluation: `perplexity 4.120, exact match 31.0%`."""
-    return ", ".join(f"{_label(name)} {metric_text(name, value)}" for name, value in values.items()) or "no numbers"
+    """The numbers of one evaluation: `perplexity 4.120`, `exact match 31.0% ± 3.2%` (standard error)."""
+    return ", ".join(f"{_label(name)} {text}" for name, text in _metric_texts(values).items()) or "no numbers"
+
+
+def _metric_texts(values: Mapping[str, float]) -> dict[str, str]:
+    """The metrics to be read; a `..._se` stands behind its metric, and `nll` says what perplexity says."""
+    texts = {}
+    for name, value in values.items():
+        if name.endswith("_se") or (name == "nll" and "perplexity" in values):
+            continue
+        error = values.get(f"{name}_se")
+        texts[name] = metric_text(name, value) + (f" ± {metric_text(name, error)}" if error is not None else "")
+    return texts
 
 
 def progress_text(history: History) -> str:
@@ -44,7 +55,7 @@ def facts(history: History) -> dict[str, str]:
     for name in ("perplexity", "exact_match"):
         if result.get(name) is not None:
             latest[name] = result[name]
-    found |= {_label(name): metric_text(name, value) for name, value in latest.items()}
+    found |= {_label(name): text for name, text in _metric_texts(latest).items()}
     speed = result.get("tokens_per_second") or history.recent("tokens_per_second")
     if speed is not None:
         found["tokens/s"] = count_text(speed)

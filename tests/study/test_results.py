@@ -43,7 +43,8 @@ def test_table_shows_figures_and_a_failed_run_as_its_status(results: lab.Results
 
 def test_export_writes_every_format_and_where_it_comes_from(results: lab.Results, tmp_path: Path) -> None:
     files = results.export(tmp_path / "out")
-    assert [file.name for file in files] == ["arms.json", "figure.pdf", "figure.png", "table.csv", "table.md", "table.tex"]
+    names = ["arms.json", "figure.pdf", "figure.png", "table.csv", "table.md", "table.tex"]
+    assert [file.name for file in files] == names
     frame = pd.read_csv(tmp_path / "out" / "table.csv", index_col=0)
     assert frame.loc["AdamW & co", "peak_bytes"] == 2_000_000
     assert frame.loc["AdamW & co", "tgs"] == 1500
