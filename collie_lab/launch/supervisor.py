@@ -116,7 +116,7 @@ class _Supervisor:
         if self._stop_deadline is None:
             patience = max(self._plan["grace"], 2 * _step_seconds(self._folder.path / "metrics.jsonl"))
             self._stop_deadline = time.monotonic() + patience
-        self._stop_heeded = any(event.get("kind") == "stopping" for event in self._events.new())
+        self._stop_heeded = any(event.get("kind") in ("stopping", "ending") for event in self._events.new())
         return not self._stop_heeded and time.monotonic() > self._stop_deadline
 
     def _dump_stacks(self) -> None:

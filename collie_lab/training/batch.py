@@ -35,6 +35,8 @@ def collate(documents: Documents, indices: NDArray[np.int64], device: torch.devi
 
     Positions restart in every document; a target is the next token of the same document.
     """
+    # Longest first: attention wants documents of like length side by side.
+    indices = indices[np.argsort(-documents.lengths[indices], kind="stable")]
     lengths = documents.lengths[indices]
     places = np.concatenate([np.arange(documents.offsets[i], documents.offsets[i + 1]) for i in indices])
     tokens = documents.tokens[places].astype(np.int64)
@@ -44,7 +46,7 @@ def collate(documents: Documents, indices: NDArray[np.int64], device: torch.devi
     predicted = np.flatnonzero(learned)
     labels = tokens[predicted]
     if flat:
-        packed = PackedLayout.build(lengths).to(device)
+        packed = PackedLayout.build(lengths, device)
         inputs = {"input_ids": _to(tokens[None], device), "position_ids": _to(positions[None], device),
                   "packed": packed, "targets": (_to(predicted - 1, device), _to(labels, device))}
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -22,27 +22,28 @@ __all__ = ["evaluate", "exact_match", "generate", "perplexity"]
 
 
 def evaluate(cell: Evaluation, model: PreTrainedModel, documents: Documents, tokenizer: Tokenizer,
-             strategy: Strategy, *, flat: bool) -> dict[str, float]:
-    """The figures of one evaluation cell, by name; the same on every rank."""
+             strategy: Strategy, *, flat: bool, tick: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """The figures of one evaluation cell, by name; the same on every rank. `tick` is called before every batch."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), strategy.whole(model), strategy.compute():
             match cell:
                 case Perplexity():
-                    return perplexity(cell, model, documents, strategy, flat=flat)
+                    return perplexity(cell, model, documents, strategy, flat=flat, tick=tick)
                 case ExactMatch():
-                    return exact_match(cell, model, documents, tokenizer, strategy)
+                    return exact_match(cell, model, documents, tokenizer, strategy, tick=tick)
         raise TypeError(f"no evaluation for the cell {type(cell).__name__}")
     finally:
         model.train(was_training)
 
 
 def perplexity(cell: Perplexity, model: PreTrainedModel, documents: Documents, strategy: Strategy, *,
-               flat: bool) -> dict[str, float]:
+               flat: bool, tick: Callable[[], None]) -> dict[str, float]:
     """exp of the mean negative log-likelihood (`nll`, nats) per predicted token."""
     sums = torch.zeros(2, dtype=torch.float64, device=strategy.device)
     for indices in _shares(documents.lengths, cell.limit, cell.batch_size, strategy):
+        tick()
         batch = collate(documents, indices, strategy.device, flat=flat)
         sums[0] += model(**batch.inputs, likelihood=True)
         sums[1] += int(documents.targets[indices].sum())
@@ -51,11 +52,12 @@ def perplexity(cell: Perplexity, model: PreTrainedModel, documents: Documents, s
 
 
 def exact_match(cell: ExactMatch, model: PreTrainedModel, documents: Documents, tokenizer: Tokenizer,
-                strategy: Strategy) -> dict[str, float]:
+                strategy: Strategy, *, tick: Callable[[], None]) -> dict[str, float]:
     """The mean score of the greedy answers, and its standard error over the documents."""
     score = cell.score or (lambda answer, reference: float(answer.strip() == reference.strip()))
     sums = torch.zeros(3, dtype=torch.float64, device=strategy.device)
     for indices in _shares(documents.prompt_lengths, cell.limit, cell.batch_size, strategy):
+        tick()
         prompts = [documents.tokens[documents.offsets[i] : documents.offsets[i] + documents.prompt_lengths[i]]
                    for i in indices]
         answers = generate(model, prompts, tokenizer, cell.max_new_tokens, strategy.device)

@@ -25,14 +25,22 @@ __all__ = ["ATTENTION", "PackedLayout", "supports_packed_attention"]
 #: The name under which transformers finds the attention function of this file.
 ATTENTION = "collie_packed"
 
-# Group limits grow by this factor: a group's documents differ by less, so little of it is padding.
+# A group's longest document has at most so many times the tokens of its shortest: little of it is padding.
 _GROWTH = 1.25
+_SHORT = 16  # documents below so many tokens count as of one length
+# On a CPU a call costs little and arithmetic much: the padding of a document, in squared tokens, may not
+# exceed what a call costs. 
+_CPU_PADDING = 2048
 
 
 @dataclass(frozen=True)
 class _Group:
-    index_NL: Tensor  # token of each place; a document's last token stands in for padding
-    kept: Tensor | None  # flat places that hold a token, None: all
+    """Documents that follow each other and are one call of attention."""
+
+    count: int
+    longest: int
+    index_NL: Tensor | None  # of the group's tokens, the one at each place; the last of a document pads it. None: even
+    kept: Tensor | None  # flat places that hold a token
 
 
 @dataclass(frozen=True)
@@ -40,33 +48,39 @@ class PackedLayout:
     """Where the documents of a micro-batch lie, as attention wants it. Built on the host, no synchronisation."""
 
     groups: tuple[_Group, ...]
-    inverse_T: Tensor  # from the groups' order back to the tokens'
+    sizes: tuple[int, ...]
+    """Tokens of each group."""
 
     @classmethod
-    def build(cls, lengths: NDArray[np.int64]) -> PackedLayout:
-        """The layout of documents that follow each other, from their lengths in tokens."""
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        level = np.ceil(np.log(np.maximum(lengths, 16)) / np.log(_GROWTH)).astype(np.int64)
-        groups, places = [], []
-        for one in np.unique(level):
-            members = np.flatnonzero(level == one)
-            longest = int(lengths[members].max())
-            column = np.arange(longest)
-            index = starts[members, None] + np.minimum(column, lengths[members, None] - 1)
-            valid = column < lengths[members, None]
-            kept = None if valid.all() else torch.from_numpy(np.flatnonzero(valid))
-            groups.append(_Group(torch.from_numpy(index), kept))
-            places.append(index[valid])
-        inverse = np.empty(int(lengths.sum()), dtype=np.int64)
-        inverse[np.concatenate(places)] = np.arange(len(inverse))
-        return cls(tuple(groups), torch.from_numpy(inverse))
+    def build(cls, lengths: NDArray[np.int64], device: torch.device) -> PackedLayout:
+        """The layout of documents that follow each other, from their lengths in tokens.
 
-    def to(self, device: torch.device) -> PackedLayout:
-        """The same layout on another device."""
-        groups = tuple(_Group(group.index_NL.to(device, non_blocking=True),
-                              None if group.kept is None else group.kept.to(device, non_blocking=True))
-                       for group in self.groups)
-        return PackedLayout(groups, self.inverse_T.to(device, non_blocking=True))
+        Neighbours of similar length share a group: sorted by length, the documents need fewest.
+        """
+        bounds = [0]
+        for place in range(1, len(lengths)):
+            members = lengths[bounds[-1] : place + 1]
+            if not _alike(int(members.min()), int(members.max()), device):
+                bounds.append(place)
+        spans = [lengths[begin:end] for begin, end in zip(bounds, [*bounds[1:], len(lengths)], strict=True)]
+        return cls(tuple(_group(span, device) for span in spans), tuple(int(span.sum()) for span in spans))
+
+
+def _alike(shortest: int, longest: int, device: torch.device) -> bool:
+    if device.type == "cpu":
+        return longest**2 - shortest**2 <= _CPU_PADDING
+    return longest <= _GROWTH * max(shortest, _SHORT)
+
+
+def _group(lengths: NDArray[np.int64], device: torch.device) -> _Group:
+    count, longest = len(lengths), int(lengths.max())
+    if longest * count == lengths.sum():
+        return _Group(count, longest, None, None)
+    starts, column = np.cumsum(lengths) - lengths, np.arange(longest)
+    index = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
+    kept = np.flatnonzero(column < lengths[:, None])
+    return _Group(count, longest, torch.from_numpy(index).to(device, non_blocking=True),
+                  torch.from_numpy(kept).to(device, non_blocking=True))
 
 
 def supports_packed_attention(model: PreTrainedModel) -> bool:
@@ -89,19 +103,25 @@ def _packed_attention(module: nn.Module, query_BHTD: Tensor, key_BKTD: Tensor, v
 
     Without `packed` (generation, a model called by hand) it is plain SDPA with the mask it is given.
     """
-    heads, dim = query_BHTD.shape[1], query_BHTD.shape[3]
     if packed is None:
         out = _sdpa(query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, sliding_window)
         return out.transpose(1, 2), None
-    rows = [x.transpose(1, 2).flatten(2)[0] for x in (query_BHTD, key_BKTD, value_BKTD)]
+    parts = zip(*(x.split(packed.sizes, dim=2) for x in (query_BHTD, key_BKTD, value_BKTD)), strict=True)
     outputs = []
-    for group in packed.groups:
-        shape = (*group.index_NL.shape, -1, dim)
-        q, k, v = (row.index_select(0, group.index_NL.flatten()).view(shape).transpose(1, 2) for row in rows)
-        out = _sdpa(q, k, v, None, scaling, dropout, sliding_window).transpose(1, 2).flatten(0, 1).flatten(1)
+    for group, part in zip(packed.groups, parts, strict=True):
+        q, k, v = (_rows(x, group) for x in part)
+        out = _sdpa(q, k, v, None, scaling, dropout, sliding_window).transpose(1, 2).flatten(0, 1)
         outputs.append(out if group.kept is None else out.index_select(0, group.kept))
-    out_T = torch.cat(outputs).index_select(0, packed.inverse_T)
-    return out_T.view(1, -1, heads, dim), None
+    return torch.cat(outputs)[None], None
+
+
+def _rows(x_BHTD: Tensor, group: _Group) -> Tensor:
+    """The tokens of a group, a document a row: [1, H, T, D] to [N, H, L, D]."""
+    if group.count == 1:
+        return x_BHTD
+    if group.index_NL is not None:
+        x_BHTD = x_BHTD.index_select(2, group.index_NL.flatten())
+    return x_BHTD.unflatten(2, (group.count, group.longest))[0].transpose(0, 1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, dropout: float,

@@ -193,14 +193,20 @@ class Trainer:
         return {sizes.index(max(sizes)) + 1} if sizes else set()
 
     def _wants_stop(self) -> bool:
-        return self._stop_wish or (self.rank == 0 and self.folder.stop_flag.exists())
+        self._heed_stop()
+        return self._stop_wish
+
+    def _heed_stop(self) -> None:
+        """Tell that the stop flag was seen: who set it then waits for the step, however long, before it kills."""
+        if self.rank == 0 and not self._stop_wish and self.folder.stop_flag.exists():
+            self._stop_wish = True
+            self.event("stopping", step=self.step)
 
     def _verdict(self, figures: list[StepFigures]) -> str | None:
         """Why the run ends before its last step, or None. All ranks see the same figures."""
         if any(not math.isfinite(step.loss) for step in figures):
             return "diverged"
         if any(step.stop for step in figures) and self.step < self.experiment.training.steps:
-            self.event("stopping", step=self.step)
             return "stopped"
         return None
 
@@ -208,12 +214,14 @@ class Trainer:
         last = self.step == self.experiment.training.steps
         for cell, documents in zip(self.experiment.evaluate, self._held_out, strict=True):
             if last or (cell.every and self.step % cell.every == 0):
-                figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._flat)
+                figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._flat,
+                                   tick=self._heed_stop)
                 self._evaluations.update(figures)
                 self.event("evaluation", step=self.step, **figures)
 
     def _finish(self, status: str, began: float) -> None:
         """Checkpoint a stopped run, export the model, and write the result."""
+        self.event("ending", step=self.step)
         self._memory.close()
         training = self.experiment.training
         if status == "stopped":

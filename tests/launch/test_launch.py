@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import toy
@@ -112,7 +111,6 @@ def test_a_failed_preparation_leaves_no_folder(tmp_path: Path, monkeypatch: pyte
     def fail(*_: Any) -> None:
         raise lab.CellError([lab.Problem("Text", "source", "no such file")])
 
-    monkeypatch.setattr("collie_lab.cells.Experiment.check", mock.Mock())
     monkeypatch.setattr(_start, "_prepare", fail)
     with pytest.raises(lab.CellError, match="no such file"):
         _start.launch(toy.experiment(), folder=tmp_path, show=False)

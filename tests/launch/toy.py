@@ -27,7 +27,7 @@ def start(mark: str, folder: Path | str, *callbacks: Callable[..., Any], steps: 
           **options: Any) -> Run:
     """Launch callbacks on ranks without a model: no data are prepared and nothing is drawn."""
     options = {"wait": False, "show": False, "_module": "toy_worker", "env": {MARK: mark}, **options}
-    with mock.patch("collie_lab.launch._start._prepare"), mock.patch("collie_lab.cells.Experiment.check"):
+    with mock.patch("collie_lab.launch._start._prepare"):
         return launch(experiment(*callbacks, steps=steps, ranks=ranks), folder=folder, **options)
 
 
