@@ -55,7 +55,7 @@ def train_theirs(options: argparse.Namespace, out: Path) -> None:
     import torch
     import transformers
 
-    from collie_lab.training.flops import peak_flops, step_flops
+    from collie_lab.training.flops import StepFlops, peak_flops
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
@@ -82,7 +82,7 @@ def train_theirs(options: argparse.Namespace, out: Path) -> None:
     transformers.Trainer(model=model, args=arguments, callbacks=[Ticks()],
                          train_dataset=[{"input_ids": row, "labels": row} for row in tokens]).train()
     speed = options.batch_size * options.length * (options.steps - WARM_UP) / (ends[-1] - ends[WARM_UP - 1])
-    flops = step_flops(model, options.length, options.length**2) / options.length
+    flops = StepFlops.of_model(model).of(options.length, options.length**2) / options.length
     peak = peak_flops(device)
     out.write_text(json.dumps({
         "tokens_per_second": speed, "mfu": speed * flops / peak if peak else float("nan"),

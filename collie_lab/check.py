@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from collie_lab.cells import CellError, ExactMatch, Experiment, Instructions, Model, Problem, Skills
 from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.records import read_documents
+from collie_lab.folder import read_json
 
-__all__ = ["Report", "check"]
+__all__ = ["Report", "check", "check_resume"]
 
 
 class Report:
@@ -60,9 +62,30 @@ def check(experiment: Experiment) -> Report:
     """All problems of an experiment; reads its model's configuration and its data, starts nothing."""
     problems: list[Problem] = []
     config = _collect(problems, lambda: _model(experiment.model, problems))
-    problems += [*_batches(experiment), *_optimizer(experiment), *_without_effect(experiment), *_gpus(experiment)]
+    problems += [*_batches(experiment), *_optimizer(experiment), *_adapter(experiment), *_evaluations(experiment),
+                 *_without_effect(experiment), *_gpus(experiment)]
     _collect(problems, lambda: _data(experiment, config or {}, problems))
     return Report(problems)
+
+
+def check_resume(experiment: Experiment, fingerprint: str, checkpoint: Path) -> None:
+    """Whether a run can go on from a checkpoint exactly as the one that wrote it would have.
+
+    Raises:
+        CellError: another optimizer, batch size, seed or data; or the checkpoint is already at the last step.
+    """
+    state = read_json(checkpoint / "state.json")
+    training = experiment.training
+    now = {"optimizer": experiment.optimizer.kind, "batch_size": training.batch_size, "seed": training.seed,
+           "data": fingerprint}
+    problems = [Problem("launch", "resume", f"{name} was {then!r} in {checkpoint}, and is {now[name]!r}",
+                        "resume goes on with the same run; to start from its weights: Model(run.model_path)")
+                for name, then in state.get("identity", {}).items() if then != now[name]]
+    if state.get("step", 0) >= training.steps:
+        problems.append(Problem("launch", "resume", f"{checkpoint} is at step {state['step']} of {training.steps}",
+                                "raise Training.steps to train on"))
+    if problems:
+        raise CellError(problems)
 
 
 def _collect(problems: list[Problem], action: Any) -> Any:
@@ -81,7 +104,28 @@ def _model(model: Model, problems: list[Problem]) -> dict[str, Any]:
     if model.config and model.init == "pretrained":
         problems.append(Problem("Model", "config", "trained weights belong to their own configuration",
                                 'override fields only with init="random"'))
+    folder = Path(model.source).expanduser()
+    if model.init == "pretrained" and folder.is_dir() and not any(
+            next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin")):
+        problems.append(Problem("Model", "source", f"{model.source} holds no weights",
+                                'a folder that save_pretrained wrote; or init="random"'))
     return model_config(model)
+
+
+def _adapter(experiment: Experiment) -> Iterator[Problem]:
+    targets = getattr(experiment.adapter, "targets", None) or ()
+    if heads := [name for name in targets if name in ("lm_head", "embed_out", "output_layer")]:
+        yield Problem("LoRA", "targets", f"{heads[0]} is the output head, which the loss uses without an adapter",
+                      "leave it out")
+
+
+def _evaluations(experiment: Experiment) -> Iterator[Problem]:
+    seen: set[tuple[str, str | None]] = set()
+    for cell in experiment.evaluate:
+        if (cell.kind, cell.name) in seen:
+            yield Problem(type(cell).__name__, "name", "two evaluations would write the same figures",
+                          'tell them apart: name="..."')
+        seen.add((cell.kind, cell.name))
 
 
 def _batches(experiment: Experiment) -> Iterator[Problem]:
@@ -130,11 +174,13 @@ def _without_effect(experiment: Experiment) -> Iterator[Problem]:
 
 def _gpus(experiment: Experiment) -> Iterator[Problem]:
     """More ranks than GPUs, where there are any; known without torch."""
-    folder = Path("/proc/driver/nvidia/gpus")
+    folder, visible = Path("/proc/driver/nvidia/gpus"), os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = len(list(folder.iterdir())) if folder.is_dir() else 0
+    if gpus and visible is not None:
+        gpus = len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
     if gpus and experiment.parallel.world_size > gpus:
-        yield Problem("Parallel", "dp", f"{experiment.parallel.world_size} ranks, but this machine has {gpus} GPUs",
-                      "one rank a GPU")
+        yield Problem("Parallel", "dp", f"{experiment.parallel.world_size} ranks, but there are {gpus} GPUs",
+                      "one rank a GPU; CUDA_VISIBLE_DEVICES='' hides them, for a run on CPU cores")
 
 
 def _data(experiment: Experiment, config: dict[str, Any], problems: list[Problem]) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["STATUSES", "JsonLines", "RunFolder", "Tail", "read_json", "write_json"]
+__all__ = ["STATUSES", "JsonLines", "RunFolder", "Tail", "checkpoints_in", "read_json", "write_json"]
 
 #: Every state of a run. `lost`: its supervisor died without a word.
 STATUSES: Final = (
@@ -89,8 +89,12 @@ class RunFolder:
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, or None."""
-        complete = sorted(self.checkpoints.glob("step-[0-9]*[0-9]"))
-        return complete[-1] if complete else None
+        return next(reversed(checkpoints_in(self.checkpoints)), None)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("step-[0-9]*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def read_json(path: Path) -> dict[str, Any]:

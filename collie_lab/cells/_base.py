@@ -43,7 +43,7 @@ class Cell(BaseModel):
     `kind` is the class name in snake case; it stands for the class in YAML.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
     kind: ClassVar[str] = "cell"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -19,5 +19,5 @@ class LoRA(Adapter):
     r: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0.0)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    targets: tuple[str, ...] | None = None
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the linear layers to adapt. Default: all but the output head."""

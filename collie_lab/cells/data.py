@@ -28,7 +28,7 @@ class Data(Cell):
     shuffle: bool = True
     """A new order every epoch, drawn from `Training.seed`; the same on every layout."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first so many documents of the training split."""
+    """Train on a fixed random sample of so many documents."""
 
 
 class Instructions(Data):
@@ -71,7 +71,7 @@ class RandomTokens(Data):
     length: int = Field(default=512, ge=2)
     """Tokens in each document."""
     documents: int = Field(default=1024, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 #: The generated tasks, in the order in which they are drawn.
@@ -83,14 +83,14 @@ SKILLS: tuple[str, ...] = (
 class Skills(Data):
     """A generated instruction set: ten short tasks with one right answer each. Needs no download.
 
-    Train and test are disjoint: no test prompt stands in the training split. Everything follows from `seed`.
+    Train and test are disjoint: no test prompt stands in any training split. Everything follows from `seed`.
     """
 
     tasks: tuple[str, ...] = SKILLS
     size: int = Field(default=4000, ge=1)
     """Training records."""
     test_size: int = Field(default=200, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     @field_validator("tasks")
     @classmethod

@@ -19,7 +19,9 @@ class Evaluation(Cell):
     data: Data | None = None
     """Default: the held-out split of the experiment's own data."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first so many documents."""
+    """Use a fixed random sample of so many documents."""
+    name: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_]*$")
+    """Goes before the names of the figures, `<name>_perplexity`: needed where two evaluations are of one kind."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences of one forward pass on one rank."""
 

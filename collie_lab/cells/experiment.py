@@ -47,7 +47,7 @@ class Experiment(Cell):
     @field_validator("model", mode="before")
     @classmethod
     def _model_by_name(cls, value: Any) -> Any:
-        return Model(value) if isinstance(value, str) else value
+        return Model(value) if isinstance(value, (str, Path)) else value
 
     def with_(self, path: str, value: Any) -> Self:
         """A variant with one nested field changed: `exp.with_("optimizer.lr", 3e-5)`."""
@@ -94,7 +94,10 @@ class Experiment(Cell):
             if not Path(source).is_file():
                 raise CellError([Problem("Experiment", "", f"no such file: {source}")])
             text = Path(source).read_text(encoding="utf-8")
-        mapping = yaml.safe_load(text)
+        try:
+            mapping = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise CellError([Problem("Experiment", "", f"this is no valid YAML: {error}")]) from None
         if not isinstance(mapping, Mapping):
             raise CellError([Problem("Experiment", "", "the YAML is no mapping of cells")])
         return cls.from_dict(mapping)
@@ -102,7 +105,9 @@ class Experiment(Cell):
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`. `kind` chooses the cell where a slot takes several types."""
-        fields: dict[str, Any] = {key: value for key, value in mapping.items() if key != "kind"}
+        fields: dict[str, Any] = dict(mapping)
+        if fields.pop("kind", cls.kind) != cls.kind:
+            raise CellError([Problem("Experiment", "kind", f"{mapping['kind']!r} is no experiment")])
         for slot, base in cls._slots.items():
             if fields.get(slot) is None:
                 continue
@@ -130,6 +135,8 @@ def _cell_from(value: Any, base: type[Cell], slot: str) -> Cell:
         raise CellError([Problem("Experiment", slot, message, "there are: " + ", ".join(sorted(kinds)))])
     if isinstance(fields.get("data"), Mapping):  # an evaluation's own data
         fields["data"] = _cell_from(fields["data"], Data, f"{slot}.data")
+    if base is Model and "source" not in fields:
+        raise CellError([Problem("Model", "source", "this field is required")])
     return kinds[kind](**fields)
 
 

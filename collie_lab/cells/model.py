@@ -51,8 +51,8 @@ class Model(Cell):
     revision: str | None = None
     trust_remote_code: bool = False
 
-    def __init__(self, source: str, **fields: Any) -> None:
-        super().__init__(source=source, **fields)
+    def __init__(self, source: str | Path, **fields: Any) -> None:
+        super().__init__(source=str(source) if isinstance(source, Path) else source, **fields)
 
     @property
     def is_shape(self) -> bool:

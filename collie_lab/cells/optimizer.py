@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from collie_lab.cells._base import Cell
 
@@ -29,7 +29,7 @@ class AdamW(Optimizer):
     """
 
     lr: float = Field(default=2e-5, gt=0.0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0.0)
 
 
@@ -39,6 +39,13 @@ class SGD(Optimizer):
     lr: float = Field(default=3e-2, gt=0.0)
     momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
     nesterov: bool = False
+    """Needs momentum."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum > 0")
+        return self
 
 
 class Lomo(Optimizer):

@@ -35,7 +35,7 @@ class Training(Cell):
     final_lr: float = Field(default=0.0, ge=0.0, le=1.0)
     clip_grad_norm: float | None = Field(default=None, gt=0.0)
     """Largest global gradient norm; the gradient is scaled down to it."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the weights, the data order and dropout."""
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; a run that is stopped writes one in any case."""

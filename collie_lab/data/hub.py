@@ -47,7 +47,10 @@ def model_config(model: Model) -> dict[str, Any]:
     if not file.is_file():
         raise CellError([Problem("Model", "source", f"{model.source} holds no config.json",
                                  "name a folder that transformers' save_pretrained wrote")])
-    return {**json.loads(file.read_text(encoding="utf-8")), **model.config}
+    try:
+        return {**json.loads(file.read_text(encoding="utf-8")), **model.config}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CellError([Problem("Model", "source", f"{file} is no valid JSON: {error}")]) from None
 
 
 def context_length(config: dict[str, Any]) -> int | None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from collie_lab.cells import CellError, Data, Experiment, Problem, RandomTokens
+from collie_lab.cells import CellError, Data, Experiment, Instructions, Problem, RandomTokens, Text
 from collie_lab.data.documents import Documents
 from collie_lab.data.hub import context_length, model_config
-from collie_lab.data.records import Document, Split, read_documents
+from collie_lab.data.records import Document, Split, load_records, read_documents
 from collie_lab.data.tokenizer import Tokenizer, save_tokenizer
 from collie_lab.folder import RunFolder
 
@@ -48,12 +48,13 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
     vocabulary = int({**config, **config.get("text_config", {})}.get("vocab_size", tokenizer.vocab_size))
     maker = _Maker(tokenizer, vocabulary, context_length(config))
 
-    train = maker.documents(experiment.data, "train")
+    data = _read_once(experiment.data)
+    train = maker.documents(data, "train")
     train.save(folder.path / "data" / "train")
     sets: list[tuple[Data, Split]] = []
     names = []
     for cell in experiment.evaluate:
-        source: tuple[Data, Split] = (experiment.data, "test") if cell.data is None else (cell.data, "all")
+        source: tuple[Data, Split] = (data, "test") if cell.data is None else (cell.data, "all")
         if source not in sets:
             sets.append(source)
             maker.documents(*source).save(folder.path / "data" / f"evaluation-{len(sets)}")
@@ -61,6 +62,13 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
     prepared = Prepared(tuple(names), train.fingerprint, maker.summary, maker.warnings)
     folder.write("data/index.json", asdict(prepared))
     return prepared
+
+
+def _read_once(cell: Data) -> Data:
+    """The cell with the records of a callable source: called twice, it might give other ones."""
+    if isinstance(cell, (Instructions, Text)) and callable(cell.source):
+        return cell.replace(source=load_records(cell, cell.source))
+    return cell
 
 
 def sequence_length(data: Data, context: int | None) -> int:
@@ -112,41 +120,42 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_length: in
     """Token ids with their loss mask, and the number of documents longer than `max_length` tokens.
 
     Each document is the tokenizer's own prefix, its segments, and an end-of-sequence token. Segments are
-    tokenized apart, so that a prompt has the same tokens whether or not its answer follows. Documents
-    without a token to learn are left out. `split` gives every window the prefix anew.
+    tokenized apart, so that a prompt has the same tokens whether or not its answer follows. A closed
+    document, which a chat template has rendered with all its marks, is tokenized whole and gets neither.
+    Documents without a token to learn are left out. `split` gives every window the prefix anew.
     """
     ids: list[list[int]] = []
     learned: list[list[bool]] = []
     answers: list[str] = []
     cut = 0
-    for document, pieces in zip(documents, _pieces(documents, tokenizer), strict=True):
-        body = [token for piece, _ in pieces for token in piece]
-        mask = [flag for piece, flag in pieces for _ in piece]
-        too_long = len(tokenizer.prefix) + len(body) > max_length
-        cut += too_long
+    for document, (body, mask) in zip(documents, _encoded(documents, tokenizer), strict=True):
+        prefix = [] if document.closed else tokenizer.prefix
+        room = max_length - len(prefix)
+        cut += (too_long := len(body) > room)
         if too_long and overlong == "drop":
             continue
-        room = max_length - len(tokenizer.prefix)
         starts = range(0, len(body), room) if overlong == "split" else (0,)
         for start in starts:
             window, window_mask = body[start : start + room], mask[start : start + room]
-            if any(window_mask) and len(tokenizer.prefix) + len(window) > 1:
-                ids.append(tokenizer.prefix + window)
-                learned.append([False] * len(tokenizer.prefix) + window_mask)
+            if any((*(False for _ in prefix), *window_mask)[1:]):  # nothing predicts the first token
+                ids.append(prefix + window)
+                learned.append([False] * len(prefix) + window_mask)
                 answers.append(document.answer or "")
     return _pack_arrays(ids, learned, answers if any(item.answer is not None for item in documents) else []), cut
 
 
-def _pieces(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[tuple[list[int], bool]]]:
-    """Each document's segments as token ids, with the end-of-sequence token where it belongs."""
+def _encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
+    """Each document's token ids and which of them are to be learned, without the tokenizer's prefix."""
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for begin in range(0, len(documents), _BATCH):
         batch = documents[begin : begin + _BATCH]
-        encoded = iter(tokenizer.encode([text for document in batch for text, _ in document.segments]))
+        encoded = iter(tokenizer.encode([text for item in batch if not item.closed for text, _ in item.segments]))
         for document in batch:
-            pieces = [(next(encoded), flag) for _, flag in document.segments]
-            if tokenizer.eos_id is not None and not document.closed:
-                pieces.append(([tokenizer.eos_id], True))
-            yield pieces
+            if document.closed:
+                yield tokenizer.encode_marked(document.segments)
+                continue
+            pieces = [(next(encoded), flag) for _, flag in document.segments] + [(end, True)]
+            yield [token for piece, _ in pieces for token in piece], [flag for piece, flag in pieces for _ in piece]
 
 
 def _pack_arrays(ids: list[list[int]], learned: list[list[bool]], answers: list[str]) -> Documents:
@@ -175,7 +184,7 @@ def _random_tokens(cell: RandomTokens, split: Split, vocabulary: int, max_length
     if cell.length > max_length:
         raise CellError([Problem("RandomTokens", "length", f"{cell.length} tokens do not fit into sequences of "
                                  f"{max_length}", "lower `length`, or raise `max_length` up to the model's context")])
-    count = cell.documents if split != "test" else max(1, cell.documents // 20)
+    count = min(cell.documents, cell.limit or cell.documents) if split != "test" else max(1, cell.documents // 20)
     rng = np.random.default_rng([cell.seed, split == "test"])
     tokens: Any = rng.integers(0, vocabulary, size=count * cell.length, dtype=np.int32)
     learned = np.ones(len(tokens), dtype=np.bool_)

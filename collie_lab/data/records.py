@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from collie_lab.cells import CellError, Data, Instructions, Problem, Skills, Text
 from collie_lab.data.skills import make_skills
 
-__all__ = ["Document", "Split", "read_documents"]
+__all__ = ["Document", "Split", "load_records", "read_documents"]
 
 Split = Literal["train", "test", "all"]
 Item = TypeVar("Item")
@@ -51,12 +51,15 @@ def read_documents(cell: Data, split: Split, render_chat: Render | None = None) 
         documents = _instructions(cell, split, render_chat)
     else:
         raise TypeError(f"{type(cell).__name__} has no text")
-    if split == "train" and cell.limit is not None:
-        documents = documents[: cell.limit]
+    if split == "train" and cell.limit is not None and cell.limit < len(documents):
+        # Files are often sorted, by topic or label: the first records would be no fair sample.
+        documents = [documents[index] for index in sorted(random.Random(0).sample(range(len(documents)), cell.limit))]
     return documents
 
 
 def _pair(prompt: str, answer: str) -> Document:
+    if not (isinstance(prompt, str) and isinstance(answer, str)):
+        raise TypeError("prompt and response must be text")
     return Document(((prompt, False), (answer, True)), answer)
 
 
@@ -64,7 +67,7 @@ def _pair(prompt: str, answer: str) -> Document:
 
 
 def _instructions(cell: Instructions, split: Split, render_chat: Render | None) -> list[Document]:
-    records = _load(cell, cell.source)
+    records = load_records(cell, cell.source)
     name = cell.format if not callable(cell.format) else "callable"
     if isinstance(records, dict):
         if name not in ("auto", "clinc") or not {"train", "test"} <= records.keys():
@@ -102,22 +105,23 @@ def _reader(cell: Instructions, first: Any, render_chat: Render | None) -> Calla
                      "name their format, or give a function from a record to (prompt, response)")
     if name == "chat":
         return lambda record: _chat(record, render_chat)
-    return _alpaca if name == "alpaca" else lambda record: _pair(record["prompt"] + "", record["completion"] + "")
+    return _alpaca if name == "alpaca" else lambda record: _pair(record["prompt"], record["completion"])
 
 
 def _alpaca(record: dict[str, str]) -> Document:
     """Taori et al. 2023: instruction, optional input, output; here without the fixed preamble."""
     context = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
-    return _pair(f"### Instruction:\n{record['instruction']}\n\n{context}### Response:\n", record["output"] + "")
+    return _pair("### Instruction:\n" + record["instruction"] + f"\n\n{context}### Response:\n", record["output"])
 
 
 def _chat(record: dict[str, Any], render: Render | None) -> Document:
     messages = record["messages"]
-    segments = render(messages) if render else _plain_chat(messages)
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not answers:
+    answered = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answered:
         raise TypeError("no message of the assistant")
-    return Document(tuple(segments), answers[-1], closed=render is not None)
+    messages = messages[: answered[-1] + 1]  # what nobody answers teaches nothing
+    segments = render(messages) if render else _plain_chat(messages)
+    return Document(tuple(segments), messages[-1]["content"], closed=render is not None)
 
 
 def _plain_chat(messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
@@ -144,7 +148,7 @@ def _texts(cell: Text) -> list[str]:
         text = _read_file(cell, source)
         texts = text.split(cell.separator) if cell.separator else [text]
     else:
-        records = _load(cell, source)
+        records = load_records(cell, source)
         texts = [record["text"] if isinstance(record, dict) and "text" in record else record for record in records]
         wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
         if wrong is not None:
@@ -178,23 +182,33 @@ def _split(items: list[Item], holdout: float, split: Split) -> list[Item]:
     return [item for index, item in enumerate(items) if (index in chosen) == (split == "test")]
 
 
-def _load(cell: Data, source: Any) -> Any:
-    """The records of a list, a callable, a JSON or a JSONL file."""
+def load_records(cell: Data, source: Any) -> Any:
+    """The records of a list, a callable, a JSON or a JSONL file; CLINC150's file as a dictionary."""
     if callable(source):
-        return list(source())
+        try:
+            return list(source())
+        except Exception as error:
+            raise _error(cell, "source", f"the function that gives the records raised {error!r}") from error
     if not isinstance(source, str):
         return source
     text = _read_file(cell, source)
     try:
         if source.endswith(".jsonl"):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return json.loads(text)
+            # Not `splitlines`: JSON strings may hold other line separators.
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        found = json.loads(text)
     except json.JSONDecodeError as error:
         raise _error(cell, "source", f"{source} is not valid JSON: {error}") from None
+    if not isinstance(found, list) and not (isinstance(cell, Instructions) and isinstance(found, dict)):
+        raise _error(cell, "source", f"{source} holds no list of records, but {type(found).__name__}",
+                     "a JSON file is a list; one record a line is JSONL")
+    return found
 
 
 def _read_file(cell: Data, source: str) -> str:
     path = Path(source).expanduser()
+    if path.is_dir():
+        raise _error(cell, "source", f"{source} is a folder", "name a file in it")
     if not path.is_file():
         raise _error(cell, "source", f"no such file: {source}", f"paths are relative to {Path.cwd()}")
     try:

@@ -6,6 +6,7 @@ Words are made of syllables, so that no list of words is needed and a byte-level
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable
 
 from collie_lab.cells import CellError, Problem, Skills
@@ -18,30 +19,32 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 def make_skills(cell: Skills, split: str) -> list[tuple[str, str]]:
     """The `(prompt, answer)` pairs of the `train` split, else of the test split; tasks in turn.
 
-    The test split is drawn first and its prompts are kept out of the training split, so the two are
-    disjoint whatever their sizes; the same `seed` always gives the same pairs.
+    A hash of the prompt says to which split it belongs, so the two are disjoint, also between cells of
+    different tasks, sizes and seeds; the same cell always gives the same pairs.
+
+    Raises:
+        CellError: the tasks have fewer different prompts than are asked for.
     """
-    rng = random.Random(cell.seed)
-    seen: set[str] = set()
-    test = _draw(rng, cell.tasks, cell.test_size, seen)
-    return _draw(rng, cell.tasks, cell.size, seen) if split == "train" else test
-
-
-def _draw(rng: random.Random, tasks: tuple[str, ...], size: int, seen: set[str]) -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
+    test = split != "train"
+    rng, size = random.Random(f"{cell.seed} {test}"), cell.test_size if test else cell.size
+    pairs: dict[str, str] = {}
     misses = 0
     while len(pairs) < size:
-        task = tasks[(len(pairs) + misses) % len(tasks)]
+        task = cell.tasks[len(pairs) % len(cell.tasks)]
         prompt, answer = _TASKS[task](rng)
-        if prompt in seen:
-            misses += 1
-            if misses > 50 * size + 1000:
-                raise CellError([Problem("Skills", "size", f"the tasks {', '.join(tasks)} have fewer than {size} "
-                                         "different prompts", "ask for fewer records or more tasks")])
-            continue
-        seen.add(prompt)
-        pairs.append((prompt, answer))
-    return pairs
+        if _is_test(prompt) == test and prompt not in pairs:
+            pairs[prompt] = answer
+            misses = 0
+        elif (misses := misses + 1) > 20_000:
+            field = "test_size" if test else "size"
+            raise CellError([Problem("Skills", field, f"the task {task!r} has too few different prompts for {size} "
+                                     f"records of {len(cell.tasks)} tasks", "ask for fewer records or more tasks")])
+    return list(pairs.items())
+
+
+def _is_test(prompt: str) -> bool:
+    """One prompt in eight is a test prompt, whatever cell it is drawn for."""
+    return zlib.crc32(prompt.encode()) % 8 == 0
 
 
 def _word(rng: random.Random, syllables: int = 2) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,16 @@ class Tokenizer:
         self._rust = RustTokenizer.from_file(str(folder / "tokenizer.json"))
         self._rust.no_padding()
         self._rust.no_truncation()
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = {name: value for file in ("special_tokens_map.json", "tokenizer_config.json")
+                  if (folder / file).is_file()
+                  for name, value in json.loads((folder / file).read_text(encoding="utf-8")).items()}
         self.eos_id = self._special(config.get("eos_token"))
         self.pad_id = self._special(config.get("pad_token"))
         self.chat_template: Any = config.get("chat_template") or (folder / "chat_template.jinja").is_file()
-        # What the tokenizer itself puts before a text, a beginning-of-sequence token or nothing.
-        self.prefix = [token for token in self._rust.encode("").ids if token != self.eos_id]
+        # What the tokenizer itself puts before a text: a beginning-of-sequence token, or nothing.
+        bare = self._rust.encode("a", add_special_tokens=False).ids
+        marked = self._rust.encode("a").ids
+        self.prefix = marked[: marked.index(bare[0])] if bare else []
 
     @property
     def vocab_size(self) -> int:
@@ -41,6 +48,13 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens at either end; in parallel over the cores."""
         return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_marked(self, segments: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+        """Token ids of the joined segments, and for each whether it begins in a segment with the flag."""
+        ends = list(itertools.accumulate(len(text) for text, _ in segments))
+        encoding = self._rust.encode("".join(text for text, _ in segments), add_special_tokens=False)
+        flags = [segments[min(bisect.bisect_right(ends, begin), len(ends) - 1)][1] for begin, _ in encoding.offsets]
+        return encoding.ids, flags
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special tokens left out."""

@@ -17,6 +17,7 @@ import yaml
 import collie_lab
 from collie_lab import code
 from collie_lab.cells import CellError, Experiment, Problem
+from collie_lab.check import check_resume
 from collie_lab.folder import RunFolder
 from collie_lab.launch.run import Run
 
@@ -58,6 +59,8 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
         if packed:
             (run_folder.path / "code.pkl").write_bytes(packed)
         _prepare(experiment, run_folder)
+        if checkpoint is not None:
+            check_resume(experiment, run_folder.read("data/index.json").get("fingerprint", ""), Path(checkpoint))
         world_size = experiment.parallel.world_size
         run_folder.write("launch.json", {
             "world_size": world_size, "created": time.time(), "cwd": os.getcwd(), "sys_path": _paths(),

@@ -54,7 +54,7 @@ class Lomo(torch.optim.Optimizer):
         if self._reduce is not None:
             self._reduce(gradient)
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        self._norms.append(torch.linalg.vector_norm(local, dtype=torch.float32))
+        self._norms.append(torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32)))
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(gradient, alpha=-group["lr"])

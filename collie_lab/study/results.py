@@ -47,8 +47,9 @@ class Results:
         rows = {}
         for name, run in self.runs.items():
             summary = run.summary
-            rows[name] = {**summary, "tgs": summary.get("tokens_per_second", float("nan"))
-                          / summary.get("world_size", 1), "run": run.id}
+            speed = summary.get("tokens_per_second")
+            tgs = float("nan") if speed is None else speed / summary.get("world_size", 1)
+            rows[name] = {**summary, "tgs": tgs, "run": run.id}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("Method")
 
     def table(self) -> pd.DataFrame:

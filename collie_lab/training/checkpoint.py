@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from collie_lab.folder import read_json, write_json
+from collie_lab.folder import checkpoints_in, read_json, write_json
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -29,8 +29,12 @@ _SAFE_MODULES = ("torch.distributed.checkpoint.", "torch.distributed.checkpoint"
 _SAFE_NAMES = {("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("builtins", "set")}
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Write `folder/step-<step>` on all ranks together and remove all but the newest `keep`."""
+def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int,
+                    identity: dict[str, Any]) -> Path:
+    """Write `folder/step-<step>` on all ranks together and remove all but the newest `keep`.
+
+    `identity` is what a run that resumes from it must share; it stands in `state.json`.
+    """
     final = folder / f"step-{step:06d}"
     partial = folder / f".{final.name}.partial"
     rank, world = _rank_and_world()
@@ -40,11 +44,11 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
     state = {**_model_state(model), **_optimizer_state(model, optimizer), **_random_state(rank)}
     save(state, checkpoint_id=partial, no_dist=world == 1)
     if rank == 0:
-        write_json(partial / "state.json", {"step": step, "world_size": world})
+        write_json(partial / "state.json", {"step": step, "world_size": world, "identity": identity})
         if final.exists():  # written before, by the run that this one resumed
             shutil.rmtree(final)
         partial.rename(final)
-        for old in sorted(folder.glob("step-[0-9]*"))[:-keep]:
+        for old in checkpoints_in(folder)[:-keep]:
             shutil.rmtree(old)
     _barrier()
     return final
@@ -98,7 +102,9 @@ def _empty_optimizer_state(model: nn.Module, stored: Mapping[str, Any]) -> dict[
             parameter = parameters[name.removeprefix("optimizer.").split("|")[0]]
             dtype = meta.properties.dtype
             like = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-            state[name] = like if parameter.shape == meta.size else torch.zeros(meta.size, dtype=dtype)
+            # The step count of fused AdamW, a scalar, must lie on its parameter's device.
+            scalar = torch.zeros(meta.size, dtype=dtype, device=parameter.device)
+            state[name] = like if parameter.shape == meta.size else scalar
     return state
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import PreTrainedModel
 
-__all__ = ["PEAK_FLOPS", "peak_flops", "step_flops"]
+__all__ = ["PEAK_FLOPS", "StepFlops", "peak_flops"]
 
 #: Dense bf16 tensor-core peaks, FLOP/s, by a part of the device name (vendor data sheets).
 PEAK_FLOPS: dict[str, float] = {
@@ -22,17 +24,29 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def step_flops(model: PreTrainedModel, tokens: int, attended: int) -> float:
-    """FLOPs of a forward and backward pass: 6·N_matmul per token and 6·L·d·s for causal attention.
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of forward and backward passes of one model.
 
-    N_matmul counts the weights that multiply: all matrices but the embedding, the output head included.
-    `attended` is the sum of the squared document lengths. Recomputation does not count.
+    6·N per token for a trained weight that multiplies (all matrices but the embedding, the output head
+    included), 4·N for a frozen one, which needs no gradient of its own; 6·L·d·s per token for causal
+    attention. Recomputation does not count.
     """
-    config = model.config.get_text_config()
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
-    matmul: int = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
-    if head is not embedding:  # tied, the one matrix is counted once, and multiplies once
-        matmul -= embedding.numel()
-    attention: int = config.num_hidden_layers * config.hidden_size * attended
-    return 6.0 * matmul * tokens + 6.0 * attention
+
+    per_token: int
+    per_attended: int
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> StepFlops:
+        """From the parameters of a model that is not sharded yet."""
+        config = model.config.get_text_config()
+        embedding = model.get_input_embeddings().weight
+        # Tied to the head, the embedding's matrix multiplies once; else it is only looked up.
+        looked_up = embedding if model.get_output_embeddings().weight is not embedding else None
+        per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters()
+                        if p.ndim >= 2 and p is not looked_up)
+        return cls(per_token, 6 * config.num_hidden_layers * config.hidden_size)
+
+    def of(self, tokens: int, attended: int) -> float:
+        """FLOPs of so many tokens; `attended` is the sum of the squared document lengths."""
+        return float(self.per_token * tokens + self.per_attended * attended)

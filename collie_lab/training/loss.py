@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import PreTrainedModel
 
-__all__ = ["TokenLoss", "attach_loss", "linear_loss"]
+__all__ = ["TokenLoss", "attach_loss", "attach_whole_loss", "linear_loss"]
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """fp32 logits [N, V] and labels [N] to losses [N]."""
@@ -65,6 +65,25 @@ def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None) -> 
         return linear_loss(hidden_NC, head.weight, head.bias, labels,
                            likelihood_loss if likelihood else train_loss)
 
+    forward.token_loss = token_loss  # type: ignore[attr-defined]
+    model.forward = forward
+
+
+def attach_whole_loss(model: PreTrainedModel) -> None:
+    """As `attach_loss`, for models whose logits only their own `forward` can make: it holds them whole."""
+    attached = model.forward
+    original, token_loss = attached.__wrapped__, attached.token_loss
+
+    @functools.wraps(original)
+    def forward(*args: Any, targets: tuple[Tensor, Tensor] | None = None, likelihood: bool = False,
+                **kwargs: Any) -> Any:
+        if targets is None:
+            return original(*args, **kwargs)
+        index, labels = targets
+        logits = original(*args, **kwargs).logits.flatten(0, 1).index_select(0, index).float()
+        loss = _cross_entropy if likelihood or token_loss is None else token_loss
+        return loss(logits, labels).sum()
+
     model.forward = forward
 
 
@@ -106,7 +125,7 @@ class _LinearLoss(torch.autograd.Function):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         scale, (weight_dtype, bias_dtype) = gradients[0], ctx.dtypes
         return (
-            None if d_hidden is None else d_hidden.mul_(scale.to(d_hidden.dtype)),
+            None if d_hidden is None else d_hidden.mul_(scale),
             None if d_weight is None else d_weight.mul_(scale).to(weight_dtype),
             None if d_bias is None else d_bias.mul_(scale).to(bias_dtype),
             None, None,
@@ -132,7 +151,11 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, token_loss: TokenLoss | N
     if token_loss is not None:
         with torch.set_grad_enabled(differentiate):
             logits.requires_grad_(differentiate)
-            loss = token_loss(logits, labels).sum()
+            losses = token_loss(logits, labels)
+            if losses.shape != labels.shape:
+                raise ValueError(f"Training.loss gave shape {tuple(losses.shape)} for {len(labels)} tokens: it must "
+                                 "give one loss a token, e.g. cross_entropy(..., reduction='none')")
+            loss = losses.sum()
         return loss.detach(), torch.autograd.grad(loss, logits)[0] if differentiate else None
     log_sum = torch.logsumexp(logits, dim=1)
     chosen = logits.gather(1, labels[:, None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -32,11 +33,16 @@ class CudaMemory:
         """Nothing to close."""
 
 
+# The name of a step among the profiler's events.
+_MARK = "collie_lab step"
+
+
 class CpuMemory:
     """Peak bytes of live tensors, from the allocator's events as torch's profiler reports them.
 
     The profiler records from before the model exists until the end of the second step, when all lasting
-    state is there; what is live then is the base. Later steps are recorded only where `probe` says so (the
+    state is there; what is live then is the base. As on a GPU, the peak is that of the steps: what making
+    and sharding the model takes does not count. Later steps are recorded only where `probe` says so (the
     one with most tokens): a recorded step is slower, so its speed is not counted.
     """
 
@@ -59,7 +65,8 @@ class CpuMemory:
         if step in self.probe and self._profiler is None:
             self._start()
         self.recorded = self._profiler is not None
-        yield
+        with torch.profiler.record_function(_MARK) if self.recorded else contextlib.nullcontext():
+            yield
         if self._profiler is not None and step >= self.WARM_UP:
             self._stop()
 
@@ -75,11 +82,14 @@ class CpuMemory:
     def _stop(self) -> None:
         assert self._profiler is not None
         self._profiler.stop()
-        live = peak = self._base
-        for event in self._profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        events: Any = self._profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        began = min((event.start_ns() for event in events if event.name() == _MARK), default=0)
+        live, peak = self._base, 0
+        for event in events:
             if event.name() == "[memory]":
-                live += event.nbytes()  # type: ignore[union-attr]
-                peak = max(peak, live)
+                live += event.nbytes()
+                if event.start_ns() >= began:
+                    peak = max(peak, live)
         # A later recording misses the freeing of what it did not see made: only the first sets the base.
         self._base = self._base or live
         self._profiler = None

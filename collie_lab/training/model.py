@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from collie_lab.cells import SHAPES, Adapter, Experiment, LoRA, Model
 from collie_lab.training.loss import attach_loss
 from collie_lab.training.packed import ATTENTION, supports_packed_attention
+from collie_lab.training.probe import choose_path, probe
 
 __all__ = ["build_model"]
 
@@ -23,11 +24,13 @@ def build_model(experiment: Experiment, device: torch.device) -> tuple[PreTraine
     """
     torch.manual_seed(experiment.training.seed)
     model = _load(experiment.model).to(device)
+    reference = probe(model)
     if supports_packed_attention(model):
         model.set_attn_implementation(ATTENTION)
+    attach_loss(model, experiment.training.loss)
+    choose_path(model, reference, experiment.data.packing)
     if experiment.training.recompute == "full":
         _recompute_blocks(model)
-    attach_loss(model, experiment.training.loss)
     if experiment.adapter is None:
         return model, model
     return model, _adapt(model, experiment.adapter)
@@ -41,6 +44,8 @@ def _load(cell: Model) -> PreTrainedModel:
     else:
         options["revision"] = cell.revision
         config = AutoConfig.from_pretrained(cell.source, **options, **cell.config)
+    if unknown := [name for name in cell.config if not hasattr(type(config)(), name)]:
+        raise ValueError(f"Model.config: {type(config).__name__} has no field {unknown[0]!r}")
     if cell.init == "random":
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32,
                                                 trust_remote_code=cell.trust_remote_code)

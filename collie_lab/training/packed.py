@@ -1,8 +1,8 @@
 """Attention over packed documents: all tokens of a micro-batch in one row, no document sees another.
 
-There is no padding and no mask: documents of similar length are gathered into dense groups, each group
-is one causal `scaled_dot_product_attention`, and the results go back to their places. A group's padding is
-at its end, where causal attention never looks, so the result is exact.
+There is no padding and no mask: neighbours of similar length make a dense group, and each group is one causal
+`scaled_dot_product_attention`. A group's padding is at the end of its rows, where causal attention never looks,
+so the result is exact. A group of one document, or of equal ones, is a view of the tokens: nothing is copied.
 
 Shapes: B batch (1), H heads, T tokens of the micro-batch, D head dimension, N documents of a group,
 L longest of them.
@@ -10,6 +10,7 @@ L longest of them.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +28,19 @@ ATTENTION = "collie_packed"
 
 # A group's longest document has at most so many times the tokens of its shortest: little of it is padding.
 _GROWTH = 1.25
-_SHORT = 16  # documents below so many tokens count as of one length
-# On a CPU a call costs little and arithmetic much: the padding of a document, in squared tokens, may not
-# exceed what a call costs. 
+_SHORT = 16  # documents of fewer tokens count as having so many
+# On a CPU a call costs little and arithmetic much: no document's square is padded by more than this many
+# pairs of tokens, about the work that a call of its own would cost.
 _CPU_PADDING = 2048
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Documents that follow each other and are one call of attention."""
+    """Documents that follow each other and share one call of attention."""
 
     count: int
     longest: int
-    index_NL: Tensor | None  # of the group's tokens, the one at each place; the last of a document pads it. None: even
+    index_NL: Tensor | None  # the group's token at each place; a row is padded with its last. None: no padding
     kept: Tensor | None  # flat places that hold a token
 
 
@@ -55,18 +56,20 @@ class PackedLayout:
     def build(cls, lengths: NDArray[np.int64], device: torch.device) -> PackedLayout:
         """The layout of documents that follow each other, from their lengths in tokens.
 
-        Neighbours of similar length share a group: sorted by length, the documents need fewest.
+        Only neighbours share a group: sorted by length, documents need the fewest calls.
         """
-        bounds = [0]
-        for place in range(1, len(lengths)):
-            members = lengths[bounds[-1] : place + 1]
-            if not _alike(int(members.min()), int(members.max()), device):
+        bounds, shortest, longest = [0], int(lengths[0]), int(lengths[0])
+        for place, length in enumerate(lengths.tolist()):
+            shortest, longest = min(shortest, length), max(longest, length)
+            if not _alike(shortest, longest, device):
                 bounds.append(place)
-        spans = [lengths[begin:end] for begin, end in zip(bounds, [*bounds[1:], len(lengths)], strict=True)]
+                shortest = longest = length
+        spans = [lengths[begin:end] for begin, end in itertools.pairwise([*bounds, len(lengths)])]
         return cls(tuple(_group(span, device) for span in spans), tuple(int(span.sum()) for span in spans))
 
 
 def _alike(shortest: int, longest: int, device: torch.device) -> bool:
+    """Whether documents of these lengths may share a group."""
     if device.type == "cpu":
         return longest**2 - shortest**2 <= _CPU_PADDING
     return longest <= _GROWTH * max(shortest, _SHORT)
@@ -121,7 +124,8 @@ def _rows(x_BHTD: Tensor, group: _Group) -> Tensor:
         return x_BHTD
     if group.index_NL is not None:
         x_BHTD = x_BHTD.index_select(2, group.index_NL.flatten())
-    return x_BHTD.unflatten(2, (group.count, group.longest))[0].transpose(0, 1)
+    rows_NHLD: Tensor = x_BHTD.unflatten(2, (group.count, group.longest))[0].transpose(0, 1)
+    return rows_NHLD
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, dropout: float,

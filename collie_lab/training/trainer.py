@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from collie_lab import optim
-from collie_lab.cells import Experiment
+from collie_lab.cells import Evaluation, Experiment
 from collie_lab.data import Documents, Order, Tokenizer, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.folder import JsonLines, RunFolder
@@ -22,11 +24,12 @@ from collie_lab.training.batch import collate
 from collie_lab.training.checkpoint import load_checkpoint, save_checkpoint
 from collie_lab.training.evaluate import evaluate
 from collie_lab.training.export import export_model
-from collie_lab.training.flops import peak_flops, step_flops
+from collie_lab.training.flops import StepFlops, peak_flops
 from collie_lab.training.memory import CpuMemory, build_memory
 from collie_lab.training.meters import Meters, StepFigures
 from collie_lab.training.model import build_model
 from collie_lab.training.packed import ATTENTION
+from collie_lab.training.probe import ModelWarning
 from collie_lab.training.schedule import learning_rate_factor
 
 __all__ = ["Trainer"]
@@ -49,7 +52,6 @@ class Trainer:
         self.step = 0
         self._launch = folder.read("launch.json")
         self._events = JsonLines(folder.path / "events.jsonl") if self.rank == 0 else None
-        self._evaluations: dict[str, float] = {}
         self._stop_wish = False
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -68,7 +70,8 @@ class Trainer:
             if (verdict := self._verdict(self._meters.pull())) is not None:
                 status = verdict
                 break
-            self._evaluate_due()
+            if self.step < training.steps:
+                self._evaluate(self._due)
             if training.checkpoint_every and self.step % training.checkpoint_every == 0:
                 self.save_checkpoint()
         status = self._verdict(self._meters.pull(all_=True)) or status
@@ -98,7 +101,7 @@ class Trainer:
         self._meters.push(
             self.step, torch.stack([values[0] / plan.targets, grad_norm, values[1]]),
             lr=self.optimizer.param_groups[0]["lr"], tokens=plan.tokens, memory=self._memory.step_bytes, began=began,
-            flops=step_flops(self._causal_lm, plan.tokens, attended * self._strategy.dp_size) if self._peak else 0.0,
+            flops=self._flops.of(plan.tokens, attended * self._strategy.dp_size),
             timed=not self._memory.recorded,
         )
 
@@ -126,8 +129,8 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint now; on all ranks together."""
-        path = save_checkpoint(self.folder.checkpoints, self.step, self.model, self.optimizer,
-                               self.experiment.training.keep_checkpoints)
+        path = save_checkpoint(self.folder.checkpoints, self.step, self._adapted, self.optimizer,
+                               keep=self.experiment.training.keep_checkpoints, identity=self._identity())
         self.event("checkpoint", step=self.step, path=str(path.relative_to(self.folder.path)))
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -143,20 +146,25 @@ class Trainer:
         self._memory = build_memory(self.device)
         self.event("phase", text="loading the model")
         self._strategy = build_strategy(experiment.parallel, self.device, training.precision)
-        self._causal_lm, adapted = build_model(experiment, self.device)
-        self._flat = self._causal_lm.config._attn_implementation == ATTENTION
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ModelWarning)
+            self._causal_lm, adapted = build_model(experiment, self.device)
+        for warning in caught:
+            if issubclass(warning.category, ModelWarning):
+                self.event("warning", text=str(warning.message))
+        self._flat = self._causal_lm.config._attn_implementation == ATTENTION  # else padded rows, with masks
         adapted.train()
         self._counts = {"parameters": sum(p.numel() for p in adapted.parameters()),
                         "trainable": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
+        self._flops = StepFlops.of_model(self._causal_lm)
         self.model = self._strategy.wrap(adapted, experiment.optimizer.in_backward)
         self._adapted: Any = adapted
         self.optimizer = optim.build(experiment.optimizer, self.model, self._strategy.reduce)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         torch.manual_seed(training.seed * 1000 + self.rank)  # dropout differs between ranks
-        self._peak = peak_flops(self.device)
         self._meters = Meters(self.folder if self.rank == 0 else None, self.device,
-                              experiment.parallel.world_size, self._peak)
+                              experiment.parallel.world_size, peak_flops(self.device))
         self._tokenizer = Tokenizer(self.folder.path / "tokenizer")
         self._build_data()
         if resume := self._launch.get("resume_from"):
@@ -186,11 +194,16 @@ class Trainer:
         )
 
     def _heaviest_step(self) -> set[int]:
-        """The step with the largest micro-batch among the first thousand to come, counted from the first."""
+        """The step with most tokens among the first thousand to come, counted from the first; one for all ranks."""
         count = min(1000, self.experiment.training.steps - self.step)
-        sizes = [max(int(self._documents.lengths[batch].sum()) for batch in plan.micro_batches)
-                 for plan in itertools.islice(self._order.steps(self.step), count)]
+        sizes = [plan.tokens for plan in itertools.islice(self._order.steps(self.step), count)]
         return {sizes.index(max(sizes)) + 1} if sizes else set()
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run must share with the one it resumes."""
+        experiment = self.experiment
+        return {"optimizer": experiment.optimizer.kind, "batch_size": experiment.training.batch_size,
+                "seed": experiment.training.seed, "data": self.folder.read("data/index.json")["fingerprint"]}
 
     def _wants_stop(self) -> bool:
         self._heed_stop()
@@ -210,17 +223,22 @@ class Trainer:
             return "stopped"
         return None
 
-    def _evaluate_due(self) -> None:
-        last = self.step == self.experiment.training.steps
+    def _due(self, cell: Evaluation) -> bool:
+        return cell.every is not None and self.step % cell.every == 0
+
+    def _evaluate(self, due: Callable[[Evaluation], bool]) -> dict[str, float]:
+        """Run the evaluations that are due; their figures, also as events."""
+        found: dict[str, float] = {}
         for cell, documents in zip(self.experiment.evaluate, self._held_out, strict=True):
-            if last or (cell.every and self.step % cell.every == 0):
+            if due(cell):
                 figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._flat,
                                    tick=self._heed_stop)
-                self._evaluations.update(figures)
                 self.event("evaluation", step=self.step, **figures)
+                found |= figures
+        return found
 
     def _finish(self, status: str, began: float) -> None:
-        """Checkpoint a stopped run, export the model, and write the result."""
+        """Keep what was trained (checkpoint, model) before anything else can fail; evaluate; write the result."""
         self.event("ending", step=self.step)
         self._memory.close()
         training = self.experiment.training
@@ -228,7 +246,8 @@ class Trainer:
             self.save_checkpoint()
         if training.export and status != "diverged":
             self.event("phase", text="writing the model")
-            export_model(self._adapted, self.folder)
+            export_model(self._adapted, self._tokenizer, self.folder)
+        figures = self._evaluate(lambda cell: True) if status == "ok" else {}
         peak = torch.tensor(float(self._memory.peak_bytes or 0), dtype=torch.float64, device=self.device)
         if dist.is_initialized():
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
@@ -237,7 +256,7 @@ class Trainer:
             if status == "diverged":
                 summary["loss"] = None
             self.folder.write("result.json", {
-                "status": status, "steps": self.step, **summary, **self._evaluations, "peak_bytes": int(peak.item()),
+                "status": status, "steps": self.step, **summary, **figures, "peak_bytes": int(peak.item()),
                 "seconds": time.perf_counter() - began, "world_size": self.experiment.parallel.world_size,
                 **self._counts,
             })

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import collie_lab as lab
+from collie_lab.check import check_resume
+from collie_lab.folder import write_json
 
 GOOD = lab.Experiment(model=lab.Model("llama-tiny", init="random"), data=lab.Skills(size=40, test_size=10),
                       training=lab.Training(steps=2, batch_size=4), evaluate=[lab.Perplexity(), lab.ExactMatch()])
@@ -29,6 +31,8 @@ def test_a_sound_experiment_has_no_problems() -> None:
     (GOOD.replace(optimizer=lab.Lomo()).with_("training.micro_batch_size", 2), "cannot accumulate gradients"),
     (GOOD.replace(optimizer=lab.Lomo()).with_("training.clip_grad_norm", 1.0), "before the global norm is known"),
     (GOOD.replace(data=lab.RandomTokens(length=64)), "ExactMatch.data: RandomTokens has no prompts"),
+    (GOOD.replace(adapter=lab.LoRA(targets=("lm_head",))), "LoRA.targets: lm_head is the output head"),
+    (GOOD.replace(evaluate=[lab.Perplexity(), lab.Perplexity(limit=3)]), "two evaluations would write the same"),
     (GOOD.replace(data=lab.Instructions("absent.json")), "no such file: absent.json"),
     (GOOD.replace(data=lab.Instructions([])), "holds no records"),
     (GOOD.replace(data=lab.Text([" "])), "holds no text"),
@@ -52,6 +56,21 @@ def test_options_without_effect_warn(experiment: lab.Experiment, message: str) -
     report = experiment.check()
     assert report.ok
     assert message in str(report.warnings[0])
+
+
+def test_resuming_another_run_is_refused(tmp_path: Path) -> None:
+    identity = {"optimizer": "adamw", "batch_size": 4, "seed": 0, "data": "abc"}
+    write_json(tmp_path / "state.json", {"step": 1, "identity": identity})
+    check_resume(GOOD, "abc", tmp_path)
+    for other, message in [
+        (GOOD.replace(optimizer=lab.SGD()), "launch.resume: optimizer was 'adamw'"),
+        (GOOD.with_("training.batch_size", 8), "batch_size was 4"),
+        (GOOD.with_("training.steps", 1), "is at step 1 of 1"),
+    ]:
+        with pytest.raises(lab.CellError, match=message):
+            check_resume(other, "abc", tmp_path)
+    with pytest.raises(lab.CellError, match="data was 'abc'"):
+        check_resume(GOOD, "other", tmp_path)
 
 
 def test_all_problems_come_at_once() -> None:

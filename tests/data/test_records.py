@@ -41,6 +41,26 @@ def test_chat_learns_every_assistant_message() -> None:
     assert document.answer == "see you"
 
 
+def test_what_nobody_answers_is_left_out() -> None:
+    record = {"messages": [*CHAT[0]["messages"], {"role": "user", "content": "thanks"}]}
+    assert read_documents(Instructions([record], holdout=0), "train") == read_documents(
+        Instructions(CHAT, holdout=0), "train")
+
+
+def test_json_strings_may_hold_line_separators(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"prompt": "a\u2028b", "completion": "c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert _texts(Instructions(file, holdout=0)) == [(("a\u2028b", False), ("c", True))]
+
+
+def test_limit_is_a_fair_sample() -> None:
+    cell = Instructions([{"prompt": str(n), "completion": "x"} for n in range(1000)], holdout=0, limit=100)
+    chosen = [int(text) for (text, _), _ in _texts(cell)]
+    assert chosen == sorted(chosen)
+    assert len(chosen) == 100
+    assert chosen[-1] > 900
+
+
 def test_clinc_uses_its_own_splits(tmp_path: Path) -> None:
     file = tmp_path / "clinc.json"
     file.write_text(json.dumps({"train": [["hi there", "greet_user"]], "val": [], "test": [["bye", "goodbye"]]}))
@@ -80,6 +100,7 @@ def test_text_files(tmp_path: Path) -> None:
     ([*PAIRS, {"prompt": "a"}], "record 1 has no field 'completion'"),
     ([{"question": "x"}], "fit no known format"),
     ([{"prompt": "a", "completion": 3}], "record 0 cannot be read"),
+    ([{"instruction": None, "output": "x"}], "record 0 cannot be read"),
     ([{"messages": [{"role": "user", "content": "x"}]}], "no message of the assistant"),
 ])
 def test_bad_records_are_named(source: object, message: str) -> None:
@@ -92,6 +113,11 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     file.write_text("[{", encoding="utf-8")
     with pytest.raises(CellError, match="is not valid JSON"):
         read_documents(Instructions(file), "train")
+    with pytest.raises(CellError, match="is a folder"):
+        read_documents(Text(tmp_path), "train")
+    file.write_text('"text"', encoding="utf-8")
+    with pytest.raises(CellError, match="holds no list of records, but str"):
+        read_documents(Text(file), "train")
     file.write_text('{"rows": []}', encoding="utf-8")
     with pytest.raises(CellError, match="a JSON object, not a list of records"):
         read_documents(Instructions(file), "train")
@@ -104,6 +130,8 @@ def test_skills_are_right_seeded_and_parted() -> None:
     assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in test}
     assert train == make_skills(cell, "train") != make_skills(cell.replace(seed=1), "train")
     assert make_skills(cell.replace(size=50), "test") == test  # the test split does not hang on the other's size
+    other = make_skills(cell.replace(tasks=("copy", "repeat"), size=2000, seed=5), "train")
+    assert not {prompt for prompt, _ in other} & {prompt for prompt, _ in test}  # nor on the tasks
     for prompt, answer in train + test:
         assert answer == _solve(prompt), prompt
 
@@ -136,7 +164,7 @@ def _solve(prompt: str) -> str:
 
 
 def test_too_few_different_prompts() -> None:
-    with pytest.raises(CellError, match="fewer than 20000 different prompts"):
+    with pytest.raises(CellError, match="too few different prompts for 20000 records"):
         make_skills(Skills(tasks=("add",), size=20000), "train")
 
 

@@ -68,4 +68,6 @@ def test_the_chat_template_of_the_tokenizer(tmp_path: Path) -> None:
     (document,) = read_documents(cell, "train", tokenizer.render_chat)
     assert document.segments == (("<user>hi</s><assistant>", False), ("yo</s>", True))
     documents, _ = tokenize([document], tokenizer, 64, "truncate")
-    assert documents.tokens.tolist().count(257) == 2  # the template's own end marks, none added
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=True)["input_ids"]
+    assert documents.tokens.tolist() == expected  # the template's own marks, none added
+    assert tokenizer.decode(documents.tokens[documents.learned].tolist()) == "yo"

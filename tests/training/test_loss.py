@@ -36,6 +36,11 @@ def test_value_and_gradients(bias: bool, custom: bool, monkeypatch: pytest.Monke
         torch.testing.assert_close(one, two.float(), atol=1e-5, rtol=1e-5)
 
 
+def test_a_custom_loss_must_give_one_loss_a_token() -> None:
+    with pytest.raises(ValueError, match="one loss a token"):
+        linear_loss(torch.randn(5, 8), torch.randn(12, 8), None, torch.randint(0, 12, (5,)), F.cross_entropy)
+
+
 def test_frozen_head_gets_no_gradient() -> None:
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(12, 8)
     linear_loss(hidden, weight, None, torch.randint(0, 12, (5,))).backward()

@@ -39,18 +39,19 @@ def test_resume_is_exact(arm: str, tmp_path: Path) -> None:
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def _train(folder: str, resume: str | None) -> None:
-    experiment = BASE.replace(parallel=Parallel(dp=2, zero=3)).with_("training.micro_batch_size", 1)
+def _train(folder: str, resume: str | None, zero: int) -> None:
+    experiment = BASE.replace(parallel=Parallel(dp=2, zero=zero)).with_("training.micro_batch_size", 1)
     run_here(experiment, Path(folder), resume=Path(resume) if resume else None)
 
 
 @pytest.mark.ranks
-def test_two_ranks_resume_exactly_and_one_process_goes_on_from_their_checkpoint(tmp_path: Path) -> None:
-    run_ranks(_train, 2, str(tmp_path / "whole"), None)
+@pytest.mark.parametrize("zero", [0, 3])
+def test_two_ranks_resume_exactly_and_one_process_goes_on_from_their_checkpoint(zero: int, tmp_path: Path) -> None:
+    run_ranks(_train, 2, str(tmp_path / "whole"), None, zero)
     whole = RunFolder(tmp_path / "whole")
     checkpoint = whole.latest_checkpoint()
     assert checkpoint is not None
-    run_ranks(_train, 2, str(tmp_path / "resumed"), str(checkpoint))
+    run_ranks(_train, 2, str(tmp_path / "resumed"), str(checkpoint), zero)
     assert losses(RunFolder(tmp_path / "resumed")) == losses(whole)[5:]
     alone = run_here(BASE.with_("training.micro_batch_size", 1), tmp_path / "alone", resume=checkpoint)
     assert losses(alone) == pytest.approx(losses(whole)[5:], abs=1e-5)
@@ -88,7 +89,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
 
 
 def test_diverging_is_a_status(tmp_path: Path) -> None:
-    run = run_here(BASE.replace(optimizer=Lomo(lr=1e6)).with_("training.micro_batch_size", None), tmp_path / "run")
+    run = run_here(BASE.replace(optimizer=Lomo(lr=1e38)).with_("training.micro_batch_size", None), tmp_path / "run")
     result = run.read("result.json")
     assert result["status"] == "diverged"
     assert result["loss"] is None

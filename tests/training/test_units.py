@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from collie_lab import AdamW, Experiment, Model, RandomTokens, Skills, Training
-from collie_lab.training.flops import step_flops
+from collie_lab.training.flops import StepFlops
 from collie_lab.training.model import build_model
 from collie_lab.training.schedule import learning_rate_factor
 from tests.ranks import losses, run_here
@@ -38,7 +38,10 @@ def test_flops_by_hand() -> None:
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
         "vocab_size": 100})), torch.device("cpu"))
     matmul = 3 * (4 * 64 * 64 + 3 * 64 * 96) + 100 * 64
-    assert step_flops(model, tokens=50, attended=2 * 25**2) == 6 * matmul * 50 + 6 * 3 * 64 * 2 * 25**2
+    attention = 6 * 3 * 64 * 2 * 25**2
+    assert StepFlops.of_model(model).of(tokens=50, attended=2 * 25**2) == 6 * matmul * 50 + attention
+    model.requires_grad_(False)
+    assert StepFlops.of_model(model).of(tokens=50, attended=2 * 25**2) == 4 * matmul * 50 + attention
 
 
 def test_peak_memory_holds_weights_gradients_and_states(tmp_path: Path) -> None:
