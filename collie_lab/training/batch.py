@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from collie_lab.data import Documents
-from collie_lab.training.packed import PackedLayout
+from collie_lab.training.packed import PackedLayout, to_device
 
 __all__ = ["Batch", "collate"]
 
@@ -47,8 +46,8 @@ def collate(documents: Documents, indices: NDArray[np.int64], device: torch.devi
     labels = tokens[predicted]
     if flat:
         packed = PackedLayout.build(lengths, device)
-        inputs = {"input_ids": _to(tokens[None], device), "position_ids": _to(positions[None], device),
-                  "packed": packed, "targets": (_to(predicted - 1, device), _to(labels, device))}
+        inputs = {"input_ids": to_device(tokens[None], device), "position_ids": to_device(positions[None], device),
+                  "packed": packed, "targets": (to_device(predicted - 1, device), to_device(labels, device))}
     else:
         inputs = _padded(tokens, positions, lengths, predicted, labels, device)
     return Batch({**inputs, "use_cache": False}, len(tokens), int((lengths.astype(np.int64) ** 2).sum()))
@@ -61,12 +60,6 @@ def _padded(tokens: NDArray[np.int64], positions: NDArray[np.int64], lengths: ND
     ids = np.zeros(rows * width, dtype=np.int64)
     mask = np.zeros(rows * width, dtype=np.int64)
     ids[place], mask[place] = tokens, 1
-    return {"input_ids": _to(ids.reshape(rows, width), device),
-            "attention_mask": _to(mask.reshape(rows, width), device),
-            "targets": (_to(place[predicted] - 1, device), _to(labels, device))}
-
-
-def _to(array: NDArray[np.int64], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    # Pinned memory lets the copy run beside the previous step's kernels.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return {"input_ids": to_device(ids.reshape(rows, width), device),
+            "attention_mask": to_device(mask.reshape(rows, width), device),
+            "targets": (to_device(place[predicted] - 1, device), to_device(labels, device))}

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-__all__ = ["ATTENTION", "PackedLayout", "supports_packed_attention"]
+__all__ = ["ATTENTION", "PackedLayout", "supports_packed_attention", "to_device"]
 
 #: The name under which transformers finds the attention function of this file.
 ATTENTION = "collie_packed"
@@ -82,8 +82,13 @@ def _group(lengths: NDArray[np.int64], device: torch.device) -> _Group:
     starts, column = np.cumsum(lengths) - lengths, np.arange(longest)
     index = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
     kept = np.flatnonzero(column < lengths[:, None])
-    return _Group(count, longest, torch.from_numpy(index).to(device, non_blocking=True),
-                  torch.from_numpy(kept).to(device, non_blocking=True))
+    return _Group(count, longest, to_device(index, device), to_device(kept, device))
+
+
+def to_device(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """The array as a tensor; from pinned memory, so that the copy runs beside the previous step's kernels."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def supports_packed_attention(model: PreTrainedModel) -> bool:
