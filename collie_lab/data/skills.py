@@ -5,6 +5,7 @@ Words are made of syllables, so that no list of words is needed and a byte-level
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 from collections.abc import Callable
@@ -29,16 +30,16 @@ def make_skills(cell: Skills, split: str) -> list[tuple[str, str]]:
     rng, size = random.Random(f"{cell.seed} {test}"), cell.test_size if test else cell.size
     pairs: dict[str, str] = {}
     misses = 0
-    while len(pairs) < size:
-        task = cell.tasks[len(pairs) % len(cell.tasks)]
+    for task in itertools.cycle(cell.tasks):  # where one task has no new prompts left, the others fill its place
         prompt, answer = _TASKS[task](rng)
         if _is_test(prompt) == test and prompt not in pairs:
             pairs[prompt] = answer
             misses = 0
         elif (misses := misses + 1) > 20_000:
-            field = "test_size" if test else "size"
-            raise CellError([Problem("Skills", field, f"the task {task!r} has too few different prompts for {size} "
-                                     f"records of {len(cell.tasks)} tasks", "ask for fewer records or more tasks")])
+            raise CellError([Problem("Skills", "test_size" if test else "size", f"{', '.join(cell.tasks)} have too few "
+                                     f"different prompts for {size} records", "ask for fewer, or more tasks")])
+        if len(pairs) == size:
+            break
     return list(pairs.items())
 
 
