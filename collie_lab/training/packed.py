@@ -30,7 +30,7 @@ ATTENTION = "collie_packed"
 _GROWTH = 1.25
 _SHORT = 16  # documents of fewer tokens count as having so many
 # On a CPU a call costs little and arithmetic much: no document's square is padded by more than this many
-# pairs of tokens, about the work that a call of its own would cost.
+# pairs of tokens: an estimate of the work that a call of its own would cost, not tuned.
 _CPU_PADDING = 2048
 
 
