@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from collie_lab.cells import CellError, ExactMatch, Experiment, Instructions, Model, Problem, Skills
+from collie_lab.check_optimizer import optimizer_problems
 from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.records import read_documents
 from collie_lab.folder import read_json
@@ -62,8 +63,8 @@ def check(experiment: Experiment) -> Report:
     """All problems of an experiment; reads its model's configuration and its data, starts nothing."""
     problems: list[Problem] = []
     config = _collect(problems, lambda: _model(experiment.model, problems))
-    problems += [*_batches(experiment), *_optimizer(experiment), *_adapter(experiment), *_evaluations(experiment),
-                 *_without_effect(experiment), *_gpus(experiment)]
+    problems += [*_batches(experiment), *optimizer_problems(experiment), *_adapter(experiment),
+                 *_evaluations(experiment), *_without_effect(experiment), *_gpus(experiment)]
     _collect(problems, lambda: _data(experiment, config or {}, problems))
     return Report(problems)
 
@@ -141,19 +142,6 @@ def _batches(experiment: Experiment) -> Iterator[Problem]:
     if training.warmup_steps >= training.steps:
         yield Problem("Training", "warmup", f"{training.warmup_steps} steps of warm-up, but only {training.steps} "
                       "steps in all", "shorten it, or train longer")
-
-
-def _optimizer(experiment: Experiment) -> Iterator[Problem]:
-    training, name = experiment.training, type(experiment.optimizer).__name__
-    if not experiment.optimizer.in_backward:
-        return
-    share = training.batch_size // experiment.parallel.dp
-    if training.micro_batch_size not in (None, share):
-        yield Problem("Training", "micro_batch_size", f"{name} updates in the backward pass and cannot accumulate "
-                      "gradients over micro-batches", f"leave it out, or set it to a rank's whole share, {share}")
-    if training.clip_grad_norm is not None:
-        yield Problem("Training", "clip_grad_norm", f"{name} frees each gradient before the global norm is known",
-                      "leave it out, or use SGD")
 
 
 def _without_effect(experiment: Experiment) -> Iterator[Problem]:

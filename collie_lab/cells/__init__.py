@@ -5,13 +5,23 @@ from collie_lab.cells.adapter import Adapter, LoRA
 from collie_lab.cells.data import SKILLS, Data, Instructions, RandomTokens, Skills, Text
 from collie_lab.cells.evaluation import Evaluation, ExactMatch, Perplexity
 from collie_lab.cells.experiment import Experiment
+from collie_lab.cells.library_optimizer import (
+    Adafactor,
+    AdamW8bit,
+    Apollo,
+    GaLore,
+    LibraryOptimizer,
+    Muon,
+    ScheduleFree,
+)
 from collie_lab.cells.model import SHAPES, Model
-from collie_lab.cells.optimizer import SGD, AdamW, Lomo, Optimizer
+from collie_lab.cells.optimizer import SGD, AdaLomo, AdamW, Adan, Lion, Lomo, Optimizer, RuleCell, Sophia
 from collie_lab.cells.parallel import Parallel
 from collie_lab.cells.training import Training
 
 __all__ = [
-    "SGD", "SHAPES", "SKILLS", "Adapter", "AdamW", "Cell", "CellError", "Data", "Evaluation",
-    "ExactMatch", "Experiment", "Instructions", "LoRA", "Lomo", "Model", "Optimizer", "Parallel",
-    "Perplexity", "Problem", "RandomTokens", "Skills", "Text", "Training",
+    "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell",
+    "CellError", "Data", "Evaluation", "ExactMatch", "Experiment", "GaLore", "Instructions", "LibraryOptimizer", "Lion",
+    "LoRA", "Lomo", "Model", "Muon", "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens", "RuleCell",
+    "ScheduleFree", "Skills", "Sophia", "Text", "Training",
 ]

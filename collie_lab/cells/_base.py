@@ -40,7 +40,8 @@ class CellError(ValueError):
 class Cell(BaseModel):
     """One typed, immutable choice. Unknown fields are errors; `replace` makes a variant.
 
-    `kind` is the class name in snake case; it stands for the class in YAML.
+    `kind` stands for the class in YAML: its name in snake case, unless the class says otherwise;
+    "" for a class that only others build on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -48,7 +49,8 @@ class Cell(BaseModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.kind = _snake_case(cls.__name__)
+        if "kind" not in cls.__dict__:
+            cls.kind = _snake_case(cls.__name__)
 
     def __init__(self, **fields: Any) -> None:
         try:

@@ -128,7 +128,7 @@ def _cell_from(value: Any, base: type[Cell], slot: str) -> Cell:
         raise CellError([Problem("Experiment", slot, f"a mapping is wanted, got {value!r:.60}",
                                  f"e.g. `{slot}: {{kind: ...}}`")])
     fields = dict(value)
-    kinds = {cls.kind: cls for cls in _subclasses(base)} or {base.kind: base}
+    kinds = {cls.kind: cls for cls in _subclasses(base) if cls.kind} or {base.kind: base}
     kind = fields.pop("kind", next(iter(kinds)) if len(kinds) == 1 else None)
     if kind not in kinds:
         message = "`kind` is missing" if kind is None else f"unknown kind {kind!r}"

@@ -25,7 +25,9 @@ class Training(Cell):
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Default: the whole share of a rank, without accumulation."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: bfloat16 compute with fp32 weights (autocast; FSDP2's mixed precision when sharded)."""
+    """`bf16`: bfloat16 compute (autocast; FSDP2's mixed precision when sharded)."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """How weights are kept. `bf16` halves them and their gradients; the optimizer's `rounding` keeps their updates."""
     recompute: Literal["none", "full"] = "none"
     """`full`: every block recomputes its activations in the backward pass."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -35,6 +37,8 @@ class Training(Cell):
     final_lr: float = Field(default=0.0, ge=0.0, le=1.0)
     clip_grad_norm: float | None = Field(default=None, gt=0.0)
     """Largest global gradient norm; the gradient is scaled down to it."""
+    clip_grad_value: float | None = Field(default=None, gt=0.0)
+    """Largest absolute value of a gradient's element, after `clip_grad_norm`."""
     seed: int = Field(default=0, ge=0)
     """Of the weights, the data order and dropout."""
     checkpoint_every: int | None = Field(default=None, ge=1)

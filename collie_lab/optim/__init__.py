@@ -3,34 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from collie_lab import cells
+from collie_lab.optim.adalomo import AdaLomo
+from collie_lab.optim.clip import clip_coefficient, clip_gradients
 from collie_lab.optim.groups import parameter_groups
-from collie_lab.optim.lomo import Lomo
+from collie_lab.optim.library import build_library_optimizer
+from collie_lab.optim.optimizer import RuleOptimizer
+from collie_lab.optim.rule import Rule
+from collie_lab.optim.rules import SGD, AdamW, Adan, Lion, SophiaG
 
-__all__ = ["Lomo", "build", "parameter_groups"]
+__all__ = [
+    "SGD", "AdaLomo", "AdamW", "Adan", "Lion", "Rule", "RuleOptimizer", "SophiaG", "build", "build_rule",
+    "clip_coefficient", "clip_gradients", "parameter_groups",
+]
 
 
-def build(cell: cells.Optimizer, model: nn.Module, reduce: Callable[[Tensor], None] | None = None
-          ) -> torch.optim.Optimizer:
+def build(cell: cells.Optimizer, model: nn.Module, *, reduce: Callable[[Tensor], None] | None = None,
+          max_norm: float | None = None, max_value: float | None = None, **options: Any) -> torch.optim.Optimizer:
     """The torch optimizer of a cell for the trained parameters of `model`.
 
     Args:
         cell: which rule, with its hyper-parameters.
         model: already in its final layout (sharded, adapted); its parameters are taken as they are.
-        reduce: for rules in backward on replicas: averages one gradient over the ranks, in place.
+        reduce: in backward on replicas: averages one gradient over the ranks, in place.
+        max_norm: clip by the norm of the whole gradient; with an optimizer of a library that is the loop's task.
+        max_value: clip every element.
+        options: further options of `RuleOptimizer`: `engine`, `seed`, `record_norm`.
+
+    Raises:
+        ValueError: the model and the cell do not go together; the message says why.
     """
-    groups = parameter_groups(model, cell.weight_decay)
-    # fused and foreach are said outright: torch's own choice differs between devices and tensor types, and
-    # its fused SGD knows no sharded parameters.
+    groups = parameter_groups(model, cell)
+    if isinstance(cell, cells.LibraryOptimizer):
+        return build_library_optimizer(cell, model, groups)
+    if cell.in_backward and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError("DistributedDataParallel averages gradients after an optimizer in backward has used them: "
+                         "replicas drift apart. Leave it out, and give `reduce`")
+    if not isinstance(cell, cells.RuleCell):
+        raise TypeError(f"no optimizer for the cell {type(cell).__name__}")
+    rule, hyper = build_rule(cell)
+    return RuleOptimizer(groups, rule, in_backward=cell.in_backward, max_norm=max_norm, max_value=max_value,
+                         clip_by=cell.clip_by, accumulate=cell.accumulate, rounding=cell.rounding, reduce=reduce,
+                         **hyper, **options)
+
+
+def build_rule(cell: cells.RuleCell) -> tuple[Rule, dict[str, Any]]:
+    """The rule of a cell and its hyper-parameters."""
+    rule: Rule
     match cell:
         case cells.AdamW():
-            return torch.optim.AdamW(groups, lr=cell.lr, betas=cell.betas, eps=cell.eps, fused=True)
+            rule = AdamW()
         case cells.SGD():
-            return torch.optim.SGD(groups, lr=cell.lr, momentum=cell.momentum, nesterov=cell.nesterov, foreach=True)
+            rule = SGD(momentum=cell.momentum > 0, nesterov=cell.nesterov)
         case cells.Lomo():
-            return Lomo(groups, lr=cell.lr, reduce=reduce)
-    raise TypeError(f"no optimizer for the cell {type(cell).__name__}")
+            rule = SGD()
+        case cells.Lion():
+            rule = Lion()
+        case cells.Adan():
+            rule = Adan(proximal=cell.proximal)
+        case cells.Sophia():
+            rule = SophiaG()
+        case cells.AdaLomo():
+            rule = AdaLomo()
+        case _:
+            raise TypeError(f"no rule for the cell {type(cell).__name__}")
+    return rule, {name: getattr(cell, name, 0.0) for name in ("lr", "weight_decay", *rule.hyper)}

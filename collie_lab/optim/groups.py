@@ -1,24 +1,41 @@
-"""Which parameters decay: matrices do; norms, biases and embeddings do not."""
+"""Parameter groups: which parameters decay, and which learn at another pace."""
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from collie_lab.cells import Optimizer
+
 __all__ = ["parameter_groups"]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters in two groups, with and without weight decay; empty groups are left out.
+def parameter_groups(model: nn.Module, cell: Optimizer) -> list[dict[str, Any]]:
+    """The trained parameters in groups of one weight decay and one learning rate.
 
-    An embedding that is tied to the output head counts as an embedding.
+    Matrices decay; norms, biases and embeddings do not, unless `cell.decay` is "all". An embedding that is tied
+    to the output head counts as an embedding. The first pattern of `cell.lr_scale` that matches a name decides.
+
+    Raises:
+        ValueError: a pattern that matches no trained parameter.
     """
     embeddings = {id(parameter) for module in model.modules() if isinstance(module, nn.Embedding)
                   for parameter in module.parameters(recurse=False)}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
-    chosen = {id(parameter) for parameter in decayed}
-    spared = [p for p in trained if id(p) not in chosen]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    unused = set(cell.lr_scale)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = cell.decay == "all" or (parameter.ndim >= 2 and id(parameter) not in embeddings)
+        pattern = next((pattern for pattern in cell.lr_scale if fnmatchcase(name, pattern)), None)
+        unused.discard(pattern or "")
+        scale = cell.lr_scale[pattern] if pattern else 1.0
+        group = groups.setdefault((decays, scale), {
+            "params": [], "weight_decay": cell.weight_decay if decays else 0.0, "lr": cell.lr * scale})
+        group["params"].append(parameter)
+    if unused:
+        raise ValueError(f"{type(cell).__name__}.lr_scale: no trained parameter's name matches {min(unused)!r}")
+    # Decaying and unscaled first: the learning rate that is reported is that of the first group.
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[1] != 1.0, not key[0], key[1]))]

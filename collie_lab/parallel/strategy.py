@@ -41,17 +41,12 @@ class Strategy(ABC):
         enabled = self.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def micro_batch(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """The context of one micro-batch; gradients need to be exchanged only in the `last`."""
+    def micro_batch(self, model: nn.Module, exchange: bool) -> contextlib.AbstractContextManager[Any]:
+        """The context of one micro-batch; gradients are exchanged only where it says so."""
         return contextlib.nullcontext()
 
     def reduce(self, gradient: Tensor) -> None:  # noqa: B027  # one process has nothing to average
         """Average one gradient over the replicas: for optimizers that act inside the backward pass."""
-
-    def global_norm(self, norms: list[Tensor]) -> Tensor:
-        """The norm of the whole gradient from the norms of this rank's pieces of it."""
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return norm
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all data-parallel ranks."""
@@ -98,8 +93,8 @@ class Replicated(_Distributed):
                                        broadcast_buffers=False)
 
     @override
-    def micro_batch(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-        if last or not isinstance(model, DistributedDataParallel):
+    def micro_batch(self, model: nn.Module, exchange: bool) -> contextlib.AbstractContextManager[Any]:
+        if exchange or not isinstance(model, DistributedDataParallel):
             return contextlib.nullcontext()
         return model.no_sync()
 
@@ -134,16 +129,10 @@ class Sharded(_Distributed):
         return contextlib.nullcontext()  # FSDP2 casts by its own policy
 
     @override
-    def micro_batch(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def micro_batch(self, model: nn.Module, exchange: bool) -> contextlib.AbstractContextManager[Any]:
         assert isinstance(model, FSDPModule)
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(exchange)
         return contextlib.nullcontext()
-
-    @override
-    def global_norm(self, norms: list[Tensor]) -> Tensor:
-        squares = torch.stack(norms).square().sum()
-        dist.all_reduce(squares)
-        return squares.sqrt()
 
     @override
     @contextlib.contextmanager

@@ -29,10 +29,12 @@ class Batch:
     """Sum over documents of the squared length: the work of attention."""
 
 
-def collate(documents: Documents, indices: NDArray[np.int64], device: torch.device, *, flat: bool) -> Batch:
+def collate(documents: Documents, indices: NDArray[np.int64], device: torch.device, *, flat: bool,
+            draw: tuple[int, ...] | None = None) -> Batch:
     """The documents of the given indices as one micro-batch on `device`.
 
-    Positions restart in every document; a target is the next token of the same document.
+    Positions restart in every document; a target is the next token of the same document. With `draw`, a seed, the
+    labels are to be drawn by the model: in their place are numbers in [0, 1), the same however documents are dealt.
     """
     # Longest first: attention wants documents of like length side by side.
     indices = indices[np.argsort(-documents.lengths[indices], kind="stable")]
@@ -43,18 +45,24 @@ def collate(documents: Documents, indices: NDArray[np.int64], device: torch.devi
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
     predicted = np.flatnonzero(learned)
-    labels = tokens[predicted]
+    labels: NDArray[Any] = tokens[predicted]
+    if draw is not None:
+        chances = [np.random.default_rng((*draw, index)).random(length, dtype=np.float32)
+                   for index, length in zip(indices.tolist(), lengths.tolist(), strict=True)]
+        labels = np.concatenate(chances)[predicted]
     if flat:
         packed = PackedLayout.build(lengths, device)
         inputs = {"input_ids": to_device(tokens[None], device), "position_ids": to_device(positions[None], device),
                   "packed": packed, "targets": (to_device(predicted - 1, device), to_device(labels, device))}
     else:
         inputs = _padded(tokens, positions, lengths, predicted, labels, device)
+    if draw is not None:
+        inputs["objective"] = "drawn"
     return Batch({**inputs, "use_cache": False}, len(tokens), int((lengths.astype(np.int64) ** 2).sum()))
 
 
 def _padded(tokens: NDArray[np.int64], positions: NDArray[np.int64], lengths: NDArray[np.int64],
-            predicted: NDArray[np.int64], labels: NDArray[np.int64], device: torch.device) -> dict[str, Any]:
+            predicted: NDArray[np.int64], labels: NDArray[Any], device: torch.device) -> dict[str, Any]:
     rows, width = len(lengths), int(lengths.max())
     place = np.repeat(np.arange(rows), lengths) * width + positions
     ids = np.zeros(rows * width, dtype=np.int64)

@@ -22,8 +22,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from collie_lab.folder import checkpoints_in, read_json, write_json
+from collie_lab.optim import RuleOptimizer
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
+
+_NORM = "norm"
 
 _SAFE_MODULES = ("torch.distributed.checkpoint.", "torch.distributed.checkpoint", "collections", "pathlib")
 _SAFE_NAMES = {("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("builtins", "set")}
@@ -70,7 +73,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     if missing := [name for name in wanted if name not in stored]:
         raise ValueError(f"{path} has no {missing[0]!r} (and {len(missing) - 1} more): "
                          "it was written for another model or adapter")
-    state: dict[str, Any] = {**wanted, **_empty_optimizer_state(model, stored)}
+    state: dict[str, Any] = {**wanted, **_wanted_optimizer_state(model, optimizer, stored, path)}
     random_state = {name: value for name, value in _random_state(rank).items() if name in stored}
     same_world = read_json(path / "state.json")["world_size"] == world
     if same_world:
@@ -89,12 +92,31 @@ def _model_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {f"optimizer.{names[parameter]}|{key}": value
-            for parameter, entries in optimizer.state.items() for key, value in entries.items() if value is not None}
+    state = {f"optimizer.{names[parameter]}|{key}": value
+             for parameter, entries in optimizer.state.items() for key, value in entries.items() if value is not None}
+    if isinstance(optimizer, RuleOptimizer) and optimizer.norm is not None:
+        state[_NORM] = optimizer.norm  # the next gradient may be clipped by it
+    return state
+
+
+def _wanted_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, Any],
+                            path: Path) -> dict[str, Tensor]:
+    """Tensors to load into: a rule's own states, in place; for other optimizers new ones."""
+    if not isinstance(optimizer, RuleOptimizer):
+        return _empty_optimizer_state(model, stored)
+    state = _optimizer_state(model, optimizer)
+    saved = {name for name in stored if name.startswith("optimizer.")}
+    if differing := sorted(state.keys() ^ saved):
+        raise ValueError(f"{path} and the optimizer differ in {differing[0]!r}: "
+                         "it was written for another optimizer or rounding")
+    if _NORM in stored:
+        device = next(model.parameters()).device
+        state[_NORM] = torch.zeros((), dtype=stored[_NORM].properties.dtype, device=device)
+    return state
 
 
 def _empty_optimizer_state(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors to load into; laid out as their parameter where they have its shape."""
+    """Laid out as their parameter where they have its shape."""
     parameters = dict(model.named_parameters())
     state = {}
     for name, meta in stored.items():
@@ -102,13 +124,16 @@ def _empty_optimizer_state(model: nn.Module, stored: Mapping[str, Any]) -> dict[
             parameter = parameters[name.removeprefix("optimizer.").split("|")[0]]
             dtype = meta.properties.dtype
             like = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-            # The step count of fused AdamW, a scalar, must lie on its parameter's device.
-            scalar = torch.zeros(meta.size, dtype=dtype, device=parameter.device)
-            state[name] = like if parameter.shape == meta.size else scalar
+            # Step counts, scalars, stay with the host, as torch's own optimizers keep them.
+            other = torch.zeros(meta.size, dtype=dtype, device=parameter.device if meta.size else None)
+            state[name] = like if parameter.shape == meta.size else other
     return state
 
 
 def _set_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    if isinstance(optimizer, RuleOptimizer):
+        optimizer.set_norm(state.get(_NORM))
+        return
     parameters = dict(model.named_parameters())
     for name, value in state.items():
         if name.startswith("optimizer."):

@@ -52,7 +52,7 @@ def perplexity(cell: Perplexity, model: PreTrainedModel, documents: Documents, s
         counts = step < len(batches)
         indices = batches[step] if counts else np.zeros(1, dtype=np.int64)
         batch = collate(documents, indices, strategy.device, flat=flat)
-        loss = model(**batch.inputs, likelihood=True)
+        loss = model(**batch.inputs, objective="likelihood")
         if counts:
             sums[0] += loss
             sums[1] += int(documents.targets[indices].sum())

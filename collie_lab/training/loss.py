@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -23,6 +23,8 @@ __all__ = ["TokenLoss", "attach_loss", "attach_whole_loss", "linear_loss"]
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """fp32 logits [N, V] and labels [N] to losses [N]."""
+
+Objective = Literal["train", "likelihood", "drawn"]
 
 _SMALLEST_CHUNK = 1024
 
@@ -38,9 +40,10 @@ def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None) -> 
     """Teach a causal LM of transformers to return its summed loss: `model(..., targets=(index, labels))`.
 
     `index` [N] are the places of the flattened batch whose next token is predicted, `labels` [N] those
-    tokens; with `likelihood=True` the loss is cross-entropy whatever `token_loss` is. Called without
-    `targets`, the model is as before. Being its own `forward`, the loss runs inside every wrapper's hooks
-    (FSDP2, DDP, peft).
+    tokens. `objective`: `train` takes `token_loss`, `likelihood` cross-entropy whatever that is, and `drawn`
+    the cross-entropy of labels that the model itself draws, for which `labels` [N] holds the chances in [0, 1).
+    Called without `targets`, the model is as before. Being its own `forward`, the loss runs inside every wrapper's
+    hooks (FSDP2, DDP, peft).
     """
     original = model.forward
     head = model.get_output_embeddings()
@@ -52,18 +55,17 @@ def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None) -> 
         plain = loss or _cross_entropy
         return lambda logits, labels: plain(transform(logits), labels)
 
-    train_loss, likelihood_loss = transformed(token_loss), transformed(None)
+    losses = {"train": transformed(token_loss), "likelihood": transformed(None), "drawn": transformed(_drawn)}
 
     @functools.wraps(original)
-    def forward(*args: Any, targets: tuple[Tensor, Tensor] | None = None, likelihood: bool = False,
+    def forward(*args: Any, targets: tuple[Tensor, Tensor] | None = None, objective: Objective = "train",
                 **kwargs: Any) -> Any:
         if targets is None:
             return original(*args, **kwargs)
         index, labels = targets
         hidden = model.base_model(*args, **kwargs)[0]
         hidden_NC = hidden.flatten(0, 1).index_select(0, index)
-        return linear_loss(hidden_NC, head.weight, head.bias, labels,
-                           likelihood_loss if likelihood else train_loss)
+        return linear_loss(hidden_NC, head.weight, head.bias, labels, losses[objective])
 
     forward.token_loss = token_loss  # type: ignore[attr-defined]
     model.forward = forward
@@ -72,17 +74,17 @@ def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None) -> 
 def attach_whole_loss(model: PreTrainedModel) -> None:
     """As `attach_loss`, for models whose logits only their own `forward` can make: it holds them whole."""
     attached = model.forward
-    original, token_loss = attached.__wrapped__, attached.token_loss
+    original = attached.__wrapped__
+    losses = {"train": attached.token_loss or _cross_entropy, "likelihood": _cross_entropy, "drawn": _drawn}
 
     @functools.wraps(original)
-    def forward(*args: Any, targets: tuple[Tensor, Tensor] | None = None, likelihood: bool = False,
+    def forward(*args: Any, targets: tuple[Tensor, Tensor] | None = None, objective: Objective = "train",
                 **kwargs: Any) -> Any:
         if targets is None:
             return original(*args, **kwargs)
         index, labels = targets
         logits = original(*args, **kwargs).logits.flatten(0, 1).index_select(0, index).float()
-        loss = _cross_entropy if likelihood or token_loss is None else token_loss
-        return loss(logits, labels).sum()
+        return losses[objective](logits, labels).sum()
 
     model.forward = forward
 
@@ -168,6 +170,15 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, token_loss: TokenLoss | N
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _drawn(logits_NV: Tensor, chances_N: Tensor) -> Tensor:
+    """Cross-entropy of labels drawn from the logits: those at which the summed probability passes the chance."""
+    with torch.no_grad():
+        summed = torch.softmax(logits_NV, dim=1).cumsum(1)
+        labels = torch.searchsorted(summed, chances_N[:, None] * summed[:, -1:], right=True)
+        labels = labels[:, 0].clamp(max=logits_NV.shape[1] - 1)
+    return _cross_entropy(logits_NV, labels)
 
 
 def _logit_transform(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:

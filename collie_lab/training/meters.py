@@ -64,9 +64,12 @@ class Meters:
 
     def push(self, step: int, values: Tensor, *, lr: float, tokens: int, flops: float, memory: int | None,
              began: Any, timed: bool = True) -> None:
-        """Take one step in. `values` [3]: loss, gradient norm, stop wish, still on the device."""
+        """Take one step in. `values` [4]: loss, gradient norm, stop wish, unclipped share, still on the device.
+
+        What there is not in a step is NaN.
+        """
         if self._device.type == "cuda":
-            host = torch.empty(3, pin_memory=True)
+            host = torch.empty(4, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
         record = {"step": step, "time": time.time(), "lr": lr, "tokens": tokens, "memory_allocated": memory}
         self._pending.append(_Pending(step, values, record, flops, timed, (began, self.mark())))
@@ -86,12 +89,14 @@ class Meters:
             seconds = began.elapsed_time(ended) / 1000
         else:
             seconds = ended - began
-        loss, grad_norm, stop = step.values.tolist()
+        loss, grad_norm, stop, unclipped = step.values.tolist()
         self._seen += 1
         self._losses.append(loss)
         if step.timed and self._seen > _WARM_UP:
             self._speed.append((step.record["tokens"], seconds))
         if self._lines:
+            if math.isfinite(unclipped):
+                step.record["unclipped_share"] = unclipped
             self._lines.append({**step.record, "loss": loss, "grad_norm": grad_norm,
                                 "tokens_per_second": step.record["tokens"] / seconds,
                                 "mfu": self._mfu(step.flops, seconds)})

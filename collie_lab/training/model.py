@@ -20,7 +20,8 @@ __all__ = ["build_model"]
 def build_model(experiment: Experiment, device: torch.device) -> tuple[PreTrainedModel, nn.Module]:
     """The causal LM and the module to call: the same, or peft's wrapper with an adapter.
 
-    The weights are fp32; `precision` decides the type of the computation, not theirs.
+    The model is loaded and tried in fp32; then its weights become what `Training.weights` says. (`precision` decides
+    the type of the computation, not theirs.)
     """
     torch.manual_seed(experiment.training.seed)
     model = _load(experiment.model).to(device)
@@ -29,6 +30,8 @@ def build_model(experiment: Experiment, device: torch.device) -> tuple[PreTraine
         model.set_attn_implementation(ATTENTION)
     attach_loss(model, experiment.training.loss)
     choose_path(model, reference, experiment.data.packing)
+    if experiment.training.weights == "bf16":
+        _to_bf16(model)
     if experiment.training.recompute == "full":
         _recompute_blocks(model)
     if experiment.adapter is None:
@@ -63,6 +66,12 @@ def _adapt(model: PreTrainedModel, adapter: Adapter) -> nn.Module:
                              target_modules=targets, task_type="CAUSAL_LM")
     adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
+
+
+def _to_bf16(model: nn.Module) -> None:
+    """The parameters only: rotary frequencies, a buffer, would point far positions elsewhere in bf16."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _recompute_blocks(model: nn.Module) -> None:

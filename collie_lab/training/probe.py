@@ -80,7 +80,7 @@ def _is_right(model: PreTrainedModel, reference_TV: Tensor, *, flat: bool) -> bo
     documents = _documents(model)
     inputs = collate(documents, np.arange(len(documents)), model.device, flat=flat).inputs
     try:
-        loss = float(model(**inputs, likelihood=True)) / len(inputs["targets"][1])
+        loss = float(model(**inputs, objective="likelihood")) / len(inputs["targets"][1])
         logits = model(**{name: value for name, value in inputs.items() if name != "targets"}).logits.float()
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False  # e.g. a model without the arguments of a flat batch

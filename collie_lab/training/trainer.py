@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from collie_lab import optim
-from collie_lab.cells import Evaluation, Experiment
+from collie_lab.cells import Adan, Evaluation, Experiment, RuleCell, ScheduleFree, Sophia
 from collie_lab.data import Documents, Order, Tokenizer, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.folder import JsonLines, RunFolder
@@ -80,41 +80,74 @@ class Trainer:
 
     def _train_step(self, plan: Step) -> None:
         """One optimizer step: forward and backward over the micro-batches, clipping, update."""
-        began, attended = self._meters.mark(), 0
-        loss_sum = torch.zeros((), device=self.device)
+        began, optimizer = self._meters.mark(), self.optimizer
         with self._memory.step(self.step - self._first_step):
-            for index, documents in enumerate(plan.micro_batches):
-                batch = collate(self._documents, documents, self.device, flat=self._flat)
-                attended += batch.attended
-                with self._strategy.micro_batch(self.model, last=index == len(plan.micro_batches) - 1):
-                    with self._strategy.compute():
-                        loss = self.model(**batch.inputs)
-                    # Gradients are averaged over the ranks: this makes it the mean over all their tokens.
-                    (loss * (self._strategy.dp_size / plan.targets)).backward()
-                loss_sum += loss.detach()
-            grad_norm = self._clip()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            if isinstance(optimizer, optim.RuleOptimizer) and optimizer.needs_measure:
+                # The same dropout in both passes.
+                devices = [self.device] if self.device.type == "cuda" else []
+                with optimizer.measure(), torch.random.fork_rng(devices):
+                    self._forward_backward(plan)
+            loss_sum, attended = self._forward_backward(plan)
+            grad_norm = self._update()
+            unclipped = self._refresh_hessian(plan)
         # A tensor from a host number would wait for the device; a filled one does not.
         stop = torch.full_like(loss_sum, float(self._wants_stop()))
         values = self._strategy.total(torch.stack([loss_sum, stop]))
         self._meters.push(
-            self.step, torch.stack([values[0] / plan.targets, grad_norm, values[1]]),
-            lr=self.optimizer.param_groups[0]["lr"], tokens=plan.tokens, memory=self._memory.step_bytes, began=began,
+            self.step, torch.stack([values[0] / plan.targets, grad_norm, values[1], unclipped]),
+            lr=optimizer.param_groups[0]["lr"], tokens=plan.tokens, memory=self._memory.step_bytes, began=began,
             flops=self._flops.of(plan.tokens, attended * self._strategy.dp_size),
             timed=not self._memory.recorded,
         )
 
-    def _clip(self) -> Tensor:
-        """The global gradient norm; gradients are scaled down where it exceeds the limit."""
-        if isinstance(self.optimizer, optim.Lomo):
-            return self._strategy.global_norm(self.optimizer.pop_norms())
-        gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-                     for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = self._strategy.global_norm(list(torch._foreach_norm(gradients, dtype=torch.float32)))
-        if (limit := self.experiment.training.clip_grad_norm) is not None:
-            torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
-        return norm
+    def _forward_backward(self, plan: Step, draw: tuple[int, ...] | None = None) -> tuple[Tensor, int]:
+        """The gradient of the mean loss of a step's tokens; the sum of this rank's losses, and the work of attention.
+
+        With `draw`, a seed, the loss is that of labels which the model draws itself.
+        """
+        loss_sum, attended = torch.zeros((), device=self.device), 0
+        cell = self.experiment.optimizer
+        accumulate = cell.accumulate if isinstance(cell, RuleCell) and cell.in_backward else None
+        for index, documents in enumerate(plan.micro_batches):
+            batch = collate(self._documents, documents, self.device, flat=self._flat, draw=draw)
+            attended += batch.attended
+            last = index == len(plan.micro_batches) - 1
+            with contextlib.ExitStack() as contexts:
+                contexts.enter_context(self._strategy.micro_batch(self.model, exchange=last or accumulate == "each"))
+                if accumulate == "hold" and not last:
+                    contexts.enter_context(self.optimizer.hold())  # type: ignore[attr-defined]
+                with self._strategy.compute():
+                    loss = self.model(**batch.inputs)
+                # Gradients are averaged over the ranks: this makes it the mean over all their tokens.
+                (loss * (self._strategy.dp_size / plan.targets)).backward()
+            loss_sum += loss.detach()
+        return loss_sum, attended
+
+    def _update(self) -> Tensor:
+        """Clip and step; the norm of the gradient before clipping, NaN where it was never whole."""
+        optimizer, limit = self.optimizer, self.experiment.training.clip_grad_norm
+        norm = None
+        if isinstance(optimizer, optim.RuleOptimizer):
+            optimizer.step()
+            norm = optimizer.norm
+        else:
+            norm = optim.clip_gradients(optimizer, limit, self.experiment.training.clip_grad_value)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        cell = self.experiment.optimizer
+        if isinstance(cell, Adan) and cell.restart_every and self.step % cell.restart_every == 0:
+            optimizer.restart()  # type: ignore[attr-defined]
+        return torch.full((), math.nan, device=self.device) if norm is None else norm.to(self.device, torch.float32)
+
+    def _refresh_hessian(self, plan: Step) -> Tensor:
+        """Sophia, every so many steps: its Hessian from labels that the model draws. The share it does not clip."""
+        cell, optimizer = self.experiment.optimizer, self.optimizer
+        if not isinstance(cell, Sophia) or self.step % cell.hessian_every:
+            return torch.full((), math.nan, device=self.device)
+        assert isinstance(optimizer, optim.RuleOptimizer)
+        with optimizer.refresh_hessian(plan.targets):
+            self._forward_backward(plan, draw=(self.experiment.training.seed, self.step))
+        return optimizer.unclipped_share().to(self.device, torch.float32)
 
     def _set_learning_rate(self) -> None:
         factor = learning_rate_factor(self.experiment.training, self.step)
@@ -159,7 +192,10 @@ class Trainer:
         self._flops = StepFlops.of_model(self._causal_lm)
         self.model = self._strategy.wrap(adapted, experiment.optimizer.in_backward)
         self._adapted: Any = adapted
-        self.optimizer = optim.build(experiment.optimizer, self.model, self._strategy.reduce)
+        # By the names of the model itself: wrappers lengthen them.
+        self.optimizer = optim.build(
+            experiment.optimizer, adapted, reduce=self._strategy.reduce, max_norm=training.clip_grad_norm,
+            max_value=training.clip_grad_value, record_norm=True, seed=training.seed)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         torch.manual_seed(training.seed * 1000 + self.rank)  # dropout differs between ranks
@@ -231,11 +267,25 @@ class Trainer:
         found: dict[str, float] = {}
         for cell, documents in zip(self.experiment.evaluate, self._held_out, strict=True):
             if due(cell):
-                figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._flat,
-                                   tick=self._heed_stop)
+                with self._averaged():
+                    figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy,
+                                       flat=self._flat, tick=self._heed_stop)
                 self.event("evaluation", step=self.step, **figures)
                 found |= figures
         return found
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Schedule-Free trains at one point and is judged at another, the average of its steps."""
+        if not isinstance(self.experiment.optimizer, ScheduleFree):
+            yield
+            return
+        optimizer: Any = self.optimizer
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
 
     def _finish(self, status: str, began: float) -> None:
         """Keep what was trained (checkpoint, model) before anything else can fail; evaluate; write the result."""
@@ -246,7 +296,8 @@ class Trainer:
             self.save_checkpoint()
         if training.export and status != "diverged":
             self.event("phase", text="writing the model")
-            export_model(self._adapted, self._tokenizer, self.folder)
+            with self._averaged():
+                export_model(self._adapted, self._tokenizer, self.folder)
         figures = self._evaluate(lambda cell: True) if status == "ok" else {}
         peak = torch.tensor(float(self._memory.peak_bytes or 0), dtype=torch.float64, device=self.device)
         if dist.is_initialized():

@@ -28,8 +28,11 @@ def test_a_sound_experiment_has_no_problems() -> None:
     (GOOD.replace(parallel=lab.Parallel(dp=8)), "Training.batch_size: 4 sequences cannot be shared equally by 8"),
     (GOOD.with_("training.micro_batch_size", 3), "3 does not divide the 4 sequences of a rank"),
     (GOOD.with_("training.warmup", 2), "2 steps of warm-up, but only 2 steps"),
-    (GOOD.replace(optimizer=lab.Lomo()).with_("training.micro_batch_size", 2), "cannot accumulate gradients"),
-    (GOOD.replace(optimizer=lab.Lomo()).with_("training.clip_grad_norm", 1.0), "before the global norm is known"),
+    (GOOD.replace(optimizer=lab.Lomo()).with_("training.micro_batch_size", 2), "are not added up"),
+    (GOOD.replace(optimizer=lab.Lion(in_backward=True, accumulate="each")), "do not add up"),
+    (GOOD.replace(optimizer=lab.Lomo(accumulate="hold")).with_("training.clip_grad_norm", 1.0), "only when all of it"),
+    (GOOD.with_("training.weights", "bf16"), "bf16 weights compute in bf16"),
+    (GOOD.replace(optimizer=lab.Adafactor(in_backward=True)), "updates all parameters at once"),
     (GOOD.replace(data=lab.RandomTokens(length=64)), "ExactMatch.data: RandomTokens has no prompts"),
     (GOOD.replace(adapter=lab.LoRA(targets=("lm_head",))), "LoRA.targets: lm_head is the output head"),
     (GOOD.replace(evaluate=[lab.Perplexity(), lab.Perplexity(limit=3)]), "two evaluations would write the same"),
@@ -51,6 +54,12 @@ def test_errors(experiment: lab.Experiment, message: str) -> None:
     (GOOD.with_("training.checkpoint_every", 5), "no checkpoint within 2 steps"),
     (GOOD.with_("training.final_lr", 0.1), "a constant schedule never falls"),
     (GOOD.replace(evaluate=[lab.Perplexity(every=9)]), "only at the end"),
+    (GOOD.replace(optimizer=lab.AdaLomo(clip_by="previous_norm")), "AdaLomo.clip_by: without effect"),
+    (GOOD.replace(optimizer=lab.AdamW(accumulate="hold")), "AdamW.accumulate: without effect"),
+    (GOOD.replace(optimizer=lab.AdamW(rounding="kahan")), "AdamW.rounding: without effect on fp32 weights"),
+    (GOOD.replace(optimizer=lab.Adan(restart_every=2)), "no restart within 2 steps"),
+    (GOOD.replace(optimizer=lab.Sophia()), "no Hessian within 2 steps: sign momentum"),
+    (GOOD.replace(optimizer=lab.AdaLomo()).with_("training.clip_grad_norm", 1.0), "clipping its norm does little"),
 ])
 def test_options_without_effect_warn(experiment: lab.Experiment, message: str) -> None:
     report = experiment.check()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from collie_lab.data import Documents
 from collie_lab.training import loss as module
-from collie_lab.training.loss import linear_loss
+from collie_lab.training.batch import collate
+from collie_lab.training.loss import _drawn, linear_loss
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -58,3 +61,29 @@ def test_no_full_logits_are_held() -> None:
         linear_loss(hidden, weight, None, labels).backward()
     sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert max(sizes) <= 1024 * vocabulary * 4
+
+
+def test_drawn_labels_follow_the_models_own_probabilities() -> None:
+    """Sophia's Hessian needs labels from the model: their frequencies are the softmax of the logits."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 7) * 2
+    chances = torch.linspace(0, 1, 10_001)[:-1]  # all chances, once
+    repeated = logits.expand(len(chances), -1)
+    losses = _drawn(repeated, chances)
+    by_label = -torch.log_softmax(logits, 1)[0]
+    drawn = (losses[:, None] - by_label).abs().argmin(1)
+    frequencies = torch.bincount(drawn, minlength=7) / len(chances)
+    torch.testing.assert_close(frequencies, torch.softmax(logits, 1)[0], atol=2e-4, rtol=0)
+    torch.testing.assert_close(losses, by_label[drawn])
+
+
+def test_chances_belong_to_documents_not_to_batches() -> None:
+    offsets = np.array([0, 5, 9, 16])
+    documents = Documents(np.arange(16, dtype=np.int32), np.ones(16, dtype=np.bool_), offsets, np.zeros(0, np.int64))
+    device = torch.device("cpu")
+    alone = {index: collate(documents, np.array([index]), device, flat=True, draw=(3, 1)).inputs["targets"][1]
+             for index in range(3)}
+    together = collate(documents, np.array([1, 0, 2]), device, flat=True, draw=(3, 1)).inputs["targets"][1]
+    assert torch.equal(together, torch.cat([alone[2], alone[0], alone[1]]))  # longest first
+    assert not torch.equal(alone[0], collate(documents, np.array([0]), device, flat=True,
+                                             draw=(3, 2)).inputs["targets"][1])

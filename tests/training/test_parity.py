@@ -6,7 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from collie_lab import SGD, AdamW, Experiment, Lomo, LoRA, Model, Parallel, Perplexity, Skills, Training
+from collie_lab import (
+    SGD,
+    AdaLomo,
+    AdamW,
+    Adan,
+    Experiment,
+    Lomo,
+    LoRA,
+    Model,
+    Parallel,
+    Perplexity,
+    Skills,
+    Sophia,
+    Training,
+)
 from collie_lab.folder import RunFolder
 from tests.ranks import losses, run_here, run_ranks
 
@@ -21,7 +35,12 @@ ADAMW = BASE.replace(optimizer=AdamW(lr=3e-3, weight_decay=0.1))
 ARMS = {
     "adamw": ADAMW,
     "sgd": BASE.replace(optimizer=SGD(lr=0.1, momentum=0.9)),
-    "lomo": BASE.replace(optimizer=Lomo(lr=0.1, weight_decay=0.01)).with_("training.clip_grad_norm", None),
+    "lomo": BASE.replace(optimizer=Lomo(lr=0.1, weight_decay=0.01)),  # clipped in two passes
+    "adalomo": BASE.replace(optimizer=AdaLomo(lr=0.02, weight_decay=0.1)).with_("training.clip_grad_norm", None),
+    "sophia": BASE.replace(optimizer=Sophia(lr=1e-3, hessian_every=4, in_backward=True, clip_by="previous_norm")),
+    "adan": BASE.replace(optimizer=Adan(lr=5e-3, restart_every=8)),
+    "held": BASE.replace(optimizer=AdamW(lr=3e-3, weight_decay=0.1, in_backward=True, accumulate="hold")).replace(
+        training=BASE.training.replace(clip_grad_norm=None, clip_grad_value=0.05, micro_batch_size=1)),
     "lora": BASE.replace(optimizer=AdamW(lr=1e-2), adapter=LoRA(r=4)),
     "accumulation": ADAMW.with_("training.micro_batch_size", 1),
     "recompute": ADAMW.with_("training.recompute", "full"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from collie_lab import AdamW, Experiment, Lomo, LoRA, Model, Parallel, Skills, Training
+from collie_lab import AdaLomo, AdamW, Adan, Experiment, Lion, Lomo, LoRA, Model, Parallel, Skills, Sophia, Training
 from collie_lab.folder import RunFolder
 from collie_lab.training.checkpoint import _SafeReader
 from tests.ranks import losses, run_here, run_ranks
@@ -21,13 +21,25 @@ BASE = Experiment(
 )
 
 
-@pytest.mark.parametrize("arm", ["adamw", "lora", "lomo"])
+IN_BACKWARD = BASE.with_("training.micro_batch_size", None)
+BF16 = IN_BACKWARD.replace(training=IN_BACKWARD.training.replace(precision="bf16", weights="bf16"))
+EXACT = {
+    "adamw": BASE,
+    "lora": BASE.replace(adapter=LoRA(r=4, dropout=0.1)),  # dropout: the random state matters too
+    "lomo": IN_BACKWARD.replace(optimizer=Lomo(lr=0.05)),
+    # Stochastic rounding, a sampled Hessian, a norm that is carried over, a restart, a second bf16 number.
+    "adalomo, bf16": BF16.replace(optimizer=AdaLomo(lr=5e-3)),
+    "sophia, in backward": IN_BACKWARD.replace(
+        optimizer=Sophia(lr=1e-3, hessian_every=2, in_backward=True, clip_by="previous_norm"),
+        training=IN_BACKWARD.training.replace(clip_grad_norm=0.5)),
+    "adan": BASE.replace(optimizer=Adan(lr=5e-3, restart_every=6)),
+    "lion, bf16": BF16.replace(optimizer=Lion(lr=1e-3, rounding="kahan")),
+}
+
+
+@pytest.mark.parametrize("arm", EXACT)
 def test_resume_is_exact(arm: str, tmp_path: Path) -> None:
-    experiment = {
-        "adamw": BASE,
-        "lora": BASE.replace(adapter=LoRA(r=4, dropout=0.1)),  # dropout: the random state matters too
-        "lomo": BASE.replace(optimizer=Lomo(lr=0.05)).with_("training.micro_batch_size", None),
-    }[arm]
+    experiment = EXACT[arm]
     whole = run_here(experiment, tmp_path / "whole")
     checkpoint = whole.latest_checkpoint()
     assert checkpoint == whole.checkpoints / "step-000005"
@@ -39,21 +51,28 @@ def test_resume_is_exact(arm: str, tmp_path: Path) -> None:
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def _train(folder: str, resume: str | None, zero: int) -> None:
-    experiment = BASE.replace(parallel=Parallel(dp=2, zero=zero)).with_("training.micro_batch_size", 1)
+SHARDED = {
+    "adamw": BASE.with_("training.micro_batch_size", 1),
+    "adalomo": IN_BACKWARD.replace(optimizer=AdaLomo(lr=5e-3)),  # states of rows and columns, sharded and not
+}
+
+
+def _train(folder: str, resume: str | None, zero: int, arm: str) -> None:
+    experiment = SHARDED[arm].replace(parallel=Parallel(dp=2, zero=zero))
     run_here(experiment, Path(folder), resume=Path(resume) if resume else None)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("zero", [0, 3])
-def test_two_ranks_resume_exactly_and_one_process_goes_on_from_their_checkpoint(zero: int, tmp_path: Path) -> None:
-    run_ranks(_train, 2, str(tmp_path / "whole"), None, zero)
+@pytest.mark.parametrize(("zero", "arm"), [(0, "adamw"), (3, "adamw"), (3, "adalomo")])
+def test_two_ranks_resume_exactly_and_one_process_goes_on_from_their_checkpoint(zero: int, arm: str,
+                                                                                tmp_path: Path) -> None:
+    run_ranks(_train, 2, str(tmp_path / "whole"), None, zero, arm)
     whole = RunFolder(tmp_path / "whole")
     checkpoint = whole.latest_checkpoint()
     assert checkpoint is not None
-    run_ranks(_train, 2, str(tmp_path / "resumed"), str(checkpoint), zero)
+    run_ranks(_train, 2, str(tmp_path / "resumed"), str(checkpoint), zero, arm)
     assert losses(RunFolder(tmp_path / "resumed")) == losses(whole)[5:]
-    alone = run_here(BASE.with_("training.micro_batch_size", 1), tmp_path / "alone", resume=checkpoint)
+    alone = run_here(SHARDED[arm], tmp_path / "alone", resume=checkpoint)
     assert losses(alone) == pytest.approx(losses(whole)[5:], abs=1e-5)
 
 
@@ -76,6 +95,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     other = BASE.replace(adapter=LoRA(r=4))
     with pytest.raises(ValueError, match="another model or adapter"):
         run_here(other, tmp_path / "other", resume=run.latest_checkpoint())
+
+
+def test_a_checkpoint_of_another_rounding_is_refused(tmp_path: Path) -> None:
+    run = run_here(BF16.replace(optimizer=Lion(rounding="master")), tmp_path / "run")
+    with pytest.raises(ValueError, match="another optimizer or rounding"):
+        run_here(BF16.replace(optimizer=Lion(rounding="kahan")), tmp_path / "other", resume=run.latest_checkpoint())
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:

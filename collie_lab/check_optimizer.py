@@ -1,0 +1,96 @@
+"""Conflicts of the optimizer with the rest of an experiment; part of `collie_lab.check`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+from collie_lab.cells import (
+    SGD,
+    AdaLomo,
+    Adan,
+    Experiment,
+    LibraryOptimizer,
+    Lomo,
+    Problem,
+    RuleCell,
+    ScheduleFree,
+    Sophia,
+)
+
+__all__ = ["optimizer_problems"]
+
+
+def optimizer_problems(experiment: Experiment) -> Iterator[Problem]:
+    """Errors and warnings, each with its remedy."""
+    cell = experiment.optimizer
+    if experiment.training.weights == "bf16" and experiment.training.precision != "bf16":
+        yield Problem("Training", "weights", "bf16 weights compute in bf16", 'precision="bf16" too')
+    if isinstance(cell, LibraryOptimizer):
+        yield from _library(cell, experiment)
+    if isinstance(cell, RuleCell):
+        if cell.in_backward:
+            yield from _in_backward(cell, experiment)
+        yield from _without_effect(cell, experiment)
+    yield from _advice(experiment)
+
+
+def _library(cell: LibraryOptimizer, experiment: Experiment) -> Iterator[Problem]:
+    name = type(cell).__name__
+    if cell.in_backward:
+        yield Problem(name, "in_backward", f"{cell.library}'s optimizer updates all parameters at once",
+                      "leave it out, or use an optimizer of collie_lab (AdaLomo, Lomo, AdamW, ...)")
+    if importlib.util.find_spec(cell.package) is None:
+        yield Problem("Experiment", "optimizer", f"{name} needs the package {cell.library}",
+                      f"pip install {cell.library}")
+    if experiment.parallel.zero and not cell.shardable:
+        yield Problem("Parallel", "zero", f"{name} does not know sharded parameters",
+                      "zero=0, or an optimizer of collie_lab")
+
+
+def _in_backward(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]:
+    training, name = experiment.training, type(cell).__name__
+    share = training.batch_size // experiment.parallel.dp
+    linear = isinstance(cell, Lomo) or (isinstance(cell, SGD) and not cell.momentum)
+    if cell.accumulate is None and training.micro_batch_size not in (None, share):
+        each = ', or accumulate="each" (updates with every micro-batch)' if linear else ""
+        yield Problem("Training", "micro_batch_size", f"{name} updates in the backward pass: gradients of several "
+                      "micro-batches are not added up",
+                      f'leave it out, or {name}(accumulate="hold") (exact, with the memory of all gradients){each}')
+    if cell.accumulate == "each" and not linear:
+        yield Problem(name, "accumulate", "updates with parts of a gradient do not add up to the update with the "
+                      "whole: they would move the weights several times too far", 'accumulate="hold"')
+    if cell.accumulate is not None and training.clip_grad_norm is not None:
+        yield Problem("Training", "clip_grad_norm", "the norm of an accumulated gradient is known only when all of it "
+                      "is there", "clip_grad_value, or in_backward=False")
+
+
+def _without_effect(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]:
+    training, name = experiment.training, type(cell).__name__
+    given = cell.model_fields_set
+    if "clip_by" in given and not (cell.in_backward and training.clip_grad_norm):
+        yield _warning(name, "clip_by", "without effect unless clip_grad_norm is set, in backward")
+    if cell.accumulate and not cell.in_backward:
+        yield _warning(name, "accumulate", "without effect: micro-batches add up anyway outside of backward")
+    if "rounding" in given and training.weights == "fp32":
+        yield _warning(name, "rounding", "without effect on fp32 weights", 'Training(weights="bf16", precision="bf16")')
+    if isinstance(cell, Adan) and cell.restart_every and cell.restart_every >= training.steps:
+        yield _warning(name, "restart_every", f"no restart within {training.steps} steps")
+
+
+def _advice(experiment: Experiment) -> Iterator[Problem]:
+    cell, training = experiment.optimizer, experiment.training
+    if isinstance(cell, Sophia) and cell.hessian_every >= training.steps:
+        yield _warning("Sophia", "hessian_every", f"no Hessian within {training.steps} steps: sign momentum",
+                       "lower it, or use Lion")
+    if isinstance(cell, AdaLomo) and training.clip_grad_norm is not None:
+        cost = ", and costs a second forward and backward pass" if cell.in_backward else ""
+        yield _warning("Training", "clip_grad_norm", "AdaLomo's update hardly depends on the size of a gradient: "
+                       f"clipping its norm does little{cost}", "leave it out")
+    if isinstance(cell, ScheduleFree) and (training.schedule != "constant" or training.warmup):
+        yield _warning("Training", "schedule", "Schedule-Free replaces the schedule by an average",
+                       "schedule='constant', and ScheduleFree(warmup_steps=...) for a warm-up")
+
+
+def _warning(cell: str, field: str, message: str, remedy: str = "") -> Problem:
+    return Problem(cell, field, message, remedy, level="warning")

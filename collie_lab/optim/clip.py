@@ -1,0 +1,37 @@
+"""The gradient norm over all shards, and clipping by it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from collie_lab.optim.rounding import compute_dtype
+from collie_lab.optim.shards import Shards, global_norm, local
+
+__all__ = ["clip_coefficient", "clip_gradients", "squared_norm"]
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """What to multiply a gradient by so that its norm is at most `max_norm` (0-d)."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+def squared_norm(gradient: Tensor) -> Tensor:
+    """The squared norm of the local piece of a gradient (0-d), in the type of the computation."""
+    piece = local(gradient)
+    norm: Tensor = torch.linalg.vector_norm(piece, dtype=compute_dtype(piece.dtype))
+    return norm.square()
+
+
+@torch.no_grad()
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None, max_value: float | None = None) -> Tensor:
+    """Clip the gradients of an optimizer's parameters in place; their norm before (0-d)."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = global_norm([(squared_norm(p.grad), Shards(p)) for p in parameters])
+    gradients = [local(p.grad) for p in parameters]
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, clip_coefficient(norm, max_norm))
+    if max_value is not None:
+        torch._foreach_clamp_max_(gradients, max_value)
+        torch._foreach_clamp_min_(gradients, -max_value)
+    return norm

@@ -1,0 +1,387 @@
+"""The optimizer that applies a rule: step by step after the backward pass, or inside it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+from collie_lab.optim.clip import clip_coefficient, squared_norm
+from collie_lab.optim.engine import Engine, choose_engine
+from collie_lab.optim.rounding import ROUNDINGS, Weight, compute_dtype, noise_key
+from collie_lab.optim.rule import Gradient, Rule, States
+from collie_lab.optim.rules import SophiaG
+from collie_lab.optim.shards import Shards, global_norm, local, local_gradient
+
+__all__ = ["RuleOptimizer"]
+
+ClipBy = Literal["two_passes", "previous_norm"]
+Accumulate = Literal["hold", "each"]
+_Phase = Literal["update", "measure", "hold", "refresh"]
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What an update needs of one parameter, found once."""
+
+    index: int
+    group: int
+    shards: Shards
+    step: Tensor
+    states: States
+    extra: Tensor | None
+    rounding: str
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """Applies a `Rule` to parameters of any shape, sharded or not; real parameter groups, schedulers, `state_dict`.
+
+    With `in_backward` each parameter is updated as soon as its gradient is there, and the gradient is freed:
+    `loss.backward()` does the work and `step()` closes it. Both ways give the same weights bit for bit.
+
+    Args:
+        params: parameters, or groups of them with hyper-parameters of their own.
+        rule: the update rule.
+        in_backward: update inside the backward pass.
+        max_norm: largest norm of the whole gradient; it is scaled down to it. In backward the norm must be known
+            before: see `clip_by`.
+        max_value: largest absolute value of an element, after `max_norm`.
+        clip_by: how `max_norm` works in backward. `two_passes`: a first pass inside `measure()`, exact.
+            `previous_norm`: by the norm of the step before; only the first step takes two passes.
+        accumulate: more than one backward pass a step, in backward. None: refused. `hold`: gradients pile up under
+            `hold()`, the last pass updates; exact, saves nothing before that. `each`: every pass updates with its
+            part; for rules that are linear in the gradient, later parts see weights that have moved already.
+        rounding: how bf16 weights are kept: stochastic, kahan or master; None: the rule's own.
+        record_norm: find the gradient norm of every step (`norm`) even where nothing is clipped.
+        reduce: in backward, called with each gradient before anything else: averages it over replicas.
+        engine: auto, eager, compile or triton.
+        seed: of stochastic rounding.
+        hyper: `lr`, `weight_decay` and what the rule reads besides; all of them, and nothing else.
+
+    Raises:
+        TypeError: a hyper-parameter that the rule does not know, or one that is missing.
+        ValueError: a combination that would be wrong.
+    """
+
+    def __init__(self, params: Any, rule: Rule, *, in_backward: bool = False, max_norm: float | None = None,
+                 max_value: float | None = None, clip_by: ClipBy = "two_passes", accumulate: Accumulate | None = None,
+                 rounding: str | None = None, record_norm: bool = False,
+                 reduce: Callable[[Tensor], None] | None = None, engine: str = "auto", seed: int = 0, **hyper: Any):
+        self.rule, self.in_backward = rule, in_backward
+        self.norm: Tensor | None = None
+        self._max_norm, self._max_value, self._clip_by = max_norm, max_value, clip_by
+        self._accumulate, self._rounding, self._reduce, self._seed = accumulate, rounding or rule.rounding, reduce, seed
+        # With parts of a gradient there is no moment at which the whole could be measured.
+        self._record_norm = (record_norm or max_norm is not None) and accumulate != "each"
+        self._phase: _Phase = "update"
+        self._slots: dict[Tensor, _Slot] = {}
+        self._numbers: dict[Tensor, int] = {}
+        self._fired: dict[Tensor, int] = {}  # how many gradients came in this step
+        self._squares: list[tuple[Tensor, _Slot]] = []
+        self._scale: Tensor | None = None
+        self._hessian_tokens = 0
+        self._since_refresh = 0
+        self._check_options()
+        _check_names(rule, hyper, "", required=True)
+        super().__init__(params, hyper)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if not parameters:
+            raise ValueError("there is no parameter to train")
+        self._device = parameters[0].device
+        self._engine: Engine = choose_engine(engine, self._device, sum(p.numel() for p in parameters))
+
+    def _check_options(self) -> None:
+        if self._rounding not in ROUNDINGS:
+            raise ValueError(f"unknown rounding {self._rounding!r}: one of {', '.join(ROUNDINGS)}")
+        if self._accumulate == "each" and not self.rule.linear:
+            raise ValueError(f"{type(self.rule).__name__} is not linear in the gradient: updates with parts of it "
+                             'would move the weights several times too far. accumulate="hold", or in_backward=False')
+        if self._accumulate and self._max_norm is not None and self.in_backward:
+            raise ValueError("the norm of an accumulated gradient is known only when all of it is there: "
+                             "clip by value, or in_backward=False")
+        if self._accumulate == "each" and self._max_value is not None:
+            raise ValueError("the clipped parts of a gradient do not add up to the clipped whole: "
+                             'accumulate="hold", or in_backward=False')
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with their states.
+
+        Raises:
+            TypeError: an unknown hyper-parameter.
+            ValueError: a parameter that cannot be trained here.
+        """
+        _check_names(self.rule, {name: value for name, value in param_group.items()
+                                 if name not in ("params", "initial_lr", "param_names")}, " in a group", required=False)
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self._numbers[parameter] = len(self._numbers)
+            if parameter.requires_grad:  # what is frozen takes no memory
+                self._add(parameter, len(self.param_groups) - 1)
+
+    def _add(self, parameter: Tensor, group: int) -> _Slot:
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"weights of type {parameter.dtype} cannot be trained: use float32 or bfloat16")
+        if self.in_backward and self._reduce is None and not isinstance(parameter, DTensor) and _replicated():
+            raise ValueError("in backward on several ranks: replicas drift apart unless gradients are averaged "
+                             "before the update. Give `reduce`, or shard the model (FSDP2)")
+        shards = Shards(parameter)
+        rounding = self._rounding if parameter.dtype == torch.bfloat16 else "exact"
+        weight = local(parameter)
+        value = weight.to(compute_dtype(weight.dtype), memory_format=torch.contiguous_format)
+        states, extra = self.rule.init(value), None
+        state = self.state[parameter]
+        state["step"] = step = torch.zeros((), dtype=torch.int64)
+        for name, piece in states.items():
+            state[name] = self.rule.layout(name, shards, piece)
+        if rounding == "master":
+            extra = value.clone() if value is weight else value
+            state["master"] = shards.like_parameter(extra)
+        elif rounding == "kahan":
+            extra = torch.zeros_like(value, dtype=weight.dtype)
+            state["compensation"] = shards.like_parameter(extra)
+        # Its number among all parameters, frozen ones too: that of stochastic rounding's noise.
+        slot = self._slots[parameter] = _Slot(self._numbers[parameter], group, shards, step, states, extra, rounding)
+        if self.in_backward:
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        return slot
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient; in backward: close the step that the backward pass made."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ready = [(parameter, index) for index, group in enumerate(self.param_groups) for parameter in group["params"]
+                 if parameter.grad is not None]
+        if not self.in_backward:
+            self._update_all([(parameter, self._slots.get(parameter) or self._add(parameter, index),
+                               local_gradient(parameter)) for parameter, index in ready])
+        elif ready:
+            raise RuntimeError("in backward, a gradient was left: its parameter was frozen when the optimizer was "
+                               "made, or all backward passes of this step were inside `hold()`")
+        elif self._record_norm and not self._norm_is_measured:
+            self._close_norm()
+        self._scale = None
+        self.set_norm(self.norm)
+        self._fired.clear()
+        self._warn_if_stale()
+        return loss
+
+    def _update_all(self, ready: list[tuple[Tensor, _Slot, Tensor]]) -> None:
+        """The step outside of backward."""
+        if self._record_norm:
+            self._squares = [(squared_norm(gradient), slot) for _, slot, gradient in ready]
+            self._close_norm()
+        if self._max_norm is not None and self.norm is not None:
+            self._scale = clip_coefficient(self.norm, self._max_norm)
+        for parameter, slot, gradient in ready:
+            self._update(parameter, slot, gradient)
+
+    @property
+    def _norm_is_measured(self) -> bool:
+        """Whether the norm comes from a pass of its own, not from the updating one."""
+        return self.in_backward and self._max_norm is not None and self._clip_by == "two_passes"
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        """The hook of every parameter in backward: its gradient is complete."""
+        if self._phase == "hold":
+            return
+        with torch.no_grad():
+            slot = self._slots[parameter]
+            if parameter in self._fired and self._accumulate != "each":
+                raise RuntimeError("a parameter got a second gradient before `step()`: gradients are not accumulated "
+                                   "in backward unless accumulate= says how, and reentrant checkpointing gives shared "
+                                   "weights several (use_reentrant=False)")
+            gradient = parameter.grad
+            assert gradient is not None
+            if self._reduce is not None:
+                self._reduce(gradient)
+            if self._phase == "refresh":
+                self._refresh(slot, local_gradient(parameter))
+            else:
+                self._take(parameter, slot, local_gradient(parameter))
+            parameter.grad = None
+
+    def _take(self, parameter: Tensor, slot: _Slot, gradient: Tensor) -> None:
+        """Measure a gradient, and update with it unless this is the measuring pass."""
+        update = self._phase == "update"
+        if update and self._max_norm is not None and self._scale is None:
+            raise RuntimeError("clipping by norm in backward needs the norm first: run the same forward and backward "
+                               "pass before, inside `with optimizer.measure():`")
+        if self._record_norm and not (update and self._norm_is_measured):
+            self._squares.append((squared_norm(gradient), slot))
+        part = self._fired.get(parameter, 0)
+        if update:
+            self._update(parameter, slot, gradient, part)
+        self._fired[parameter] = part + 1
+
+    def _update(self, parameter: Tensor, slot: _Slot, gradient: Tensor, part: int = 0) -> None:
+        if gradient.is_sparse:
+            raise ValueError("sparse gradients are not supported: Embedding(sparse=False)")
+        if not part:
+            slot.step += 1
+        step, noise = int(slot.step), 0
+        if slot.rounding == "stochastic":  # every part of a gradient has noise of its own
+            noise = noise_key(self._seed + part, step, slot.index) + slot.shards.offset
+        group = self.param_groups[slot.group]
+        if part:  # weight decay is part of a step, not of each part of its gradient
+            group = {**group, "weight_decay": 0.0}
+        self.rule.apply(self._engine, Weight(local(parameter), slot.rounding, slot.extra, noise),
+                        Gradient(gradient, self._scale, self._max_value), slot.states, group, step, slot.shards)
+
+    def _close_norm(self) -> None:
+        # In the order of parameters, not of hooks: the same sum in and out of backward, and on every rank.
+        squares = sorted(self._squares, key=lambda pair: pair[1].index)
+        self.norm, self._squares = global_norm([(square, slot.shards) for square, slot in squares]), []
+
+    # --- what a loop may ask for ------------------------------------------------------------------
+
+    @property
+    def needs_measure(self) -> bool:
+        """Whether the next step needs a first pass inside `measure()`."""
+        return self.in_backward and self._max_norm is not None and self._scale is None
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[None]:
+        """The context of a backward pass that only finds the gradient's norm, by which the next is clipped."""
+        if not self.in_backward or self._max_norm is None:
+            raise ValueError("measure() is for clipping by norm in backward: there is no max_norm, or no need of it")
+        try:
+            with self._in_phase("measure"):
+                yield
+            self._close_norm()
+        finally:
+            self._fired.clear()
+            self._squares = []
+        assert self.norm is not None
+        self._scale = clip_coefficient(self.norm, self._max_norm)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """The context of all backward passes of a step but the last, with `accumulate="hold"`: gradients pile up."""
+        if self._accumulate != "hold":
+            raise ValueError('hold() is for accumulate="hold"')
+        with self._in_phase("hold"):
+            yield
+
+    @contextlib.contextmanager
+    def _in_phase(self, phase: _Phase) -> Iterator[None]:
+        before, self._phase = self._phase, phase
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forget all momenta and averages, and count steps from 1 again; weights stay (Adan's restart condition)."""
+        for slot in self._slots.values():
+            slot.step.zero_()
+            for state in slot.states.values():
+                state.zero_()
+
+    # --- Sophia's Hessian -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def refresh_hessian(self, tokens: int) -> Iterator[None]:
+        """The context of a backward pass of the mean loss over `tokens` labels that the model itself has drawn.
+
+        For SophiaG, every `hessian_every` steps, after `step()`.
+        """
+        if not isinstance(self.rule, SophiaG):
+            raise ValueError(f"{type(self.rule).__name__} knows no Hessian")
+        self._hessian_tokens = tokens
+        with self._in_phase("refresh"):
+            yield
+        if not self.in_backward:
+            for parameter, slot in self._slots.items():
+                if parameter.grad is not None:
+                    self._refresh(slot, local_gradient(parameter))
+                    parameter.grad = None
+        self._since_refresh = 0
+
+    def _refresh(self, slot: _Slot, gradient: Tensor) -> None:
+        assert isinstance(self.rule, SophiaG)
+        with torch.no_grad():
+            self.rule.refresh(gradient, slot.states, self.param_groups[slot.group], self._hessian_tokens)
+
+    @torch.no_grad()
+    def unclipped_share(self) -> Tensor:
+        """SophiaG: the share of all elements that move by less than the full learning rate; healthy: .1 to .5."""
+        assert isinstance(self.rule, SophiaG)
+        total: Tensor = torch.zeros(())
+        for slot in self._slots.values():
+            count = self.rule.unclipped(slot.states, self.param_groups[slot.group]).double()
+            total = total.to(count.device) + slot.shards.sum(count)
+        return total / sum(slot.shards.shape.numel() for slot in self._slots.values())
+
+    def _warn_if_stale(self) -> None:
+        if isinstance(self.rule, SophiaG):
+            self._since_refresh += 1
+            if self._since_refresh == 3 * self.param_groups[0]["hessian_every"]:
+                warnings.warn("SophiaG's Hessian was not refreshed for "
+                              f"{self._since_refresh} steps: without it, it is sign momentum. "
+                              "Use `refresh_hessian()` every `hessian_every` steps", stacklevel=3)
+
+    # --- saving -----------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and the last norm, by which `previous_norm` clips the next gradient."""
+        return {**super().state_dict(), "norm": self.norm}
+
+    @override
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore states and groups in place; states keep their own type (torch's would become bf16).
+
+        Raises:
+            ValueError: the groups or the states are not those of this optimizer.
+        """
+        groups, saved = self.param_groups, state_dict["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
+            raise ValueError("the saved optimizer has other parameter groups")
+        for group, old in zip(groups, saved, strict=True):
+            for parameter, name in zip(group["params"], old["params"], strict=True):
+                self._load(parameter, state_dict["state"].get(name, {}))
+            group.update({key: value for key, value in old.items() if key != "params"})
+        self.set_norm(state_dict.get("norm"))
+
+    def set_norm(self, norm: Tensor | None) -> None:
+        """The norm of the step before, when going on from a checkpoint."""
+        self.norm = norm = None if norm is None else norm.to(self._device)
+        if norm is not None and self._max_norm is not None and self._clip_by == "previous_norm" and self.in_backward:
+            self._scale = clip_coefficient(norm, self._max_norm)
+
+    def _load(self, parameter: Tensor, saved: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if state.keys() != saved.keys():
+            raise ValueError(f"the saved states are {sorted(saved)}, those of this optimizer {sorted(state)}")
+        for name, value in state.items():
+            value.copy_(saved[name])
+
+
+def _check_names(rule: Rule, names: dict[str, Any], where: str, *, required: bool) -> None:
+    known = ("lr", "weight_decay", *rule.hyper)
+    if unknown := [name for name in names if name not in known]:
+        raise TypeError(f"{type(rule).__name__} has no hyper-parameter {unknown[0]!r}{where}; "
+                        f"it has {', '.join(known)}")
+    if required and (missing := [name for name in known if name not in names]):
+        raise TypeError(f"{type(rule).__name__} needs {missing[0]!r}")
+
+
+def _replicated() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1

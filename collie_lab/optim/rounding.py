@@ -1,0 +1,140 @@
+"""How bf16 weights are kept, so that small updates are not lost.
+
+bf16 has 8 bits of precision: an update below 1/512 of a weight vanishes by rounding to nearest. Three remedies:
+
+- `stochastic`: round up or down at random, right on average; no memory (Zamirai et al., arXiv 2010.06192).
+- `kahan`: what rounding cuts off is kept in a second bf16 number and added again in the next step.
+- `master`: an fp32 copy takes the updates; the bf16 weight is its rounded image.
+
+Weights in fp32 and float64 are `exact`: nothing is rounded.
+
+The noise of stochastic rounding is a hash of (seed, step, parameter, place in the whole tensor): no random state
+to keep, the same whatever the order of updates, and the same on one process and on shards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["ROUNDINGS", "Weight", "compute_dtype", "hash32", "noise_key", "read_weight", "wrap32", "write_weight"]
+
+ROUNDINGS = ("stochastic", "kahan", "master")
+
+# The two multipliers of Chris Wellons' `lowbias32` hash, the second as a signed number.
+MULTIPLIER_1, MULTIPLIER_2 = 0x7FEB352D, 0x846CA68B - 2**32
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The local piece of a parameter, and how it is read and written.
+
+    Attributes:
+        tensor: in the parameter's own type.
+        rounding: `exact`, or one of `ROUNDINGS`.
+        extra: the master copy (fp32) or the compensation (bf16), of the same shape; else None.
+        noise: where the noise of this piece begins.
+    """
+
+    tensor: Tensor
+    rounding: str = "exact"
+    extra: Tensor | None = None
+    noise: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the computation."""
+        return compute_dtype(self.tensor.dtype)
+
+    def read(self) -> Tensor:
+        """The weight in the type of the computation."""
+        return read_weight(self.tensor, self.extra, self.rounding)
+
+    def write(self, value: Tensor) -> None:
+        """Round and store."""
+        index = None
+        if self.rounding == "stochastic":
+            index = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
+            index += wrap32(self.noise)
+        write_weight(value, self.tensor, self.extra, self.rounding, index)
+
+    def flat(self) -> Weight:
+        """The same as one row."""
+        return replace(self, tensor=self.tensor.view(-1), extra=None if self.extra is None else self.extra.view(-1))
+
+    def at(self, index: tuple[int, ...]) -> Weight:
+        """The part with the given leading indices."""
+        tensor, before = self.tensor[index], 0
+        for at, size in zip(index, self.tensor.shape, strict=False):
+            before = before * size + at
+        return replace(self, tensor=tensor, noise=self.noise + before * tensor.numel(),
+                       extra=None if self.extra is None else self.extra[index])
+
+    def part(self, begin: int, end: int) -> Weight:
+        """The slices from `begin` to `end` of the first dimension."""
+        size = self.tensor[0].numel() if self.tensor.shape[0] else 0
+        return replace(self, tensor=self.tensor[begin:end], noise=self.noise + begin * size,
+                       extra=None if self.extra is None else self.extra[begin:end])
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def read_weight(tensor: Tensor, extra: Tensor | None, rounding: str) -> Tensor:
+    """What `write_weight` stored, in the type of the computation."""
+    if rounding == "master":
+        assert extra is not None
+        return extra
+    value = tensor.to(compute_dtype(tensor.dtype))
+    if rounding == "kahan":
+        assert extra is not None
+        return value + extra.to(value.dtype)
+    return value
+
+
+def write_weight(value: Tensor, tensor: Tensor, extra: Tensor | None, rounding: str, index: Tensor | None) -> None:
+    """Store `value` in `tensor` and `extra`; `index` (int32) is the place of each element in the noise."""
+    if rounding == "stochastic":
+        assert index is not None
+        bits = (value.view(torch.int32) + (hash32(index) & 0xFFFF)) & -0x10000
+        # NaN plus noise may overflow to a number.
+        value = torch.where(torch.isnan(value), value, bits.view(torch.float32))
+    elif rounding == "kahan":
+        assert extra is not None
+        rounded = value.to(tensor.dtype)
+        extra.copy_(value - rounded.to(value.dtype))
+        value = rounded
+    elif rounding == "master":
+        assert extra is not None
+        extra.copy_(value)
+    tensor.copy_(value)
+
+
+def hash32(index: Tensor) -> Tensor:
+    """A hash of 32-bit integers with little bias (Wellons' lowbias32); `>>` must not carry the sign in."""
+    x = index ^ ((index >> 16) & 0xFFFF)
+    x = x * MULTIPLIER_1
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * MULTIPLIER_2
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def noise_key(seed: int, step: int, parameter: int) -> int:
+    """Where the noise of one update of one parameter begins: far from all others."""
+    # splitmix64 (Steele et al. 2014), over the three numbers in turn.
+    x = 0
+    for number in (seed, step, parameter):
+        x = (x + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        x ^= x >> 31
+    return x & 0xFFFFFFFF
+
+
+def wrap32(number: int) -> int:
+    """The signed 32-bit number with the same last 32 bits."""
+    return (number + 2**31) % 2**32 - 2**31
