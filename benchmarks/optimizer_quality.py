@@ -70,7 +70,7 @@ def run_all(arms: Iterable[tuple[str, float, int, str]], data: Path, options: ar
         finished = experiment(method, lr, seed, split, data, options).launch(show=False, folder=data / "runs")
         summary = json.loads(finished.summary.to_json())
         row = {"method": method, "lr": lr, "seed": seed, "split": split, "steps": options.steps,
-               "commit": finished.folder.read("env.json").get("commit"),
+               "commit": finished.folder.read("env.json")["collie_lab_git"],
                **{key: summary.get(key) for key in ("status", "loss", "exact_match", "perplexity", "seconds")}}
         with _file_lock:
             done[arm] = row
@@ -94,7 +94,8 @@ def best_rate(method: str, done: dict[tuple[Any, ...], dict[str, Any]]) -> float
 
 def report(methods: list[str], seeds: list[int], done: dict[tuple[Any, ...], dict[str, Any]]) -> None:
     """A Markdown table: mean and standard deviation over the seeds."""
-    print("\n| method | learning rate | exact match (%) | perplexity | validation, by rate (%) |\n|---|---|---|---|---|")
+    print("\n| method | learning rate | exact match (%) | perplexity | validation, by rate (%) |")
+    print("|---|---|---|---|---|")
     for method in methods:
         lr, rates = best_rate(method, done), METHODS[method][1]
         rows = [done[method, lr, seed, "test"] for seed in seeds]
@@ -127,7 +128,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         data = Path(name)
         write_splits(options.shared, data)
-        run_all([(method, lr, 0, "val") for method in options.methods for lr in METHODS[method][1]], data, options, done)
+        run_all([(method, lr, 0, "val") for method in options.methods for lr in METHODS[method][1]],
+                data, options, done)
         run_all([(method, best_rate(method, done), seed, "test") for method in options.methods
                  for seed in options.seeds], data, options, done)
     report(options.methods, options.seeds, done)

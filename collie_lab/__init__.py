@@ -46,6 +46,7 @@ from collie_lab.cells import (
 )
 
 if TYPE_CHECKING:
+    from collie_lab import optim
     from collie_lab.launch import RankError, Run, attach, runs
     from collie_lab.study import Results
     from collie_lab.view import compare, figure
@@ -60,11 +61,13 @@ __all__ = [
     "Evaluation", "ExactMatch", "Experiment", "GaLore", "Instructions", "Lion", "LoRA", "Lomo", "Model", "Muon",
     "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens", "RankError", "Results", "Run", "SGD",
     "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text", "Training", "__version__", "attach",
-    "compare", "figure", "runs",
+    "compare", "figure", "optim", "runs",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "optim":
+        return importlib.import_module("collie_lab.optim")
     if name in _LAZY:
         return getattr(importlib.import_module(f"collie_lab.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'collie_lab' has no attribute {name!r}")

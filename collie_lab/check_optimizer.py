@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from collie_lab.cells import (
     SGD,
     AdaLomo,
+    AdamW8bit,
     Adan,
     Experiment,
     LibraryOptimizer,
@@ -44,8 +45,11 @@ def _library(cell: LibraryOptimizer, experiment: Experiment) -> Iterator[Problem
         yield Problem("Experiment", "optimizer", f"{name} needs the package {cell.library}",
                       f"pip install {cell.library}")
     if experiment.parallel.zero and not cell.shardable:
-        yield Problem("Parallel", "zero", f"{name} does not know sharded parameters",
+        yield Problem("Parallel", "zero", f"{name} cannot update sharded parameters: {cell.why_whole}",
                       "zero=0, or an optimizer of collie_lab")
+    if experiment.training.weights == "bf16" and not isinstance(cell, AdamW8bit):
+        yield _warning("Training", "weights", f"{name} rounds bf16 weights to nearest, which loses small updates",
+                       'weights="fp32", or an optimizer of collie_lab')
 
 
 def _in_backward(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]:

@@ -63,7 +63,11 @@ class Muon(LibraryOptimizer):
 
 
 class GaLore(LibraryOptimizer):
-    """AdamW on a low-rank projection of the gradient (Zhao et al., arXiv 2403.03507); package galore-torch."""
+    """AdamW on a low-rank projection of the gradient (Zhao et al., arXiv 2403.03507); package galore-torch.
+
+    Projected are the 2-D weights of the blocks. Defaults of the authors' script for pre-training 60 M (lr, rank,
+    update_proj_gap, scale) and of their class (betas, eps).
+    """
 
     kind: ClassVar[str] = "galore"
     library: ClassVar[str] = "galore-torch"
@@ -81,7 +85,11 @@ class GaLore(LibraryOptimizer):
 
 
 class Apollo(LibraryOptimizer):
-    """AdamW's scaling from a random low-rank projection (Zhu et al., arXiv 2412.05270); package apollo-torch."""
+    """AdamW's scaling from a random low-rank projection (Zhu et al., arXiv 2412.05270); package apollo-torch.
+
+    Projected are the 2-D weights of the blocks. Defaults of the authors' manual (lr, rank for 1 B and 7 B, scale,
+    update_proj_gap) and of their class (betas, eps).
+    """
 
     library: ClassVar[str] = "apollo-torch"
     package: ClassVar[str] = "apollo_torch"
@@ -99,7 +107,10 @@ class Apollo(LibraryOptimizer):
 
 
 class ScheduleFree(LibraryOptimizer):
-    """Schedule-Free AdamW (Defazio et al., arXiv 2405.15682); package schedulefree. Wants a constant schedule."""
+    """Schedule-Free AdamW (Defazio et al., arXiv 2405.15682); package schedulefree. Wants a constant schedule.
+
+    The library's defaults. Checkpoints keep the point where it trains; evaluations and exports see the average.
+    """
 
     library: ClassVar[str] = "schedulefree"
     package: ClassVar[str] = "schedulefree"
@@ -112,7 +123,11 @@ class ScheduleFree(LibraryOptimizer):
 
 
 class AdamW8bit(LibraryOptimizer):
-    """AdamW with states of 8 bits, quantized in blocks (Dettmers et al., arXiv 2110.02861); package torchao."""
+    """AdamW with states of 8 bits, quantized in blocks (Dettmers et al., arXiv 2110.02861); package torchao.
+
+    The default learning rate is AdamW's here, the rest is torchao's but for weight decay (theirs is .01). Tensors
+    below 4096 elements, or of no whole number of blocks, keep full states. bf16 weights round at random.
+    """
 
     kind: ClassVar[str] = "adamw8bit"
     library: ClassVar[str] = "torchao"

@@ -8,7 +8,7 @@ from torch import Tensor
 from collie_lab.optim.rounding import compute_dtype
 from collie_lab.optim.shards import Shards, global_norm, local
 
-__all__ = ["clip_coefficient", "clip_gradients", "squared_norm"]
+__all__ = ["clip_coefficient", "clip_gradients", "gradient_norms"]
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
@@ -16,19 +16,19 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
-def squared_norm(gradient: Tensor) -> Tensor:
-    """The squared norm of the local piece of a gradient (0-d), in the type of the computation."""
-    piece = local(gradient)
-    norm: Tensor = torch.linalg.vector_norm(piece, dtype=compute_dtype(piece.dtype))
-    return norm.square()
+def gradient_norms(pieces: list[Tensor]) -> list[Tensor]:
+    """The norm (0-d) of each of the local pieces of gradients, in the type of the computation."""
+    if not pieces:
+        return []
+    return list(torch._foreach_norm(pieces, dtype=compute_dtype(pieces[0].dtype)))
 
 
 @torch.no_grad()
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None, max_value: float | None = None) -> Tensor:
     """Clip the gradients of an optimizer's parameters in place; their norm before (0-d)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = global_norm([(squared_norm(p.grad), Shards(p)) for p in parameters])
     gradients = [local(p.grad) for p in parameters]
+    norm = global_norm(list(zip(gradient_norms(gradients), map(Shards, parameters), strict=True)))
     if max_norm is not None:
         torch._foreach_mul_(gradients, clip_coefficient(norm, max_norm))
     if max_value is not None:

@@ -94,7 +94,7 @@ def block_matrices(model: nn.Module) -> set[Tensor]:
     embeddings = {parameter for module in model.modules() if isinstance(module, nn.Embedding)
                   for parameter in module.parameters(recurse=False)}
     return {parameter for module in model.modules() if isinstance(module, nn.ModuleList)
-            for parameter in module.parameters() if parameter.ndim == 2} - embeddings
+            for parameter in module.parameters() if parameter.ndim == 2 and parameter not in embeddings}
 
 
 def _split(cell: cells.LibraryOptimizer, model: nn.Module, groups: Groups) -> tuple[Groups, Groups]:
@@ -151,7 +151,7 @@ def _schedule_free(cell: cells.ScheduleFree, groups: Groups) -> torch.optim.Opti
     def step() -> Iterator[None]:
         # The library counts per group; here one parameter of each group holds the counts.
         for group in optimizer.param_groups:
-            holder = next((s for p in group["params"] if "k" in (s := optimizer.state[p])), {})
+            holder: dict[str, Tensor] = next((s for p in group["params"] if "k" in (s := optimizer.state[p])), {})
             group.update({key: number.item() for key in ("k", "weight_sum", "lr_max")
                           if (number := holder.get(key)) is not None})
             group["k"] = int(group["k"])

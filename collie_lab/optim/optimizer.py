@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from collie_lab.optim.clip import clip_coefficient, squared_norm
+from collie_lab.optim.clip import clip_coefficient, gradient_norms
 from collie_lab.optim.engine import Engine, choose_engine
 from collie_lab.optim.rounding import ROUNDINGS, Weight, compute_dtype, noise_key
 from collie_lab.optim.rule import Gradient, Rule, States
@@ -85,7 +85,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._slots: dict[Tensor, _Slot] = {}
         self._numbers: dict[Tensor, int] = {}
         self._fired: dict[Tensor, int] = {}  # how many gradients came in this step
-        self._squares: list[tuple[Tensor, _Slot]] = []
+        self._norms: list[tuple[Tensor, _Slot]] = []
         self._scale: Tensor | None = None
         self._hessian_tokens = 0
         self._since_refresh = 0
@@ -183,7 +183,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _update_all(self, ready: list[tuple[Tensor, _Slot, Tensor]]) -> None:
         """The step outside of backward."""
         if self._record_norm:
-            self._squares = [(squared_norm(gradient), slot) for _, slot, gradient in ready]
+            norms = gradient_norms([gradient for _, _, gradient in ready])
+            self._norms = [(norm, slot) for norm, (_, slot, _) in zip(norms, ready, strict=True)]
             self._close_norm()
         if self._max_norm is not None and self.norm is not None:
             self._scale = clip_coefficient(self.norm, self._max_norm)
@@ -222,7 +223,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise RuntimeError("clipping by norm in backward needs the norm first: run the same forward and backward "
                                "pass before, inside `with optimizer.measure():`")
         if self._record_norm and not (update and self._norm_is_measured):
-            self._squares.append((squared_norm(gradient), slot))
+            self._norms.append((gradient_norms([gradient])[0], slot))
         part = self._fired.get(parameter, 0)
         if update:
             self._update(parameter, slot, gradient, part)
@@ -244,8 +245,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _close_norm(self) -> None:
         # In the order of parameters, not of hooks: the same sum in and out of backward, and on every rank.
-        squares = sorted(self._squares, key=lambda pair: pair[1].index)
-        self.norm, self._squares = global_norm([(square, slot.shards) for square, slot in squares]), []
+        norms = sorted(self._norms, key=lambda pair: pair[1].index)
+        self.norm, self._norms = global_norm([(norm, slot.shards) for norm, slot in norms]), []
 
     # --- what a loop may ask for ------------------------------------------------------------------
 
@@ -265,7 +266,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._close_norm()
         finally:
             self._fired.clear()
-            self._squares = []
+            self._norms = []
         assert self.norm is not None
         self._scale = clip_coefficient(self.norm, self._max_norm)
 

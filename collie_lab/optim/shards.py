@@ -101,14 +101,14 @@ class Shards:
         return tuple(group for _, group in self._groups)
 
 
-def global_norm(squares: list[tuple[Tensor, Shards]]) -> Tensor:
-    """The norm of the whole gradient from the squared norms (0-d) of the local pieces of its parameters."""
+def global_norm(norms: list[tuple[Tensor, Shards]]) -> Tensor:
+    """The norm of the whole gradient from the norms (0-d) of the local pieces of its parameters."""
     by_layout: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
-    for square, shards in squares:
-        by_layout.setdefault(shards.groups, []).append(square)
+    for norm, shards in norms:
+        by_layout.setdefault(shards.groups, []).append(norm)
     total = None
     for groups, values in by_layout.items():
-        part = torch.stack(values).sum()
+        part = torch.stack(values).square().sum()
         for group in groups:
             dist.all_reduce(part, group=group)
         total = part if total is None else total + part

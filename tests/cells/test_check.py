@@ -33,6 +33,7 @@ def test_a_sound_experiment_has_no_problems() -> None:
     (GOOD.replace(optimizer=lab.Lomo(accumulate="hold")).with_("training.clip_grad_norm", 1.0), "only when all of it"),
     (GOOD.with_("training.weights", "bf16"), "bf16 weights compute in bf16"),
     (GOOD.replace(optimizer=lab.Adafactor(in_backward=True)), "updates all parameters at once"),
+    (GOOD.replace(optimizer=lab.Adafactor(), parallel=lab.Parallel(dp=2, zero=3)), "fails on sharded tensors"),
     (GOOD.replace(data=lab.RandomTokens(length=64)), "ExactMatch.data: RandomTokens has no prompts"),
     (GOOD.replace(adapter=lab.LoRA(targets=("lm_head",))), "LoRA.targets: lm_head is the output head"),
     (GOOD.replace(evaluate=[lab.Perplexity(), lab.Perplexity(limit=3)]), "two evaluations would write the same"),
@@ -58,6 +59,9 @@ def test_errors(experiment: lab.Experiment, message: str) -> None:
     (GOOD.replace(optimizer=lab.AdamW(accumulate="hold")), "AdamW.accumulate: without effect"),
     (GOOD.replace(optimizer=lab.AdamW(rounding="kahan")), "AdamW.rounding: without effect on fp32 weights"),
     (GOOD.replace(optimizer=lab.Adan(restart_every=2)), "no restart within 2 steps"),
+    (GOOD.replace(optimizer=lab.ScheduleFree()).with_("training.warmup", 1), "replaces the schedule by an average"),
+    (GOOD.replace(optimizer=lab.Muon(), training=lab.Training(steps=2, batch_size=4, precision="bf16", weights="bf16")),
+     "rounds bf16 weights to nearest"),
     (GOOD.replace(optimizer=lab.Sophia()), "no Hessian within 2 steps: sign momentum"),
     (GOOD.replace(optimizer=lab.AdaLomo()).with_("training.clip_grad_norm", 1.0), "clipping its norm does little"),
 ])
@@ -105,3 +109,9 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     with pytest.raises(lab.CellError):
         GOOD.replace(parallel=lab.Parallel(dp=3)).launch(folder=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab.GaLore, "package", "not_installed_anywhere")
+    report = GOOD.replace(optimizer=lab.GaLore()).check()
+    assert "GaLore needs the package galore-torch → pip install galore-torch" in repr(report)

@@ -27,6 +27,11 @@ BASE = lab.Experiment(
 ARMS = {
     "adamw": BASE, "sgd": BASE.replace(optimizer=lab.SGD(lr=0.1)), "lora": BASE.replace(adapter=lab.LoRA(r=4)),
     "lomo": BASE.replace(optimizer=lab.Lomo(lr=0.1), training=lab.Training(steps=10, batch_size=8)),
+    "adalomo": BASE.replace(optimizer=lab.AdaLomo(lr=1e-2), training=lab.Training(steps=10, batch_size=8)),
+    "sophia": BASE.replace(optimizer=lab.Sophia(lr=1e-3, hessian_every=4)),
+    "clipped in two passes": BASE.replace(
+        optimizer=lab.Lion(lr=1e-3, in_backward=True),
+        training=lab.Training(steps=10, batch_size=8, clip_grad_norm=0.5)),
     "recompute": BASE.with_("training.recompute", "full"),
 }
 
