@@ -36,7 +36,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_training.py
+	$(BIN)/python benchmarks/optimizers.py
 
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=. $(PYTHON) benchmarks/optimizers.py
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_training.py

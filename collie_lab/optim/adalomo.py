@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["AdaLomo"]
 
 _TINY = 1e-30
+_Piece = tuple[tuple[int, ...], "Weight", Gradient]
 
 
 @dataclass(frozen=True)
@@ -93,36 +94,48 @@ def _apply_vector(weight: Weight, gradient: Gradient, states: States, scalars: S
 def _apply_matrices(rule: AdaLomo, engine: Engine, weight: Weight, gradient: Gradient, states: States,
                     scalars: Scalars, shards: Shards) -> None:
     """Three passes over the gradient: moments, the norm of u, the update."""
-    *batch, m, n = shards.shape
-    first, second = len(batch), len(batch) + 1  # the dimensions of rows and columns
-    beta, row, column = scalars["beta"], states["row"], states["column"]
-    row_sums, column_sums = torch.empty_like(row), torch.empty_like(column)
-    weight_square = torch.zeros((), dtype=row.dtype, device=row.device)
-    pieces = _matrices(weight, gradient)
-    for index, w, g in pieces:
-        row_sums[index], column_sums[index], square = engine.moments(w, g)
-        weight_square = weight_square + square
-    shards.sum(row_sums, second)
-    if first in shards.dims:  # one message for both
-        both = torch.cat([column_sums.flatten(), weight_square[None]])
-        shards.sum(both, first)
-        column_sums, weight_square = both[:-1].view_as(column), both[-1]
-    shards.sum(weight_square, *[dim for dim in range(second + 1) if dim != first])
-    row.mul_(beta).add_(row_sums / n + _TINY, alpha=1 - beta)
-    column.mul_(beta).add_(column_sums / m + _TINY, alpha=1 - beta)
-    mean = shards.sum(column.sum(-1, keepdim=True), second) / n
-    row_factor, column_factor = row.rsqrt(), (column / mean).rsqrt()
-    u_square = torch.zeros_like(weight_square)
-    for index, _, g in pieces:
-        u_square = u_square + engine.energy(g, row_factor[index], column_factor[index], row.dtype)
-    size, shrink = _step_sizes(weight_square, shards.sum(u_square), scalars, shards.shape.numel())
-    row_factor = row_factor * size
+    *_, m, n = shards.shape
+    row, column, pieces = states["row"], states["column"], _matrices(weight, gradient)
+    row_sums, column_sums, weight_square = _moments(engine, pieces, row, column, shards)
+    row.lerp_(row_sums.div_(n).add_(_TINY), 1 - scalars["beta"])
+    column.lerp_(column_sums.div_(m).add_(_TINY), 1 - scalars["beta"])
+    mean = shards.sum(column.sum(-1, keepdim=True), len(shards.shape) - 1).div_(n)
+    row_factor, column_factor = row.rsqrt(), (column / mean).rsqrt_()
+    energies = [engine.energy(g, row_factor[index], column_factor[index], row.dtype) for index, _, g in pieces]
+    size, shrink = _step_sizes(weight_square, shards.sum(_added(energies, row)), scalars, shards.shape.numel())
+    row_factor *= size
     for index, w, g in pieces:
         factors = {"row": row_factor[index][:, None], "column": column_factor[index][None, :], "shrink": shrink}
         engine.elementwise(rule, w, g, factors, {})
 
 
-def _matrices(weight: Weight, gradient: Gradient) -> list[tuple[tuple[int, ...], Weight, Gradient]]:
+def _moments(engine: Engine, pieces: list[_Piece], row: Tensor, column: Tensor, shards: Shards
+             ) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of g² along rows and columns, laid out as the states, and the sum of θ²; over all shards."""
+    parts = [engine.moments(w, g) for _, w, g in pieces]
+    row_sums, column_sums = (torch.cat([part[side] for part in parts] or [like.flatten()]).view_as(like)
+                             for side, like in ((0, row), (1, column)))
+    weight_square = _added([part[2] for part in parts], row)
+    if shards.dims:
+        first, second = len(shards.shape) - 2, len(shards.shape) - 1  # the dimensions of rows and columns
+        shards.sum(row_sums, second)
+        if first in shards.dims:  # one message for both
+            both = shards.sum(torch.cat([column_sums.flatten(), weight_square[None]]), first)
+            column_sums, weight_square = both[:-1].view_as(column), both[-1]
+        shards.sum(weight_square, *[dim for dim in range(second + 1) if dim != first])
+    return row_sums, column_sums, weight_square
+
+
+def _matrices(weight: Weight, gradient: Gradient) -> list[_Piece]:
     """The matrices of the last two dimensions, with their indices."""
+    if weight.tensor.ndim == 2:
+        return [((), weight, gradient)]
     indices = itertools.product(*[range(size) for size in weight.tensor.shape[:-2]])
     return [(index, weight.at(index), gradient.on(gradient.raw[index])) for index in indices]
+
+
+def _added(values: list[Tensor], like: Tensor) -> Tensor:
+    """The sum of numbers (0-d)."""
+    if len(values) == 1:
+        return values[0]
+    return torch.stack(values).sum() if values else like.new_zeros(())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from collie_lab.optim.rounding import compute_dtype
 from collie_lab.optim.shards import Shards, global_norm, local
@@ -18,15 +19,18 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
 def gradient_norms(pieces: list[Tensor]) -> list[Tensor]:
     """The norm (0-d) of each of the local pieces of gradients, in the type of the computation."""
-    if not pieces:
-        return []
-    return list(torch._foreach_norm(pieces, dtype=compute_dtype(pieces[0].dtype)))
+    if len({piece.dtype for piece in pieces}) == 1:
+        return list(torch._foreach_norm(pieces, dtype=compute_dtype(pieces[0].dtype)))
+    return [torch.linalg.vector_norm(piece, dtype=compute_dtype(piece.dtype)) for piece in pieces]
 
 
 @torch.no_grad()
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None, max_value: float | None = None) -> Tensor:
     """Clip the gradients of an optimizer's parameters in place; their norm before (0-d)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for parameter in parameters:
+        if isinstance(parameter.grad, DTensor):  # tensor parallelism leaves some as partial sums
+            parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
     gradients = [local(p.grad) for p in parameters]
     norm = global_norm(list(zip(gradient_norms(gradients), map(Shards, parameters), strict=True)))
     if max_norm is not None:

@@ -1,14 +1,14 @@
-"""How updates are computed: three engines with one contract and, up to rounding, one result.
+"""How updates are computed: four engines with one contract and, up to rounding, one result.
 
 - `Eager`: torch operations on pieces that fit the cache (CPU) or bound the temporaries (GPU). The reference.
-- `Compiled`: torch.compile of the same formulas, one pass over memory.
+- `Compiled`: torch.compile of the same formulas, for devices that have neither of the following.
+- `native.Native`: one C++ loop a formula, for CPUs.
 - `kernels.Triton`: one kernel template, for CUDA.
 """
 
 from __future__ import annotations
 
 import functools
-import shutil
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -23,11 +23,9 @@ from collie_lab.optim.rule import Gradient, Scalars, States, clip
 
 __all__ = ["ENGINES", "Compiled", "Eager", "Engine", "Formula", "choose_engine"]
 
-ENGINES = ("auto", "eager", "compile", "triton")
+ENGINES = ("auto", "eager", "compile", "native", "triton")
 
-# A compiled rule costs some 10 s once; on a CPU it pays from about so many parameters on.
-_WORTH_COMPILING = 16_000_000
-# Smaller tensors are left to torch's own operations: a call of compiled code costs 40 µs.
+# Smaller tensors are left to torch's own operations: a call of compiled code costs 50 to 100 µs.
 _SMALL = 4096
 
 
@@ -153,14 +151,24 @@ class Compiled(Engine):
         return result
 
 
-def choose_engine(name: str, device: torch.device, parameters: int) -> Engine:
-    """The engine of a name; `auto` takes the fastest that the device and the number of parameters make worth it.
+def choose_engine(name: str, device: torch.device) -> Engine:
+    """The engine of a name; `auto` takes the fastest of a device.
 
     Falls back to the next with a warning where a compiler is missing.
     """
     if name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}: one of {', '.join(ENGINES)}")
-    if name == "triton" or (name == "auto" and device.type == "cuda"):
+    if name == "auto":
+        name = {"cpu": "native", "cuda": "triton"}.get(device.type, "compile")
+    if name == "native":
+        from collie_lab.optim.native import Native
+
+        try:
+            return Native(device)
+        except OSError as error:
+            _warn(f"the optimizer runs uncompiled, several times slower: {error}")
+            name = "eager"
+    if name == "triton":
         try:
             from collie_lab.optim.kernels import Triton
         except ImportError:
@@ -168,11 +176,7 @@ def choose_engine(name: str, device: torch.device, parameters: int) -> Engine:
             name = "compile"
         else:
             return Triton(device)
-    if name == "compile" or (name == "auto" and parameters >= _WORTH_COMPILING):
-        if device.type != "cpu" or shutil.which("g++") or shutil.which("clang++"):
-            return Compiled(device)
-        _warn("there is no C++ compiler: the optimizer runs uncompiled, several times slower")
-    return Eager(device)
+    return Compiled(device) if name == "compile" else Eager(device)
 
 
 def _warn(text: str) -> None:

@@ -9,29 +9,20 @@ from __future__ import annotations
 
 import functools
 import linecache
-import operator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, fx
+from torch import Tensor
 from typing_extensions import override
 
 from collie_lab.optim.engine import Engine, Formula
 from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, States
+from collie_lab.optim.trace import TRITON, trace
 
-__all__ = ["FUNCTIONS", "Triton", "build_kernel", "kernel_source"]
-
-FUNCTIONS: dict[Any, str] = {
-    operator.add: "{} + {}", operator.sub: "{} - {}", operator.mul: "{} * {}", operator.truediv: "{} / {}",
-    operator.neg: "-{}", operator.lt: "{} < {}", operator.gt: "{} > {}",
-    torch.sqrt: "tl.sqrt_rn({})", torch.abs: "tl.abs({})", torch.where: "tl.where({}, {}, {})",
-    torch.sign: "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, {0}))",  # NaN stays NaN
-    torch.minimum: "tl.minimum({}, {})", torch.maximum: "tl.maximum({}, {})",
-}
-"""The torch functions that a formula may use, and what they are in a kernel."""
+__all__ = ["Triton", "build_kernel", "kernel_source"]
 
 _BLOCK = 1024
 _ROWS, _COLUMNS = 16, 256
@@ -144,26 +135,14 @@ class Triton(Engine):
 def kernel_source(formula: Formula, rounding: str, operands: tuple[tuple[str, str], ...],
                   scalars: tuple[str, ...]) -> str:
     """The source of the kernel of a formula; `operands` are (name, full | row | column | number)."""
-    graph = fx.Graph()
-    tracer = fx.proxy.GraphAppendingTracer(graph)
-    symbol: dict[str, Any] = {name: fx.Proxy(graph.placeholder(name), tracer)
-                              for name in ("weight", "gradient", *dict(operands), *[f"s_{name}" for name in scalars])}
-    value: Any  # proxies, in truth
-    new: dict[str, Any]
-    value, new = formula.update(symbol["weight"], symbol["gradient"], {name: symbol[name] for name, _ in operands},
-                                {name: symbol[f"s_{name}"] for name in scalars})
-    lines = [_LOAD[kind].format(name) for name, kind in operands]
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            if node.op != "call_function" or node.target not in FUNCTIONS:
-                raise TypeError(f"{type(formula).__name__}.update uses {node.target}, which no kernel knows: "
-                                "see collie_lab.optim.kernels.FUNCTIONS")
-            lines.append(f"{node.name} = {FUNCTIONS[node.target].format(*map(str, node.args))}")
-    for name, state in new.items():  # all is read before anything is stored
-        lines.append(f"tl.store({name}_ptr + i, {state.node.name}, mask=mask)")  # type: ignore[attr-defined]
+    statements, value, new = trace(formula, tuple(name for name, _ in operands), scalars, TRITON)
+    lines = [_LOAD[kind].format(f"o_{name}") for name, kind in operands]
+    lines += [f"{name} = {expression}" for name, expression in statements]
+    # All is read before anything is stored.
+    lines += [f"tl.store(o_{name}_ptr + i, {state}, mask=mask)" for name, state in new.items()]
     return _TEMPLATE.format(
-        pointers="".join(f", {name}_ptr" for name, _ in operands), numbers="".join(f", s_{name}" for name in scalars),
-        read=_READ[rounding], body="\n    ".join(lines), write=_WRITE[rounding].format(new=value.node.name))
+        pointers="".join(f", o_{name}_ptr" for name, _ in operands), numbers="".join(f", s_{name}" for name in scalars),
+        read=_READ[rounding], body="\n    ".join(lines), write=_WRITE[rounding].format(new=value))
 
 
 @functools.cache

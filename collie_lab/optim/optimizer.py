@@ -59,10 +59,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         accumulate: more than one backward pass a step, in backward. None: refused. `hold`: gradients pile up under
             `hold()`, the last pass updates; exact, saves nothing before that. `each`: every pass updates with its
             part; for rules that are linear in the gradient, later parts see weights that have moved already.
-        rounding: how bf16 weights are kept: stochastic, kahan or master; None: the rule's own.
+        rounding: how bf16 weights are kept: stochastic, kahan or master; None: the rule's own. What is beside the
+            weights (master, compensation) knows of no other writer: load weights before, or with `load_state_dict`.
         record_norm: find the gradient norm of every step (`norm`) even where nothing is clipped.
         reduce: in backward, called with each gradient before anything else: averages it over replicas.
-        engine: auto, eager, compile or triton.
+        engine: auto, eager, compile, native (C++, CPU) or triton (CUDA).
         seed: of stochastic rounding.
         hyper: `lr`, `weight_decay` and what the rule reads besides; all of them, and nothing else.
 
@@ -96,7 +97,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not parameters:
             raise ValueError("there is no parameter to train")
         self._device = parameters[0].device
-        self._engine: Engine = choose_engine(engine, self._device, sum(p.numel() for p in parameters))
+        self._engine: Engine = choose_engine(engine, self._device)
 
     def _check_options(self) -> None:
         if self._rounding not in ROUNDINGS:

@@ -90,7 +90,7 @@ class Rule(ABC):
     def update(self, weight: Tensor, gradient: Tensor, states: States, scalars: Scalars) -> tuple[Tensor, States]:
         """The new weight and the new states, as pure functions of the old, element by element.
 
-        Only operators, and the torch functions named in `collie_lab.optim.kernels.FUNCTIONS`.
+        Only operators, and the torch functions named in `collie_lab.optim.trace`.
         """
 
     def apply(self, engine: Engine, weight: Weight, gradient: Gradient, states: States, group: Group, step: int,

@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from collie_lab.optim.engine import Eager, Engine
-from collie_lab.optim.rule import Gradient, Group, Rule, Scalars, States, decay
-
-if TYPE_CHECKING:
-    from collie_lab.optim.rounding import Weight
-    from collie_lab.optim.shards import Shards
+from collie_lab.optim.rule import Group, Rule, Scalars, States, decay
 
 __all__ = ["SGD", "Adan", "AdamW", "Lion", "SophiaG"]
 
@@ -80,21 +75,6 @@ class AdamW(Rule):
         m = states["m"] * s["b1"] + gradient * s["a1"]
         v = states["v"] * s["b2"] + gradient * gradient * s["a2"]
         return weight * s["decay"] - m * s["lr"] / (torch.sqrt(v) * s["root"] + s["eps"]), {"m": m, "v": v}
-
-    @override
-    def apply(self, engine: Engine, weight: Weight, gradient: Gradient, states: States, group: Group, step: int,
-              shards: Shards) -> None:
-        # torch's kernel walks through memory: what is laid out otherwise than the states must not reach it.
-        plain = weight.tensor.is_contiguous() and gradient.raw.is_contiguous()
-        if not isinstance(engine, Eager) or weight.rounding != "exact" or not plain:
-            super().apply(engine, weight, gradient, states, group, step, shards)
-            return
-        # torch has this very rule as one fused kernel, for tensors of one type.
-        counter = torch.tensor(float(step), device=weight.tensor.device)
-        torch._fused_adamw_(
-            [weight.tensor], [gradient.read(weight.dtype)], [states["m"]], [states["v"]], [], [counter],
-            lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-            weight_decay=group["weight_decay"], amsgrad=False, maximize=False)
 
 
 @dataclass(frozen=True)

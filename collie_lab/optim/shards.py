@@ -118,11 +118,15 @@ def global_norm(norms: list[tuple[Tensor, Shards]]) -> Tensor:
 def _moved(placement: Placement, dim: int) -> Placement:
     """A placement on a tensor that lost dimension `dim`."""
     from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     cut = getattr(placement, "dim", None)
     if cut is None or cut == dim:
         return Replicate()
-    return Shard(cut - 1) if cut > dim else placement
+    if cut < dim:
+        return placement
+    factor = getattr(placement, "split_factor", None)  # FSDP2 on top of tensor parallelism
+    return Shard(cut - 1) if factor is None else _StridedShard(cut - 1, split_factor=factor)
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:

@@ -1,0 +1,59 @@
+"""A formula, written once in torch, as the statements of a kernel in another language."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from collie_lab.optim.engine import Formula
+
+__all__ = ["C", "TRITON", "trace"]
+
+_OPERATORS: dict[Any, str] = {
+    operator.add: "{} + {}", operator.sub: "{} - {}", operator.mul: "{} * {}", operator.truediv: "{} / {}",
+    operator.neg: "-{}", operator.lt: "{} < {}", operator.gt: "{} > {}",
+}
+TRITON: dict[Any, str] = {
+    **_OPERATORS,
+    torch.sqrt: "tl.sqrt_rn({})", torch.abs: "tl.abs({})", torch.where: "tl.where({}, {}, {})",
+    torch.sign: "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, {0}))",  # NaN stays NaN
+}
+C: dict[Any, str] = {
+    **_OPERATORS,
+    torch.sqrt: "std::sqrt({})", torch.abs: "std::abs({})", torch.where: "{} ? {} : {}",
+    torch.sign: "{0} > 0 ? T(1) : {0} < 0 ? T(-1) : {0}",
+}
+"""The torch functions that a formula may use, and what they are in each language."""
+
+
+def trace(formula: Formula, operands: tuple[str, ...], scalars: tuple[str, ...], language: dict[Any, str]
+          ) -> tuple[list[tuple[str, str]], str, dict[str, str]]:
+    """Run `formula.update` on symbols.
+
+    Returns:
+        Its statements as (name, expression), the name of the new weight, and those of the new states by state. The
+        symbols are `weight`, `gradient`, `o_<name>` for an operand and `s_<name>` for a scalar.
+
+    Raises:
+        TypeError: the formula uses a function that the language does not know.
+    """
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    names = ("weight", "gradient", *[f"o_{name}" for name in operands], *[f"s_{name}" for name in scalars])
+    symbol: dict[str, Any] = {name: fx.Proxy(graph.placeholder(name), tracer) for name in names}
+    value: Any  # proxies, in truth
+    new: dict[str, Any]
+    value, new = formula.update(symbol["weight"], symbol["gradient"], {name: symbol[f"o_{name}"] for name in operands},
+                                {name: symbol[f"s_{name}"] for name in scalars})
+    statements = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op != "call_function" or node.target not in language:
+            raise TypeError(f"{type(formula).__name__}.update uses {node.target}, which no kernel knows: "
+                            "see collie_lab.optim.trace")
+        statements.append((node.name, language[node.target].format(*map(str, node.args))))
+    return statements, value.node.name, {name: proxy.node.name for name, proxy in new.items()}  # type: ignore[attr-defined]

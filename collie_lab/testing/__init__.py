@@ -1,0 +1,1 @@
+"""Reusable conformance suites: what every implementation of an interface must satisfy. Needs no test framework."""

@@ -1,0 +1,77 @@
+"""The C++ loops against the eager engine, and how they are built and kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from collie_lab.optim import native
+from collie_lab.optim.engine import Eager, choose_engine
+from collie_lab.optim.rounding import Weight
+from collie_lab.optim.rule import Gradient
+from collie_lab.testing.optimizers import KINDS, check_engine
+from tests.optim.rules import RULES
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_equals_eager(name: str) -> None:
+    check_engine(*RULES[name], "native", KINDS)
+
+
+def test_reductions_equal_torch_in_float64() -> None:
+    engine, source = native.Native(CPU), torch.Generator().manual_seed(0)
+    for m, n in ((1, 1), (1, 300), (33, 1), (17, 257), (400, 300)):
+        w, g = torch.randn(2, m, n, generator=source, dtype=torch.float64)
+        row, column = torch.rand(m, generator=source).double(), torch.rand(n, generator=source).double()
+        gradient = Gradient(g, torch.tensor(0.3), 0.2)
+        q = (g * torch.tensor(0.3)).clamp(-0.2, 0.2)
+        moments = engine.moments(Weight(w), gradient)
+        for found, expected in zip(moments, ((q * q).sum(1), (q * q).sum(0), (w * w).sum()), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        u = q * row[:, None] * column
+        torch.testing.assert_close(engine.energy(gradient, row, column, torch.float64), (u * u).sum())
+
+
+def test_threads_change_nothing_but_the_order_of_sums() -> None:
+    rule, hyper = RULES["adamw"]
+    source = torch.Generator().manual_seed(0)
+    weight, raw = torch.randn(2, 300, 701, generator=source)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            engine, tensor, states = native.Native(CPU), weight.clone(), rule.init(weight)
+            engine.elementwise(rule, Weight(tensor), Gradient(raw), states, rule.scalars(hyper, 1))
+            results.append((tensor, *engine.moments(Weight(weight), Gradient(raw))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0])
+        for one, two in zip(results[0][1:], other[1:], strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_loops_are_built_once_and_kept(tmp_path: Path) -> None:
+    code = ("import torch; from collie_lab import Lion, optim; model = torch.nn.Linear(3, 3); "
+            "optimizer = optim.build(Lion(), model); model(torch.ones(3)).sum().backward(); optimizer.step()")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    ages = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+        ages.append({file: file.stat().st_mtime_ns for file in (tmp_path / "collie_lab" / "kernels").iterdir()})
+    assert len(ages[0]) == 2  # the rule's, and a trial of the compiler
+    assert ages[0] == ages[1]
+
+
+def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "find_compiler", lambda: None)
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
+        assert isinstance(choose_engine("auto", CPU), Eager)
