@@ -20,7 +20,7 @@ from typing_extensions import override
 from collie_lab.optim.engine import Engine, Formula
 from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, States
-from collie_lab.optim.trace import TRITON, trace
+from collie_lab.optim.trace import TRITON, operand_kind, trace
 
 __all__ = ["Triton", "build_kernel", "kernel_source"]
 
@@ -90,7 +90,7 @@ class Triton(Engine):
         if not _suits(w, raw, *operands.values()):
             self._eager.elementwise(formula, weight, gradient, operands, scalars)
             return
-        kinds = tuple((name, _kind(tensor, w)) for name, tensor in operands.items())
+        kinds = tuple((name, operand_kind(tensor, w)) for name, tensor in operands.items())
         kernel = build_kernel(formula, weight.rounding, kinds, tuple(scalars))
         count, width = w.numel(), w.shape[-1] if w.ndim else 1
         if count == 0:
@@ -156,14 +156,6 @@ def build_kernel(formula: Formula, rounding: str, operands: tuple[tuple[str, str
     namespace: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}
     exec(compile(source, file, "exec"), namespace)
     return namespace["kernel"]
-
-
-def _kind(operand: Tensor, weight: Tensor) -> str:
-    if operand.numel() == 1:
-        return "number"
-    if operand.shape == weight.shape:
-        return "full"
-    return "column" if operand.shape[-1] == 1 else "row"
 
 
 def _suits(*tensors: Tensor) -> bool:

@@ -26,7 +26,7 @@ from typing_extensions import override
 from collie_lab.optim.engine import Eager, Engine, Formula
 from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, Weight
 from collie_lab.optim.rule import Gradient, Scalars, States
-from collie_lab.optim.trace import C, trace
+from collie_lab.optim.trace import C, operand_kind, trace
 
 __all__ = ["Loop", "Native", "find_compiler", "write_loop"]
 
@@ -143,7 +143,7 @@ class Native(Engine):
         if not _suits(w, g, *operands.values()):
             self._eager.elementwise(formula, weight, gradient, operands, scalars)
             return
-        kinds = tuple((name, _kind(tensor, w)) for name, tensor in operands.items())
+        kinds = tuple((name, operand_kind(tensor, w)) for name, tensor in operands.items())
         run = _elementwise(formula, weight.rounding, w.dtype, g.dtype, kinds, tuple(scalars))
         n = 1 if all(kind in ("full", "number") for _, kind in kinds) else w.shape[-1]
         run(w.numel() // max(1, n), n, _threads(w), w.data_ptr(), (w if e is None else e).data_ptr(), g.data_ptr(),
@@ -290,14 +290,6 @@ def _clip(gradient: Gradient) -> tuple[float, float]:
 
 def _threads(tensor: Tensor) -> int:
     return torch.get_num_threads() if tensor.numel() >= _PARALLEL else 1
-
-
-def _kind(operand: Tensor, weight: Tensor) -> str:
-    if operand.numel() == 1 and weight.numel() != 1:
-        return "number"
-    if operand.shape == weight.shape:
-        return "full"
-    return "column" if operand.shape[-1] == 1 else "row"
 
 
 def _suits(*tensors: Tensor) -> bool:

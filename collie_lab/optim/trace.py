@@ -6,11 +6,11 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from collie_lab.optim.engine import Formula
 
-__all__ = ["C", "TRITON", "trace"]
+__all__ = ["C", "TRITON", "operand_kind", "trace"]
 
 _OPERATORS: dict[Any, str] = {
     operator.add: "{} + {}", operator.sub: "{} - {}", operator.mul: "{} * {}", operator.truediv: "{} / {}",
@@ -57,3 +57,12 @@ def trace(formula: Formula, operands: tuple[str, ...], scalars: tuple[str, ...],
                             "see collie_lab.optim.trace")
         statements.append((node.name, language[node.target].format(*map(str, node.args))))
     return statements, value.node.name, {name: proxy.node.name for name, proxy in new.items()}  # type: ignore[attr-defined]
+
+
+def operand_kind(operand: Tensor, weight: Tensor) -> str:
+    """How an operand lies beside a weight [m, n]: `full`, a `column` [m, 1], a `row` [1, n], or one `number`."""
+    if operand.shape == weight.shape:
+        return "full"
+    if operand.numel() == 1:
+        return "number"
+    return "column" if operand.shape[-1] == 1 else "row"
