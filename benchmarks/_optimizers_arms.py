@@ -57,7 +57,7 @@ class Case:
 
 
 CASES = [
-    Case("SGD (LOMO)", SGD(), {"momentum": 0.0}),
+    Case("SGD (LOMO)", SGD(), {}),
     Case("SGD, momentum", SGD(momentum=True), {"momentum": 0.9}, states=1),
     Case("AdamW", AdamW(), {"betas": (0.9, 0.999), "eps": 1e-8}, 0.1, states=2),
     Case("Lion", Lion(), {"betas": (0.9, 0.99)}, 0.1, states=1),

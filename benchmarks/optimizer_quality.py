@@ -24,8 +24,8 @@ from typing import Any
 import collie_lab as lab
 
 _ROOT = Path(__file__).resolve().parents[1]
-# Four rates a method, a factor of about 3 apart, around what its authors advise relative to AdamW. Plain gradient descent
-# gets its norm clipped, as in LOMO's paper: without, one batch may throw it off for good.
+# Four rates a method, a factor of about 3 apart, around what its authors advise relative to AdamW. Plain gradient
+# descent gets its norm clipped, as in LOMO's paper: without, one batch may throw it off for good.
 METHODS: dict[str, tuple[lab.Optimizer, tuple[float, ...]]] = {
     "adamw": (lab.AdamW(), (1e-3, 3e-3, 1e-2, 3e-2)),
     "lion": (lab.Lion(), (1e-4, 3e-4, 1e-3, 3e-3)),

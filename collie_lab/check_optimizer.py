@@ -64,6 +64,9 @@ def _in_backward(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]:
     if cell.accumulate == "each" and not linear:
         yield Problem(name, "accumulate", "updates with parts of a gradient do not add up to the update with the "
                       "whole: they would move the weights several times too far", 'accumulate="hold"')
+    if cell.accumulate == "each" and training.clip_grad_value is not None:
+        yield Problem("Training", "clip_grad_value", "the clipped parts of a gradient do not add up to the clipped "
+                      "whole", 'accumulate="hold", or in_backward=False')
     if cell.accumulate is not None and training.clip_grad_norm is not None:
         yield Problem("Training", "clip_grad_norm", "the norm of an accumulated gradient is known only when all of it "
                       "is there", "clip_grad_value, or in_backward=False")
@@ -76,8 +79,11 @@ def _without_effect(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]
         yield _warning(name, "clip_by", "without effect unless clip_grad_norm is set, in backward")
     if cell.accumulate and not cell.in_backward:
         yield _warning(name, "accumulate", "without effect: micro-batches add up anyway outside of backward")
-    if "rounding" in given and training.weights == "fp32":
-        yield _warning(name, "rounding", "without effect on fp32 weights", 'Training(weights="bf16", precision="bf16")')
+    elif cell.accumulate and training.micro_batch_size in (None, training.batch_size // experiment.parallel.dp):
+        yield _warning(name, "accumulate", "without effect: a step is one micro-batch", "set Training.micro_batch_size")
+    if "rounding" in given and (training.weights == "fp32" or experiment.adapter is not None):
+        which = "fp32 weights" if experiment.adapter is None else "an adapter's weights, which are fp32"
+        yield _warning(name, "rounding", f"without effect on {which}", 'Training(weights="bf16", precision="bf16")')
     if isinstance(cell, Adan) and cell.restart_every and cell.restart_every >= training.steps:
         yield _warning(name, "restart_every", f"no restart within {training.steps} steps")
 
@@ -87,6 +93,9 @@ def _advice(experiment: Experiment) -> Iterator[Problem]:
     if isinstance(cell, Sophia) and cell.hessian_every >= training.steps:
         yield _warning("Sophia", "hessian_every", f"no Hessian within {training.steps} steps: sign momentum",
                        "lower it, or use Lion")
+    if isinstance(cell, Sophia) and training.loss is not None:
+        yield _warning("Training", "loss", "Sophia's Hessian stays that of cross-entropy, on labels that the model "
+                       "draws")
     if isinstance(cell, AdaLomo) and training.clip_grad_norm is not None:
         cost = ", and costs a second forward and backward pass" if cell.in_backward else ""
         yield _warning("Training", "clip_grad_norm", "AdaLomo's update hardly depends on the size of a gradient: "

@@ -49,7 +49,8 @@ class RuleCell(Optimizer):
 class AdamW(RuleCell):
     """Decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101).
 
-    The default learning rate is that of Stanford Alpaca's fine-tuning recipe for 7 B, the rest is torch's.
+    The default learning rate is that of Stanford Alpaca's fine-tuning recipe for 7 B, which does not decay either;
+    betas and eps are torch's.
     """
 
     lr: float = Field(default=2e-5, gt=0.0)

@@ -14,7 +14,7 @@ from collie_lab.optim.adalomo import AdaLomo
 from collie_lab.optim.clip import clip_coefficient, clip_gradients
 from collie_lab.optim.groups import parameter_groups
 from collie_lab.optim.library import build_library_optimizer
-from collie_lab.optim.optimizer import RuleOptimizer
+from collie_lab.optim.optimizer import RuleOptimizer, release
 from collie_lab.optim.rule import Rule
 from collie_lab.optim.rules import SGD, AdamW, Adan, Lion, SophiaG
 
@@ -32,15 +32,23 @@ def build(cell: cells.Optimizer, model: nn.Module, *, reduce: Callable[[Tensor],
         cell: which rule, with its hyper-parameters.
         model: already in its final layout (sharded, adapted); its parameters are taken as they are.
         reduce: in backward on replicas: averages one gradient over the ranks, in place.
-        max_norm: clip by the norm of the whole gradient; with an optimizer of a library that is the loop's task.
+        max_norm: clip by the norm of the whole gradient.
         max_value: clip every element.
-        options: further options of `RuleOptimizer`: `engine`, `seed`, `record_norm`.
+        options: further options of `RuleOptimizer`: `engine`, `seed`, `record_norm`. An optimizer of a library takes
+            none of all these: `clip_gradients` is for its loop.
 
     Raises:
         ValueError: the model and the cell do not go together; the message says why.
     """
     groups = parameter_groups(model, cell)
     if isinstance(cell, cells.LibraryOptimizer):
+        given = {"max_norm": max_norm, "max_value": max_value, "reduce": reduce, **options}
+        if refused := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{type(cell).__name__} takes no {refused[0]}: it is {cell.library}'s own optimizer, "
+                             "and the loop clips its gradients (collie_lab.optim.clip_gradients)")
+        for group in groups:
+            for parameter in group["params"]:
+                release(parameter)
         return build_library_optimizer(cell, model, groups)
     if cell.in_backward and any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("DistributedDataParallel averages gradients after an optimizer in backward has used them: "
@@ -73,4 +81,4 @@ def build_rule(cell: cells.RuleCell) -> tuple[Rule, dict[str, Any]]:
             rule = AdaLomo()
         case _:
             raise TypeError(f"no rule for the cell {type(cell).__name__}")
-    return rule, {name: getattr(cell, name, 0.0) for name in ("lr", "weight_decay", *rule.hyper)}
+    return rule, {name: getattr(cell, name) for name in ("lr", "weight_decay", *rule.hyper)}

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -165,17 +166,20 @@ def choose_engine(name: str, device: torch.device) -> Engine:
 
         try:
             return Native(device)
-        except OSError as error:
+        except (OSError, subprocess.SubprocessError) as error:
             _warn(f"the optimizer runs uncompiled, several times slower: {error}")
             name = "eager"
     if name == "triton":
         try:
             from collie_lab.optim.kernels import Triton
+
+            return Triton(device)
         except ImportError:
             _warn("triton is not installed: the optimizer is compiled by torch instead")
             name = "compile"
-        else:
-            return Triton(device)
+        except Exception as error:  # whatever its tools raise, torch's own operations work
+            _warn(f"Triton does not work here, the optimizer runs uncompiled, several times slower: {error}")
+            name = "eager"
     return Compiled(device) if name == "compile" else Eager(device)
 
 

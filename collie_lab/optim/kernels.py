@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from typing_extensions import override
 
-from collie_lab.optim.engine import Engine, Formula
+from collie_lab.optim.engine import Eager, Engine, Formula
 from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, States
 from collie_lab.optim.trace import TRITON, operand_kind, trace
@@ -79,9 +79,9 @@ class Triton(Engine):
     """Kernels for contiguous fp32 and bf16 weights; float64, which no one trains in, is left to torch."""
 
     def __init__(self, device: torch.device):
-        from collie_lab.optim.engine import Eager
-
         self._eager = Eager(device)
+        tiny = torch.ones(1, 1, device=device)
+        self.energy(Gradient(tiny), tiny[0], tiny[0], tiny.dtype)  # a trial
 
     @override
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
@@ -97,10 +97,11 @@ class Triton(Engine):
             return
         extra = w if weight.extra is None else weight.extra
         scale = w if gradient.scale is None else gradient.scale
-        kernel[(triton.cdiv(count, _BLOCK),)](
-            w, extra, raw, scale, float(gradient.limit or 0), wrap32(weight.noise), count, width, *operands.values(),
-            *[float(value) for value in scalars.values()], SCALED=gradient.scale is not None,
-            LIMITED=gradient.limit is not None, BLOCK=_BLOCK)
+        with torch.cuda.device_of(w):  # Triton launches on the current device
+            kernel[(triton.cdiv(count, _BLOCK),)](
+                w, extra, raw, scale, float(gradient.limit or 0), wrap32(weight.noise), count, width,
+                *operands.values(), *[float(value) for value in scalars.values()], SCALED=gradient.scale is not None,
+                LIMITED=gradient.limit is not None, BLOCK=_BLOCK)
 
     @override
     def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,10 +114,11 @@ class Triton(Engine):
         # Sums over blocks by torch: atomic additions would come in another order each time.
         columns, squares = torch.empty(blocks, n, device=w.device), torch.empty(blocks, device=w.device)
         extra = w if weight.extra is None else weight.extra
-        _moments[(blocks,)](w, extra, raw, raw if gradient.scale is None else gradient.scale,
-                            float(gradient.limit or 0), row, columns, squares, m, n, KAHAN=weight.rounding == "kahan",
-                            MASTER=weight.rounding == "master", SCALED=gradient.scale is not None,
-                            LIMITED=gradient.limit is not None, ROWS=_ROWS, COLUMNS=_COLUMNS)
+        with torch.cuda.device_of(w):
+            _moments[(blocks,)](
+                w, extra, raw, raw if gradient.scale is None else gradient.scale, float(gradient.limit or 0), row,
+                columns, squares, m, n, KAHAN=weight.rounding == "kahan", MASTER=weight.rounding == "master",
+                SCALED=gradient.scale is not None, LIMITED=gradient.limit is not None, ROWS=_ROWS, COLUMNS=_COLUMNS)
         return row, columns.sum(0), squares.sum()
 
     @override
@@ -126,9 +128,11 @@ class Triton(Engine):
             return self._eager.energy(gradient, row, column, dtype)
         m, n = raw.shape
         sums = torch.empty(triton.cdiv(m, _ROWS), device=raw.device)
-        _energy[(len(sums),)](raw, raw if gradient.scale is None else gradient.scale, float(gradient.limit or 0),
-                              row, column, sums, m, n, SCALED=gradient.scale is not None,
-                              LIMITED=gradient.limit is not None, ROWS=_ROWS, COLUMNS=_COLUMNS)
+        with torch.cuda.device_of(raw):
+            _energy[(len(sums),)](
+                raw, raw if gradient.scale is None else gradient.scale, float(gradient.limit or 0), row, column, sums,
+                m, n, SCALED=gradient.scale is not None, LIMITED=gradient.limit is not None, ROWS=_ROWS,
+                COLUMNS=_COLUMNS)
         return sums.sum()
 
 

@@ -178,6 +178,15 @@ def _adamw8bit(cell: cells.AdamW8bit, groups: Groups) -> torch.optim.Optimizer:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
+    def pack(rates: list[float]) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for _, _, state in _states(optimizer):
+            for key in ("exp_avg", "exp_avg_sq"):
+                if isinstance(value := state.get(key), quantized):
+                    del state[key]
+                    state.update({f"{key}.{part}": getattr(value, part) for part in quantized.tensor_attrs})
+
     @contextlib.contextmanager
     def step() -> Iterator[None]:
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -193,14 +202,10 @@ def _adamw8bit(cell: cells.AdamW8bit, groups: Groups) -> torch.optim.Optimizer:
                 contexts.enter_context(torch.compiler.set_stance("force_eager"))
             if half:  # replicas must round alike, and a resumed run like one that went on
                 contexts.enter_context(_same_random_numbers(optimizer, parameters[0].device))
-            yield
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        for _, _, state in _states(optimizer):
-            for key in ("exp_avg", "exp_avg_sq"):
-                if isinstance(value := state.get(key), quantized):
-                    del state[key]
-                    state.update({f"{key}.{part}": getattr(value, part) for part in quantized.tensor_attrs})
+            try:
+                yield
+            finally:
+                pack(rates)
 
     return _around_step(optimizer, step)
 
@@ -235,8 +240,10 @@ def _low_rank_states(optimizer: torch.optim.Optimizer, projector: Callable[..., 
                 object_.ortho_matrix = state.pop("projection")
                 if "projection_seed" in state:
                     object_.seed = state.pop("projection_seed")
-        yield
-        pack()
+        try:
+            yield
+        finally:
+            pack()
 
     pack()
     return _around_step(optimizer, step)

@@ -129,7 +129,7 @@ class Native(Engine):
     """Loops for contiguous tensors on a CPU; what is not contiguous goes the eager way.
 
     Raises:
-        OSError: there is no C++ compiler, or it does not work.
+        OSError, SubprocessError: there is no C++ compiler, or it does not work.
     """
 
     def __init__(self, device: torch.device):
@@ -140,7 +140,7 @@ class Native(Engine):
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
                     scalars: Scalars) -> None:
         w, g, e = weight.tensor, gradient.raw, weight.extra
-        if not _suits(w, g, *operands.values()):
+        if not _suits(w, g, *operands.values()) or any(t.dtype != weight.dtype for t in operands.values()):
             self._eager.elementwise(formula, weight, gradient, operands, scalars)
             return
         kinds = tuple((name, operand_kind(tensor, w)) for name, tensor in operands.items())
@@ -251,7 +251,7 @@ def _build(loop: Loop) -> Any:
         raise FileNotFoundError("there is no C++ compiler (g++ or clang++)")
     parts = [loop.source, *_FLAGS, compiler, _compiler_version(compiler), _processor()]
     key = hashlib.sha256("\n".join(parts).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "collie_lab" / "kernels"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collie_lab" / "kernels"
     library = folder / f"{key.hexdigest()[:32]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -293,4 +293,4 @@ def _threads(tensor: Tensor) -> int:
 
 
 def _suits(*tensors: Tensor) -> bool:
-    return all(tensor.is_contiguous() and tensor.dtype in _TYPES for tensor in tensors)
+    return all(t.is_contiguous() and t.device.type == "cpu" and t.dtype in _TYPES for t in tensors)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from collie_lab.optim.clip import clip_coefficient, gradient_norms
@@ -21,11 +22,15 @@ from collie_lab.optim.rule import Gradient, Rule, States
 from collie_lab.optim.rules import SophiaG
 from collie_lab.optim.shards import Shards, global_norm, local, local_gradient
 
-__all__ = ["RuleOptimizer"]
+__all__ = ["RuleOptimizer", "release"]
 
 ClipBy = Literal["two_passes", "previous_norm"]
 Accumulate = Literal["hold", "each"]
 _Phase = Literal["update", "measure", "hold", "refresh"]
+
+
+# Hooks outlive the variable that held their optimizer: who makes another one for the same parameters means that one.
+_hooks: Any = WeakIdKeyDictionary()
 
 
 @dataclass(slots=True)
@@ -36,9 +41,14 @@ class _Slot:
     group: int
     shards: Shards
     step: Tensor
+    """Updates so far."""
+    start: Tensor
+    """Those of them before the last restart."""
     states: States
     extra: Tensor | None
     rounding: str
+    engine: Engine
+    dtype: torch.dtype
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -79,25 +89,24 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.rule, self.in_backward = rule, in_backward
         self.norm: Tensor | None = None
         self._max_norm, self._max_value, self._clip_by = max_norm, max_value, clip_by
-        self._accumulate, self._rounding, self._reduce, self._seed = accumulate, rounding or rule.rounding, reduce, seed
+        self._accumulate = accumulate if in_backward else None  # out of it, gradients add up anyway
+        self._rounding, self._reduce, self._seed = rounding or rule.rounding, reduce, seed
         # With parts of a gradient there is no moment at which the whole could be measured.
-        self._record_norm = (record_norm or max_norm is not None) and accumulate != "each"
+        self._record_norm = (record_norm or max_norm is not None) and self._accumulate != "each"
         self._phase: _Phase = "update"
         self._slots: dict[Tensor, _Slot] = {}
         self._numbers: dict[Tensor, int] = {}
         self._fired: dict[Tensor, int] = {}  # how many gradients came in this step
         self._norms: list[tuple[Tensor, _Slot]] = []
         self._scale: Tensor | None = None
+        self._engine, self._engines = engine, dict[torch.device, Engine]()
         self._hessian_tokens = 0
         self._since_refresh = 0
         self._check_options()
         _check_names(rule, hyper, "", required=True)
         super().__init__(params, hyper)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if not parameters:
+        if not self._numbers:
             raise ValueError("there is no parameter to train")
-        self._device = parameters[0].device
-        self._engine: Engine = choose_engine(engine, self._device)
 
     def _check_options(self) -> None:
         if self._rounding not in ROUNDINGS:
@@ -105,7 +114,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self._accumulate == "each" and not self.rule.linear:
             raise ValueError(f"{type(self.rule).__name__} is not linear in the gradient: updates with parts of it "
                              'would move the weights several times too far. accumulate="hold", or in_backward=False')
-        if self._accumulate and self._max_norm is not None and self.in_backward:
+        if self._accumulate and self._max_norm is not None:
             raise ValueError("the norm of an accumulated gradient is known only when all of it is there: "
                              "clip by value, or in_backward=False")
         if self._accumulate == "each" and self._max_value is not None:
@@ -134,6 +143,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self.in_backward and self._reduce is None and not isinstance(parameter, DTensor) and _replicated():
             raise ValueError("in backward on several ranks: replicas drift apart unless gradients are averaged "
                              "before the update. Give `reduce`, or shard the model (FSDP2)")
+        release(parameter)
+        if parameter.device not in self._engines:
+            self._engines[parameter.device] = choose_engine(self._engine, parameter.device)
         shards = Shards(parameter)
         rounding = self._rounding if parameter.dtype == torch.bfloat16 else "exact"
         weight = local(parameter)
@@ -141,6 +153,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         states, extra = self.rule.init(value), None
         state = self.state[parameter]
         state["step"] = step = torch.zeros((), dtype=torch.int64)
+        state["start"] = start = torch.zeros((), dtype=torch.int64)
         for name, piece in states.items():
             state[name] = self.rule.layout(name, shards, piece)
         if rounding == "master":
@@ -150,9 +163,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             extra = torch.zeros_like(value, dtype=weight.dtype)
             state["compensation"] = shards.like_parameter(extra)
         # Its number among all parameters, frozen ones too: that of stochastic rounding's noise.
-        slot = self._slots[parameter] = _Slot(self._numbers[parameter], group, shards, step, states, extra, rounding)
+        slot = self._slots[parameter] = _Slot(
+            self._numbers[parameter], group, shards, step, start, states, extra, rounding,
+            self._engines[parameter.device], weight.dtype)
         if self.in_backward:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            _hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._on_gradient)
         return slot
 
     # --- one step ---------------------------------------------------------------------------------
@@ -170,16 +185,25 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not self.in_backward:
             self._update_all([(parameter, self._slots.get(parameter) or self._add(parameter, index),
                                local_gradient(parameter)) for parameter, index in ready])
-        elif ready:
-            raise RuntimeError("in backward, a gradient was left: its parameter was frozen when the optimizer was "
-                               "made, or all backward passes of this step were inside `hold()`")
-        elif self._record_norm and not self._norm_is_measured:
-            self._close_norm()
-        self._scale = None
+        else:
+            self._take_leftovers([parameter for parameter, _ in ready])
+            if self._norms:
+                self._close_norm()
         self.set_norm(self.norm)
         self._fired.clear()
         self._warn_if_stale()
         return loss
+
+    def _take_leftovers(self, parameters: list[Tensor]) -> None:
+        """With `hold`: parameters (experts) that got gradients from earlier micro-batches, but not from the last."""
+        for parameter in parameters:
+            if self._accumulate != "hold" or parameter not in self._slots:
+                raise RuntimeError("in backward, a gradient was left: its parameter was frozen when the optimizer was "
+                                   "made, or another optimizer has taken it over")
+            if self._reduce is not None:
+                raise RuntimeError("a parameter got no gradient in the last micro-batch of this rank, but before: "
+                                   "replicas would average it at different times. in_backward=False")
+            self._on_gradient(parameter)
 
     def _update_all(self, ready: list[tuple[Tensor, _Slot, Tensor]]) -> None:
         """The step outside of backward."""
@@ -213,6 +237,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self._reduce(gradient)
             if self._phase == "refresh":
                 self._refresh(slot, local_gradient(parameter))
+                self._fired[parameter] = 1
             else:
                 self._take(parameter, slot, local_gradient(parameter))
             parameter.grad = None
@@ -233,16 +258,23 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, slot: _Slot, gradient: Tensor, part: int = 0) -> None:
         if gradient.is_sparse:
             raise ValueError("sparse gradients are not supported: Embedding(sparse=False)")
+        weight = local(parameter)
+        if weight.dtype != slot.dtype or parameter.device not in self._engines:
+            raise RuntimeError(f"a parameter became {weight.dtype} on {weight.device} after the optimizer was made for "
+                               f"{slot.dtype}: change the model before")
         if not part:
             slot.step += 1
-        step, noise = int(slot.step), 0
+        count, noise = int(slot.step), 0
         if slot.rounding == "stochastic":  # every part of a gradient has noise of its own
-            noise = noise_key(self._seed + part, step, slot.index) + slot.shards.offset
+            noise = noise_key(self._seed + part, count, slot.index) + slot.shards.offset
         group = self.param_groups[slot.group]
         if part:  # weight decay is part of a step, not of each part of its gradient
             group = {**group, "weight_decay": 0.0}
-        self.rule.apply(self._engine, Weight(local(parameter), slot.rounding, slot.extra, noise),
-                        Gradient(gradient, self._scale, self._max_value), slot.states, group, step, slot.shards)
+        self.rule.apply(slot.engine, Weight(weight, slot.rounding, slot.extra, noise),
+                        Gradient(gradient, self._scale, self._max_value), slot.states, group,
+                        count - int(slot.start), slot.shards)
+        # Engines write behind autograd's back; a graph that still needs the old weight must raise.
+        torch.autograd.graph.increment_version(weight)
 
     def _close_norm(self) -> None:
         # In the order of parameters, not of hooks: the same sum in and out of backward, and on every rank.
@@ -254,7 +286,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     @property
     def needs_measure(self) -> bool:
         """Whether the next step needs a first pass inside `measure()`."""
-        return self.in_backward and self._max_norm is not None and self._scale is None
+        return self._norm_is_measured or (self.in_backward and self._max_norm is not None and self._scale is None)
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
@@ -291,7 +323,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def restart(self) -> None:
         """Forget all momenta and averages, and count steps from 1 again; weights stay (Adan's restart condition)."""
         for slot in self._slots.values():
-            slot.step.zero_()
+            slot.start.copy_(slot.step)
             for state in slot.states.values():
                 state.zero_()
 
@@ -301,13 +333,17 @@ class RuleOptimizer(torch.optim.Optimizer):
     def refresh_hessian(self, tokens: int) -> Iterator[None]:
         """The context of a backward pass of the mean loss over `tokens` labels that the model itself has drawn.
 
-        For SophiaG, every `hessian_every` steps, after `step()`.
+        For SophiaG, every `hessian_every` steps, after `step()` and `zero_grad()`.
         """
         if not isinstance(self.rule, SophiaG):
             raise ValueError(f"{type(self.rule).__name__} knows no Hessian")
+        if any(parameter.grad is not None for parameter in self._slots):
+            raise RuntimeError("gradients of the training loss are left, and would count as the Hessian's: "
+                               "`zero_grad()` first")
         self._hessian_tokens = tokens
         with self._in_phase("refresh"):
             yield
+        self._fired.clear()
         if not self.in_backward:
             for parameter, slot in self._slots.items():
                 if parameter.grad is not None:
@@ -364,16 +400,23 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def set_norm(self, norm: Tensor | None) -> None:
         """The norm of the step before, when going on from a checkpoint."""
-        self.norm = norm = None if norm is None else norm.to(self._device)
+        self._scale = None
+        self.norm = norm = None if norm is None else norm.to(next(iter(self._engines)))
         if norm is not None and self._max_norm is not None and self._clip_by == "previous_norm" and self.in_backward:
             self._scale = clip_coefficient(norm, self._max_norm)
 
     def _load(self, parameter: Tensor, saved: dict[str, Any]) -> None:
-        state = self.state[parameter]
+        state = self.state.get(parameter, {})
         if state.keys() != saved.keys():
             raise ValueError(f"the saved states are {sorted(saved)}, those of this optimizer {sorted(state)}")
         for name, value in state.items():
             value.copy_(saved[name])
+
+
+def release(parameter: Tensor) -> None:
+    """No optimizer in backward updates this parameter any longer."""
+    if handle := _hooks.pop(parameter, None):
+        handle.remove()
 
 
 def _check_names(rule: Rule, names: dict[str, Any], where: str, *, required: bool) -> None:

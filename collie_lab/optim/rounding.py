@@ -9,7 +9,7 @@ bf16 has 8 bits of precision: an update below 1/512 of a weight vanishes by roun
 Weights in fp32 and float64 are `exact`: nothing is rounded.
 
 The noise of stochastic rounding is a hash of (seed, step, parameter, place in the whole tensor): no random state
-to keep, the same whatever the order of updates, and the same on one process and on shards.
+to keep, the same whatever the order of updates, and the same on one process and on shards of rows.
 """
 
 from __future__ import annotations

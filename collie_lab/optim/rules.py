@@ -28,7 +28,11 @@ class SGD(Rule):
 
     momentum: bool = False
     nesterov: bool = False
-    hyper: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    @property
+    def hyper(self) -> tuple[str, ...]:  # type: ignore[override]
+        """`momentum`, where there is one."""
+        return ("momentum",) if self.momentum else ()
 
     @property
     def linear(self) -> bool:  # type: ignore[override]
@@ -41,13 +45,14 @@ class SGD(Rule):
 
     @override
     def scalars(self, group: Group, step: int) -> Scalars:
-        return {"decay": decay(group), "lr": group["lr"], "momentum": group["momentum"]}
+        return {"decay": decay(group), "lr": group["lr"], **{name: group[name] for name in self.hyper}}
 
     @override
     def update(self, weight: Tensor, gradient: Tensor, states: States, scalars: Scalars) -> tuple[Tensor, States]:
-        kept, lr, mu = scalars["decay"], scalars["lr"], scalars["momentum"]
+        kept, lr = scalars["decay"], scalars["lr"]
         if not self.momentum:
             return weight * kept - gradient * lr, {}
+        mu = scalars["momentum"]
         m = states["momentum"] * mu + gradient
         u = gradient + m * mu if self.nesterov else m
         return weight * kept - u * lr, {"momentum": m}

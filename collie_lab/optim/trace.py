@@ -19,12 +19,12 @@ _OPERATORS: dict[Any, str] = {
 TRITON: dict[Any, str] = {
     **_OPERATORS,
     torch.sqrt: "tl.sqrt_rn({})", torch.abs: "tl.abs({})", torch.where: "tl.where({}, {}, {})",
-    torch.sign: "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, {0}))",  # NaN stays NaN
+    torch.sign: "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0))",  # of NaN: 0, as torch's
 }
 C: dict[Any, str] = {
     **_OPERATORS,
     torch.sqrt: "std::sqrt({})", torch.abs: "std::abs({})", torch.where: "{} ? {} : {}",
-    torch.sign: "{0} > 0 ? T(1) : {0} < 0 ? T(-1) : {0}",
+    torch.sign: "{0} > 0 ? T(1) : {0} < 0 ? T(-1) : T(0)",
 }
 """The torch functions that a formula may use, and what they are in each language."""
 
@@ -48,14 +48,16 @@ def trace(formula: Formula, operands: tuple[str, ...], scalars: tuple[str, ...],
     new: dict[str, Any]
     value, new = formula.update(symbol["weight"], symbol["gradient"], {name: symbol[f"o_{name}"] for name in operands},
                                 {name: symbol[f"s_{name}"] for name in scalars})
+    constant = "T({})" if language is C else "{}"  # a plain 0.1 would make all of C compute in double
     statements = []
     for node in graph.nodes:
         if node.op == "placeholder":
             continue
-        if node.op != "call_function" or node.target not in language:
+        if node.op != "call_function" or node.target not in language or node.kwargs:
             raise TypeError(f"{type(formula).__name__}.update uses {node.target}, which no kernel knows: "
                             "see collie_lab.optim.trace")
-        statements.append((node.name, language[node.target].format(*map(str, node.args))))
+        arguments = [arg.name if isinstance(arg, fx.Node) else constant.format(arg) for arg in node.args]
+        statements.append((node.name, language[node.target].format(*arguments)))
     return statements, value.node.name, {name: proxy.node.name for name, proxy in new.items()}  # type: ignore[attr-defined]
 
 

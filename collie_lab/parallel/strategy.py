@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,8 +45,13 @@ class Strategy(ABC):
         """The context of one micro-batch; gradients are exchanged only where it says so."""
         return contextlib.nullcontext()
 
-    def reduce(self, gradient: Tensor) -> None:  # noqa: B027  # one process has nothing to average
-        """Average one gradient over the replicas: for optimizers that act inside the backward pass."""
+    @property
+    def reduce(self) -> Callable[[Tensor], None] | None:
+        """Averages one gradient over the replicas, in place: for optimizers that act inside the backward pass.
+
+        None where nothing has to be averaged: one process, or FSDP2, which does it.
+        """
+        return None
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all data-parallel ranks."""
@@ -98,8 +103,12 @@ class Replicated(_Distributed):
             return contextlib.nullcontext()
         return model.no_sync()
 
+    @property
     @override
-    def reduce(self, gradient: Tensor) -> None:
+    def reduce(self) -> Callable[[Tensor], None]:
+        return self._average
+
+    def _average(self, gradient: Tensor) -> None:
         dist.all_reduce(gradient.div_(self.dp_size))
 
 

@@ -1,4 +1,4 @@
-"""The conformance suite of update rules: call `check_rule` for a new one, and `check_shards` on several ranks.
+"""The conformance suite of update rules: call `check_rule` for a new one, those of `shards.py` on several ranks.
 
 Every check takes a rule and all its hyper-parameters (`lr` and `weight_decay` among them), and raises
 AssertionError where the rule, or the optimizer with it, breaks a promise. That the formula is the right one, no
@@ -20,8 +20,8 @@ from collie_lab.optim import Rule, RuleOptimizer
 from collie_lab.optim.rounding import ROUNDINGS
 
 __all__ = [
-    "Sample", "check_engine", "check_hyper_parameters", "check_parameters_without_gradient", "check_resume",
-    "check_rule", "check_scheduler", "check_step_equals_in_backward", "check_zero_gradients",
+    "Sample", "check_engine", "check_hyper_parameters", "check_nan_shows", "check_parameters_without_gradient",
+    "check_resume", "check_rule", "check_scheduler", "check_step_equals_in_backward", "check_zero_gradients",
 ]
 
 Hyper = Mapping[str, Any]
@@ -68,6 +68,7 @@ def check_rule(rule: Rule, hyper: Hyper) -> None:
         check_step_equals_in_backward(rule, hyper, dtype, rounding)
         check_resume(rule, hyper, dtype, rounding)
     check_zero_gradients(rule, hyper)
+    check_nan_shows(rule, hyper)
     check_parameters_without_gradient(rule, hyper)
     check_scheduler(rule, hyper)
 
@@ -103,7 +104,7 @@ def check_resume(rule: Rule, hyper: Hyper, dtype: torch.dtype = torch.float32, r
     _train(model, optimizer, range(3))
     for state in optimizer.state.values():
         for name, value in state.items():
-            if name not in ("step", "compensation"):
+            if name not in ("step", "start", "compensation"):
                 assert value.dtype == torch.promote_types(dtype, torch.float32), f"state {name} is {value.dtype}"
     other.load_state_dict(model.state_dict())
     resumed = _optimizer(other, rule, hyper, rounding=rounding, in_backward=True)
@@ -136,6 +137,17 @@ def check_zero_gradients(rule: Rule, hyper: Hyper) -> None:
             weight.grad = gradient
             optimizer.step()
             assert weight.isfinite().all(), f"weights of shape {shape} are no longer finite"
+
+
+def check_nan_shows(rule: Rule, hyper: Hyper) -> None:
+    """NaN in a gradient reaches the weight, where a loop sees it; `torch.sign` would hide it."""
+    for engine in ("auto", "eager"):
+        weight = nn.Parameter(torch.ones(3, 4))
+        optimizer = RuleOptimizer([weight], rule, engine=engine, **hyper)
+        weight.grad = torch.ones(3, 4)
+        weight.grad[1, 2] = torch.nan
+        optimizer.step()
+        assert weight[1, 2].isnan(), f"{type(rule).__name__} hides NaN ({engine})"
 
 
 def check_parameters_without_gradient(rule: Rule, hyper: Hyper) -> None:

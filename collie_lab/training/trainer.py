@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from collie_lab import optim
-from collie_lab.cells import Adan, Evaluation, Experiment, RuleCell, ScheduleFree, Sophia
+from collie_lab.cells import Adan, Evaluation, Experiment, LibraryOptimizer, RuleCell, ScheduleFree, Sophia
 from collie_lab.data import Documents, Order, Tokenizer, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.folder import JsonLines, RunFolder
@@ -193,7 +193,8 @@ class Trainer:
         self.model = self._strategy.wrap(adapted, experiment.optimizer.in_backward)
         self._adapted: Any = adapted
         # By the names of the model itself: wrappers lengthen them.
-        self.optimizer = optim.build(
+        self.optimizer = optim.build(experiment.optimizer, adapted) if isinstance(
+            experiment.optimizer, LibraryOptimizer) else optim.build(
             experiment.optimizer, adapted, reduce=self._strategy.reduce, max_norm=training.clip_grad_norm,
             max_value=training.clip_grad_value, record_norm=True, seed=training.seed)
         for group in self.optimizer.param_groups:

@@ -10,7 +10,7 @@ COMMON: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
 ADAN: dict[str, Any] = {**COMMON, "betas": (0.98, 0.92, 0.99), "eps": 1e-8}
 
 RULES: dict[str, tuple[Rule, dict[str, Any]]] = {
-    "sgd": (SGD(), {**COMMON, "momentum": 0.0}),
+    "sgd": (SGD(), COMMON),
     "momentum": (SGD(momentum=True), {**COMMON, "momentum": 0.9}),
     "nesterov": (SGD(momentum=True, nesterov=True), {**COMMON, "momentum": 0.9}),
     "adamw": (AdamW(), {**COMMON, "betas": (0.9, 0.999), "eps": 1e-8}),

@@ -14,7 +14,6 @@ from collie_lab.optim import SGD, AdaLomo, AdamW, Adan, Lion, Rule, RuleOptimize
 SHAPES = ((5,), (4, 3), (2, 4, 3))
 COMMON: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
 ADAN: dict[str, Any] = {**COMMON, "betas": (0.98, 0.92, 0.99), "eps": 1e-8}
-SGD_HYPER: dict[str, Any] = {**COMMON, "momentum": 0.0}
 
 
 def _pytorch_optimizer(name: str, **options: Any) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
@@ -40,7 +39,7 @@ MOMENTUM: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.0, "momentum": 0.9}
 PAIRS: dict[str, tuple[Rule, dict[str, Any], Callable[[list[nn.Parameter]], torch.optim.Optimizer]]] = {
     "torch AdamW": (AdamW(), ADAMW, lambda weights: torch.optim.AdamW(weights, **ADAMW)),
     # Without momentum, decay in the gradient and decoupled decay are one.
-    "torch SGD": (SGD(), SGD_HYPER, lambda weights: torch.optim.SGD(weights, lr=0.01, weight_decay=0.1)),
+    "torch SGD": (SGD(), COMMON, lambda weights: torch.optim.SGD(weights, lr=0.01, weight_decay=0.1)),
     "torch momentum": (SGD(momentum=True), MOMENTUM, lambda weights: torch.optim.SGD(weights, lr=0.01, momentum=0.9)),
     "torch Nesterov": (SGD(momentum=True, nesterov=True), MOMENTUM,
                        lambda weights: torch.optim.SGD(weights, lr=0.01, momentum=0.9, nesterov=True)),
@@ -90,7 +89,7 @@ def test_in_backward(name: str, rule: Rule, decay: float) -> None:
     ours_model, model = _Linear(), _Linear()
     options = {"weight_decay": decay} if name == "AdaLOMO" else {}
     theirs = getattr(library, name)(model, lr=0.01, **options)
-    hyper: dict[str, Any] = {"lr": 0.01, "weight_decay": decay, **({"momentum": 0.0} if name == "LOMO" else {})}
+    hyper: dict[str, Any] = {"lr": 0.01, "weight_decay": decay}
     ours = RuleOptimizer(ours_model.parameters(), rule, in_backward=True, **hyper)
     for step in range(20):
         lr = ours.param_groups[0]["lr"] = 0.01 / (1 + step)

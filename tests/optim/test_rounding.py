@@ -22,7 +22,7 @@ def _weights() -> tuple[Tensor, Tensor]:
 def test_small_updates_are_not_lost(rounding: str) -> None:
     start, gradient = _weights()
     weight = nn.Parameter(start.clone())
-    optimizer = RuleOptimizer([weight], SGD(), lr=LR, weight_decay=0.0, momentum=0.0, rounding=rounding)
+    optimizer = RuleOptimizer([weight], SGD(), lr=LR, weight_decay=0.0, rounding=rounding)
     for _ in range(STEPS):
         weight.grad = gradient
         optimizer.step()
@@ -136,7 +136,7 @@ def test_the_seed_decides() -> None:
     ends = []
     for seed in (1, 1, 2):
         weight = nn.Parameter(start.clone())
-        optimizer = RuleOptimizer([weight], SGD(), lr=LR, weight_decay=0.0, momentum=0.0, rounding="stochastic",
+        optimizer = RuleOptimizer([weight], SGD(), lr=LR, weight_decay=0.0, rounding="stochastic",
                                   seed=seed)
         weight.grad = gradient
         optimizer.step()
@@ -150,7 +150,7 @@ def test_freezing_one_parameter_leaves_the_noise_of_others() -> None:
     ends = []
     for trained in (True, False):
         first, second = nn.Parameter(torch.ones(3), requires_grad=trained), nn.Parameter(start.clone())
-        optimizer = RuleOptimizer([first, second], SGD(), lr=LR, weight_decay=0.0, momentum=0.0, rounding="stochastic")
+        optimizer = RuleOptimizer([first, second], SGD(), lr=LR, weight_decay=0.0, rounding="stochastic")
         second.grad = gradient
         optimizer.step()
         ends.append(second.detach())
