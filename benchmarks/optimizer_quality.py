@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[lab.Optimizer, tuple[float, ...]]] = {
     "adamw": (lab.AdamW(), (1e-3, 3e-3, 1e-2, 3e-2)),
     "lion": (lab.Lion(), (1e-4, 3e-4, 1e-3, 3e-3)),
     "adan": (lab.Adan(), (3e-3, 1e-2, 3e-2, 1e-1)),
-    "sophia": (lab.Sophia(), (3e-4, 1e-3, 3e-3, 1e-2)),
+    "sophia": (lab.Sophia(), (1e-4, 3e-4, 1e-3, 3e-3)),
     "sgd": (lab.SGD(momentum=0.9), (1e-2, 3e-2, 1e-1, 3e-1)),
     "lomo": (lab.Lomo(), (1e-1, 3e-1, 1.0, 3.0)),
     "adalomo": (lab.AdaLomo(), (3e-3, 1e-2, 3e-2, 1e-1)),
