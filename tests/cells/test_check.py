@@ -61,7 +61,6 @@ def test_errors(experiment: lab.Experiment, message: str) -> None:
     (GOOD.replace(optimizer=lab.Lomo(accumulate="hold")), "Lomo.accumulate: without effect: a step is one micro-batch"),
     (GOOD.replace(optimizer=lab.AdamW(rounding="kahan")), "AdamW.rounding: without effect on fp32 weights"),
     (GOOD.replace(optimizer=lab.Adan(restart_every=2)), "no restart within 2 steps"),
-    (GOOD.replace(optimizer=lab.ScheduleFree()).with_("training.warmup", 1), "replaces the schedule by an average"),
     (GOOD.replace(optimizer=lab.Muon(), training=lab.Training(steps=2, batch_size=4, precision="bf16", weights="bf16")),
      "rounds bf16 weights to nearest"),
     (GOOD.replace(optimizer=lab.Sophia()), "no Hessian within 2 steps: sign momentum"),
@@ -111,6 +110,13 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     with pytest.raises(lab.CellError):
         GOOD.replace(parallel=lab.Parallel(dp=3)).launch(folder=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_schedule_free_wants_no_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab.ScheduleFree, "package", "torch")  # whether its own is installed or not
+    report = GOOD.replace(optimizer=lab.ScheduleFree()).with_("training.warmup", 1).check()
+    assert report.ok
+    assert "replaces the schedule by an average" in str(report.warnings[0])
 
 
 def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
