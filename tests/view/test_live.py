@@ -66,11 +66,18 @@ def test_what_is_written_last_is_drawn(recorder: Recorder, folder: RunFolder) ->
 
 def test_an_interrupt_ends_the_waiting_and_not_the_picture(recorder: Recorder, folder: RunFolder) -> None:
     run = FakeRun(folder)
-    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
-    timer.start()
+    caught = threading.Event()
+
+    def interrupt() -> None:
+        while not caught.wait(0.3):  # again: an interrupt that hits a destructor is lost in Python
+            signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
         watch(run)
-    timer.join()
+    caught.set()
+    thread.join()
     assert recorder.last == -1
     append(folder, "metrics.jsonl", [record(3)])
     end(folder, "stopped")
