@@ -63,6 +63,7 @@ template <class T> static inline T clip(T g, T scale, T limit) {{
 }}
 """
 _READ = {"exact": "read(w[i])", "stochastic": "read(w[i])", "kahan": "read(w[i]) + read(e[i])", "master": "e[i]"}
+_GRADIENT = {True: "clip(T(read(g[i])), scale, limit)", False: "T(read(g[i]))"}
 _WRITE = {
     "exact": "write(w[i], {0});",
     "stochastic": "write_at_random(w[i], {0}, noise + uint32_t(i));",
@@ -106,7 +107,7 @@ _MOMENTS = """  T* __restrict column = columns + t * n;
     #pragma omp simd reduction(+ : sum, square)
     for (long c = 0; c < n; ++c) {
       const long i = r * n + c;
-      const T gradient = clip(T(read(g[i])), scale, limit), weight = {read}, q = gradient * gradient;
+      const T gradient = {gradient}, weight = {read}, q = gradient * gradient;
       sum += q;
       column[c] += q;
       square += weight * weight;
@@ -118,7 +119,8 @@ _ENERGY = """  for (long r = begin; r < end; ++r) {
     T sum = 0;
     #pragma omp simd reduction(+ : sum)
     for (long c = 0; c < n; ++c) {
-      const T u = clip(T(read(g[r * n + c])), scale, limit) * row[r] * column[c];
+      const long i = r * n + c;
+      const T u = {gradient} * row[r] * column[c];
       sum += u * u;
     }
     sums[r] = sum;
@@ -134,18 +136,20 @@ class Native(Engine):
 
     def __init__(self, device: torch.device):
         self._eager = Eager(device)
-        _build(_loop(_ENERGY, _ENERGY_OUTPUTS, "exact", torch.float32, torch.float32))  # a trial
+        if find_compiler() is None:
+            raise FileNotFoundError("there is no C++ compiler (g++ or clang++)")
+        _energy(torch.float32, torch.float32, False)  # a trial
 
     @override
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
                     scalars: Scalars) -> None:
-        w, g, e = weight.tensor, gradient.raw, weight.extra
-        if not _suits(w, g, *operands.values()) or any(t.dtype != weight.dtype for t in operands.values()):
+        w, g, e, dtype = weight.tensor, gradient.raw, weight.extra, weight.dtype
+        if not _suits(w, g, *operands.values()) or any(t.dtype != dtype for t in operands.values()):
             self._eager.elementwise(formula, weight, gradient, operands, scalars)
             return
-        kinds = tuple((name, operand_kind(tensor, w)) for name, tensor in operands.items())
-        run = _elementwise(formula, weight.rounding, w.dtype, g.dtype, kinds, tuple(scalars))
-        n = 1 if all(kind in ("full", "number") for _, kind in kinds) else w.shape[-1]
+        kinds = tuple([(name, operand_kind(tensor, w)) for name, tensor in operands.items()])
+        run = _elementwise(formula, weight.rounding, w.dtype, g.dtype, _is_clipped(gradient), kinds, tuple(scalars))
+        n = 1 if _is_flat(kinds) else w.shape[-1]
         run(w.numel() // max(1, n), n, _threads(w), w.data_ptr(), (w if e is None else e).data_ptr(), g.data_ptr(),
             *_clip(gradient), weight.noise & 0xFFFFFFFF, *[tensor.data_ptr() for tensor in operands.values()],
             *scalars.values())
@@ -158,7 +162,7 @@ class Native(Engine):
         (m, n), threads = w.shape, _threads(w)
         row, squares = torch.empty(2, m, dtype=weight.dtype).unbind()
         columns = torch.zeros(threads, n, dtype=weight.dtype)
-        _moments(weight.rounding, w.dtype, g.dtype)(
+        _moments(weight.rounding, w.dtype, g.dtype, _is_clipped(gradient))(
             m, n, threads, w.data_ptr(), (w if e is None else e).data_ptr(), g.data_ptr(), *_clip(gradient),
             row.data_ptr(), columns.data_ptr(), squares.data_ptr())
         return row, columns[0] if threads == 1 else columns.sum(0), squares.sum()
@@ -170,7 +174,7 @@ class Native(Engine):
             return self._eager.energy(gradient, row, column, dtype)
         m, n = g.shape
         sums = torch.empty(m, dtype=dtype)
-        _energy(dtype, g.dtype)(
+        _energy(dtype, g.dtype, _is_clipped(gradient))(
             m, n, _threads(g), None, None, g.data_ptr(), *_clip(gradient), row.data_ptr(), column.data_ptr(),
             sums.data_ptr())
         return sums.sum()
@@ -183,17 +187,17 @@ class Loop(NamedTuple):
     argtypes: list[Any]
 
 
-def write_loop(formula: Formula, rounding: str, weight: torch.dtype, gradient: torch.dtype,
+def write_loop(formula: Formula, rounding: str, weight: torch.dtype, gradient: torch.dtype, clipped: bool,
                operands: tuple[tuple[str, str], ...], scalars: tuple[str, ...]) -> Loop:
     """The loop of a formula; `operands` are (name, full | row | column | number)."""
     statements, value, new = trace(formula, tuple(name for name, _ in operands), scalars, C)
-    body = [f"const T weight = {_READ[rounding]};", "const T gradient = clip(T(read(g[i])), scale, limit);"]
+    body = [f"const T weight = {_READ[rounding]};", f"const T gradient = {_GRADIENT[clipped]};"]
     body += [_load(name, "i") for name, kind in operands if kind == "full"]
     body += [_load(name, "c") for name, kind in operands if kind == "row"]
     body += [f"const auto {name} = {expression};" for name, expression in statements]
     body += [f"o_{name}_at[i] = {state};" for name, state in new.items()]
     body.append(_WRITE[rounding].format(value))
-    lines = _FLAT if all(kind in ("full", "number") for _, kind in operands) else _BY_ROWS
+    lines = _FLAT if _is_flat(operands) else _BY_ROWS
     parameters = [("uint32_t", "noise"), *[("T* __restrict", f"o_{name}_at") for name, _ in operands],
                   *[("T", f"s_{name}") for name in scalars]]
     return _loop(lines.format(
@@ -229,26 +233,27 @@ def _loop(body: str, parameters: list[tuple[str, str]], rounding: str, weight: t
 
 
 @functools.cache
-def _elementwise(formula: Formula, rounding: str, weight: torch.dtype, gradient: torch.dtype,
+def _elementwise(formula: Formula, rounding: str, weight: torch.dtype, gradient: torch.dtype, clipped: bool,
                  operands: tuple[tuple[str, str], ...], scalars: tuple[str, ...]) -> Any:
-    return _build(write_loop(formula, rounding, weight, gradient, operands, scalars))
+    return _build(write_loop(formula, rounding, weight, gradient, clipped, operands, scalars))
 
 
 @functools.cache
-def _moments(rounding: str, weight: torch.dtype, gradient: torch.dtype) -> Any:
-    return _build(_loop(_MOMENTS.replace("{read}", _READ[rounding]), _MOMENTS_OUTPUTS, rounding, weight, gradient))
+def _moments(rounding: str, weight: torch.dtype, gradient: torch.dtype, clipped: bool) -> Any:
+    body = _MOMENTS.replace("{read}", _READ[rounding]).replace("{gradient}", _GRADIENT[clipped])
+    return _build(_loop(body, _MOMENTS_OUTPUTS, rounding, weight, gradient))
 
 
 @functools.cache
-def _energy(dtype: torch.dtype, gradient: torch.dtype) -> Any:
-    return _build(_loop(_ENERGY, _ENERGY_OUTPUTS, "exact", dtype, gradient))
+def _energy(dtype: torch.dtype, gradient: torch.dtype, clipped: bool) -> Any:
+    body = _ENERGY.replace("{gradient}", _GRADIENT[clipped])
+    return _build(_loop(body, _ENERGY_OUTPUTS, "exact", dtype, gradient))
 
 
 def _build(loop: Loop) -> Any:
     """The function of a loop, from the cache or from the compiler."""
     compiler = find_compiler()
-    if compiler is None:
-        raise FileNotFoundError("there is no C++ compiler (g++ or clang++)")
+    assert compiler is not None
     parts = [loop.source, *_FLAGS, compiler, _compiler_version(compiler), _processor()]
     key = hashlib.sha256("\n".join(parts).encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collie_lab" / "kernels"
@@ -292,5 +297,16 @@ def _threads(tensor: Tensor) -> int:
     return torch.get_num_threads() if tensor.numel() >= _PARALLEL else 1
 
 
+def _is_clipped(gradient: Gradient) -> bool:
+    return gradient.scale is not None or gradient.limit is not None
+
+
+def _is_flat(operands: tuple[tuple[str, str], ...]) -> bool:
+    return all(kind in ("full", "number") for _, kind in operands)
+
+
 def _suits(*tensors: Tensor) -> bool:
-    return all(t.is_contiguous() and t.device.type == "cpu" and t.dtype in _TYPES for t in tensors)
+    for tensor in tensors:  # no generator: this is called for every parameter in every step
+        if not (tensor.is_contiguous() and tensor.is_cpu and tensor.dtype in _TYPES):
+            return False
+    return True
