@@ -306,7 +306,4 @@ def _is_flat(operands: tuple[tuple[str, str], ...]) -> bool:
 
 
 def _suits(*tensors: Tensor) -> bool:
-    for tensor in tensors:  # no generator: this is called for every parameter in every step
-        if not (tensor.is_contiguous() and tensor.is_cpu and tensor.dtype in _TYPES):
-            return False
-    return True
+    return all(tensor.is_contiguous() and tensor.is_cpu and tensor.dtype in _TYPES for tensor in tensors)
