@@ -5,50 +5,27 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from collie_lab.optim.clip import clip_coefficient, gradient_norms
 from collie_lab.optim.engine import Engine, choose_engine
-from collie_lab.optim.rounding import ROUNDINGS, Weight, compute_dtype, noise_key
-from collie_lab.optim.rule import Gradient, Rule, States
+from collie_lab.optim.rounding import ROUNDINGS, Weight, noise_key
+from collie_lab.optim.rule import Gradient, Rule
 from collie_lab.optim.rules import SophiaG
-from collie_lab.optim.shards import Shards, global_norm, local, local_gradient
+from collie_lab.optim.shards import global_norm, local, local_gradient
+from collie_lab.optim.slot import Slot, claim, make_slot, release
 
-__all__ = ["RuleOptimizer", "release"]
+__all__ = ["RuleOptimizer"]
 
 ClipBy = Literal["two_passes", "previous_norm"]
 Accumulate = Literal["hold", "each"]
 _Phase = Literal["update", "measure", "hold", "refresh"]
-
-
-# Hooks outlive the variable that held their optimizer: who makes another one for the same parameters means that one.
-_hooks: Any = WeakIdKeyDictionary()
-
-
-@dataclass(slots=True)
-class _Slot:
-    """What an update needs of one parameter, found once."""
-
-    index: int
-    group: int
-    shards: Shards
-    step: Tensor
-    """Updates so far."""
-    start: Tensor
-    """Those of them before the last restart."""
-    states: States
-    extra: Tensor | None
-    rounding: str
-    engine: Engine
-    dtype: torch.dtype
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -94,10 +71,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         # With parts of a gradient there is no moment at which the whole could be measured.
         self._record_norm = (record_norm or max_norm is not None) and self._accumulate != "each"
         self._phase: _Phase = "update"
-        self._slots: dict[Tensor, _Slot] = {}
+        self._slots: dict[Tensor, Slot] = {}
         self._numbers: dict[Tensor, int] = {}
         self._fired: dict[Tensor, int] = {}  # how many gradients came in this step
-        self._norms: list[tuple[Tensor, _Slot]] = []
+        self._norms: list[tuple[Tensor, Slot]] = []
         self._scale: Tensor | None = None
         self._engine, self._engines = engine, dict[torch.device, Engine]()
         self._hessian_tokens = 0
@@ -137,37 +114,19 @@ class RuleOptimizer(torch.optim.Optimizer):
             if parameter.requires_grad:  # what is frozen takes no memory
                 self._add(parameter, len(self.param_groups) - 1)
 
-    def _add(self, parameter: Tensor, group: int) -> _Slot:
-        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-            raise ValueError(f"weights of type {parameter.dtype} cannot be trained: use float32 or bfloat16")
+    def _add(self, parameter: Tensor, group: int) -> Slot:
         if self.in_backward and self._reduce is None and not isinstance(parameter, DTensor) and _replicated():
             raise ValueError("in backward on several ranks: replicas drift apart unless gradients are averaged "
                              "before the update. Give `reduce`, or shard the model (FSDP2)")
         release(parameter)
         if parameter.device not in self._engines:
             self._engines[parameter.device] = choose_engine(self._engine, parameter.device)
-        shards = Shards(parameter)
-        rounding = self._rounding if parameter.dtype == torch.bfloat16 else "exact"
-        weight = local(parameter)
-        value = weight.to(compute_dtype(weight.dtype), memory_format=torch.contiguous_format)
-        states, extra = self.rule.init(value), None
-        state = self.state[parameter]
-        state["step"] = step = torch.zeros((), dtype=torch.int64)
-        state["start"] = start = torch.zeros((), dtype=torch.int64)
-        for name, piece in states.items():
-            state[name] = self.rule.layout(name, shards, piece)
-        if rounding == "master":
-            extra = value.clone() if value is weight else value
-            state["master"] = shards.like_parameter(extra)
-        elif rounding == "kahan":
-            extra = torch.zeros_like(value, dtype=weight.dtype)
-            state["compensation"] = shards.like_parameter(extra)
-        # Its number among all parameters, frozen ones too: that of stochastic rounding's noise.
-        slot = self._slots[parameter] = _Slot(
-            self._numbers[parameter], group, shards, step, start, states, extra, rounding,
-            self._engines[parameter.device], weight.dtype)
+        slot, entries = make_slot(parameter, self.rule, self._rounding, index=self._numbers[parameter], group=group,
+                                  engine=self._engines[parameter.device])
+        self._slots[parameter] = slot
+        self.state[parameter].update(entries)
         if self.in_backward:
-            _hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            claim(parameter, self._on_gradient)
         return slot
 
     # --- one step ---------------------------------------------------------------------------------
@@ -205,7 +164,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                                    "replicas would average it at different times. in_backward=False")
             self._on_gradient(parameter)
 
-    def _update_all(self, ready: list[tuple[Tensor, _Slot, Tensor]]) -> None:
+    def _update_all(self, ready: list[tuple[Tensor, Slot, Tensor]]) -> None:
         """The step outside of backward."""
         if self._record_norm:
             norms = gradient_norms([gradient for _, _, gradient in ready])
@@ -242,7 +201,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self._take(parameter, slot, local_gradient(parameter))
             parameter.grad = None
 
-    def _take(self, parameter: Tensor, slot: _Slot, gradient: Tensor) -> None:
+    def _take(self, parameter: Tensor, slot: Slot, gradient: Tensor) -> None:
         """Measure a gradient, and update with it unless this is the measuring pass."""
         update = self._phase == "update"
         if update and self._max_norm is not None and self._scale is None:
@@ -255,7 +214,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._update(parameter, slot, gradient, part)
         self._fired[parameter] = part + 1
 
-    def _update(self, parameter: Tensor, slot: _Slot, gradient: Tensor, part: int = 0) -> None:
+    def _update(self, parameter: Tensor, slot: Slot, gradient: Tensor, part: int = 0) -> None:
         if gradient.is_sparse:
             raise ValueError("sparse gradients are not supported: Embedding(sparse=False)")
         weight = local(parameter)
@@ -351,7 +310,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                     parameter.grad = None
         self._since_refresh = 0
 
-    def _refresh(self, slot: _Slot, gradient: Tensor) -> None:
+    def _refresh(self, slot: Slot, gradient: Tensor) -> None:
         assert isinstance(self.rule, SophiaG)
         with torch.no_grad():
             self.rule.refresh(gradient, slot.states, self.param_groups[slot.group], self._hessian_tokens)
@@ -411,12 +370,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the saved states are {sorted(saved)}, those of this optimizer {sorted(state)}")
         for name, value in state.items():
             value.copy_(saved[name])
-
-
-def release(parameter: Tensor) -> None:
-    """No optimizer in backward updates this parameter any longer."""
-    if handle := _hooks.pop(parameter, None):
-        handle.remove()
 
 
 def _check_names(rule: Rule, names: dict[str, Any], where: str, *, required: bool) -> None:

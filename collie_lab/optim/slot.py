@@ -1,0 +1,77 @@
+"""What an optimizer keeps of one parameter, and which optimizer in backward a parameter belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from collie_lab.optim.engine import Engine
+from collie_lab.optim.rounding import compute_dtype
+from collie_lab.optim.rule import Rule, States
+from collie_lab.optim.shards import Shards, local
+
+__all__ = ["Slot", "claim", "make_slot", "release"]
+
+# Hooks outlive the variable that held their optimizer: who makes another one for the same parameters means that one.
+_hooks: Any = WeakIdKeyDictionary()
+
+
+@dataclass(slots=True)
+class Slot:
+    """What an update needs of one parameter, found once; tensors are local pieces."""
+
+    index: int
+    """Its number among all parameters, frozen ones too: that of stochastic rounding's noise."""
+    group: int
+    shards: Shards
+    step: Tensor
+    """Updates so far."""
+    start: Tensor
+    """Those of them before the last restart."""
+    states: States
+    extra: Tensor | None
+    rounding: str
+    engine: Engine
+    dtype: torch.dtype
+
+
+def make_slot(parameter: Tensor, rule: Rule, rounding: str, *, index: int, group: int, engine: Engine
+              ) -> tuple[Slot, dict[str, Tensor]]:
+    """The slot of a parameter and, of the same memory, its entries in `Optimizer.state`, laid out as the parameter.
+
+    Raises:
+        ValueError: a type of weights that cannot be trained.
+    """
+    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"weights of type {parameter.dtype} cannot be trained: use float32 or bfloat16")
+    shards, weight = Shards(parameter), local(parameter)
+    rounding = rounding if weight.dtype == torch.bfloat16 else "exact"
+    value = weight.to(compute_dtype(weight.dtype), memory_format=torch.contiguous_format)
+    states = rule.init(value)
+    entries = {name: torch.zeros((), dtype=torch.int64) for name in ("step", "start")}
+    slot = Slot(index, group, shards, entries["step"], entries["start"], states, None, rounding, engine, weight.dtype)
+    for name, piece in states.items():
+        entries[name] = rule.layout(name, shards, piece)
+    if rounding == "master":
+        slot.extra = value  # a copy: the weight has another type
+        entries["master"] = shards.like_parameter(value)
+    elif rounding == "kahan":
+        slot.extra = torch.zeros_like(value, dtype=weight.dtype)
+        entries["compensation"] = shards.like_parameter(slot.extra)
+    return slot, entries
+
+
+def claim(parameter: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Call `hook` with the parameter whenever its gradient is complete."""
+    _hooks[parameter] = parameter.register_post_accumulate_grad_hook(hook)
+
+
+def release(parameter: Tensor) -> None:
+    """No optimizer in backward updates this parameter any longer."""
+    if handle := _hooks.pop(parameter, None):
+        handle.remove()
