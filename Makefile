@@ -28,7 +28,8 @@ demo: $(STAMP)
 	@echo && cat out/quickstart/table.md && echo && echo "notebook: out/00_quickstart.ipynb   results: out/quickstart"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not signals" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m signals
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ from collie_lab.view import live, watch
 from collie_lab.view.history import History
 from tests.view.fabricate import FakeRun, append, end, record
 
+pytestmark = pytest.mark.signals
+
 
 class Recorder:
     """A view that only counts."""
@@ -66,18 +68,11 @@ def test_what_is_written_last_is_drawn(recorder: Recorder, folder: RunFolder) ->
 
 def test_an_interrupt_ends_the_waiting_and_not_the_picture(recorder: Recorder, folder: RunFolder) -> None:
     run = FakeRun(folder)
-    caught = threading.Event()
-
-    def interrupt() -> None:
-        while not caught.wait(0.3):  # again: an interrupt that hits a destructor is lost in Python
-            signal.raise_signal(signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
+    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    timer.start()
     with pytest.raises(KeyboardInterrupt):
         watch(run)
-    caught.set()
-    thread.join()
+    timer.join()
     assert recorder.last == -1
     append(folder, "metrics.jsonl", [record(3)])
     end(folder, "stopped")

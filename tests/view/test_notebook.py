@@ -14,6 +14,8 @@ import pytest
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.signals
+
 ROOT = Path(__file__).parents[2]
 
 # What the cells need: a run that a thread of the kernel writes.
