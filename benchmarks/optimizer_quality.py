@@ -2,8 +2,9 @@
 
     python benchmarks/optimizer_quality.py --results FILE.jsonl [--jobs 2] [--methods lion ...] [--seeds 0 1 2]
 
-The task: name the intent (one of 150) of a request, by greedy generation; exact match. Every method gets the same
-steps, batches, schedule and number of learning-rate trials (seed 0, judged on 500 requests of the validation split).
+The task: name the intent (one of 150) of a request, by greedy generation; exact match. Every method gets one recipe: the
+same steps, batches, schedule, clipping (norm 1), no weight decay, and five learning rates, a factor of about 3 apart (seed
+0, judged on 500 requests of the validation split); all else is its cell's default.
 The best rate then runs with every seed and is judged on 1,000 requests of the test split. If the best rate lies at
 an end of the grid, the report says so. Every run is a process of its own; a result that is already in the file is not
 run again.
@@ -24,20 +25,18 @@ from typing import Any
 import collie_lab as lab
 
 _ROOT = Path(__file__).resolve().parents[1]
-# Four rates a method, a factor of about 3 apart, around what its authors advise relative to AdamW. Plain gradient
-# descent gets its norm clipped, as in LOMO's paper: without, one batch may throw it off for good.
+# Where each grid lies follows from a first look at the validation split; how long it is does not depend on the method.
 METHODS: dict[str, tuple[lab.Optimizer, tuple[float, ...]]] = {
-    "adamw": (lab.AdamW(), (1e-3, 3e-3, 1e-2, 3e-2)),
-    "lion": (lab.Lion(), (1e-4, 3e-4, 1e-3, 3e-3)),
-    "adan": (lab.Adan(), (3e-3, 1e-2, 3e-2, 1e-1)),
-    "sophia": (lab.Sophia(), (1e-4, 3e-4, 1e-3, 3e-3)),
-    "sgd": (lab.SGD(momentum=0.9), (1e-2, 3e-2, 1e-1, 3e-1)),
-    "lomo": (lab.Lomo(), (1e-1, 3e-1, 1.0, 3.0)),
-    "adalomo": (lab.AdaLomo(), (3e-3, 1e-2, 3e-2, 1e-1)),
-    "adafactor": (lab.Adafactor(), (3e-3, 1e-2, 3e-2, 1e-1)),
-    "muon": (lab.Muon(weight_decay=0.0), (1e-3, 3e-3, 1e-2, 3e-2)),
+    "adamw": (lab.AdamW(), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "lion": (lab.Lion(), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    "adan": (lab.Adan(), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+    "sophia": (lab.Sophia(), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
+    "sgd": (lab.SGD(momentum=0.9), (1e-2, 3e-2, 1e-1, 3e-1, 1.0)),
+    "lomo": (lab.Lomo(), (1e-1, 3e-1, 1.0, 3.0, 10.0)),
+    "adalomo": (lab.AdaLomo(), (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+    "adafactor": (lab.Adafactor(), (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
+    "muon": (lab.Muon(), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
 }
-CLIPPED = {"sgd": 1.0, "lomo": 1.0}
 _file_lock = threading.Lock()
 
 
@@ -47,9 +46,9 @@ def experiment(method: str, lr: float, seed: int, split: str, data: Path, option
     return lab.Experiment(
         model=lab.Model(options.shared / "models" / "stories260k"),
         data=lab.Instructions(data / f"{split}.json"),
-        optimizer=METHODS[method][0].replace(lr=lr),
+        optimizer=METHODS[method][0].replace(lr=lr, weight_decay=0.0),
         training=lab.Training(steps=options.steps, batch_size=options.batch_size, schedule="linear", warmup=0.03,
-                              seed=seed, clip_grad_norm=CLIPPED.get(method), export=False),
+                              seed=seed, clip_grad_norm=1.0, export=False),
         evaluate=[lab.ExactMatch(limit=options.limit if split == "val" else 2 * options.limit, max_new_tokens=16,
                                  batch_size=100), lab.Perplexity(limit=500, batch_size=100)],
         name=f"{method}-{lr:g}-{seed}",
