@@ -2,9 +2,9 @@
 
     python benchmarks/optimizer_quality.py --results FILE.jsonl [--jobs 2] [--methods lion ...] [--seeds 0 1 2]
 
-The task: name the intent (one of 150) of a request, by greedy generation; exact match. Every method gets one recipe: the
-same steps, batches, schedule, clipping (norm 1), no weight decay, and five learning rates, a factor of about 3 apart (seed
-0, judged on 500 requests of the validation split); all else is its cell's default.
+The task: name the intent (one of 150) of a request, by greedy generation; exact match. Every method gets one recipe:
+the same steps, batches, schedule, clipping (norm 1), no weight decay, and five learning rates, a factor of about 3
+apart (seed 0, judged on 500 requests of the validation split); all else is its cell's default.
 The best rate then runs with every seed and is judged on 1,000 requests of the test split. If the best rate lies at
 an end of the grid, the report says so. Every run is a process of its own; a result that is already in the file is not
 run again.
