@@ -10,6 +10,7 @@ from typing import Any
 
 from collie_lab.cells import CellError, ExactMatch, Experiment, Instructions, Model, Problem, Skills
 from collie_lab.check_optimizer import optimizer_problems
+from collie_lab.check_parallel import parallel_problems
 from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.records import read_documents
 from collie_lab.folder import read_json
@@ -64,7 +65,8 @@ def check(experiment: Experiment) -> Report:
     problems: list[Problem] = []
     config = _collect(problems, lambda: _model(experiment.model, problems))
     problems += [*_batches(experiment), *optimizer_problems(experiment), *_adapter(experiment),
-                 *_evaluations(experiment), *_without_effect(experiment), *_gpus(experiment)]
+                 *parallel_problems(experiment, config or {}), *_evaluations(experiment), *_without_effect(experiment),
+                 *_gpus(experiment)]
     _collect(problems, lambda: _data(experiment, config or {}, problems))
     return Report(problems)
 
@@ -148,9 +150,7 @@ def _without_effect(experiment: Experiment) -> Iterator[Problem]:
     def warning(cell: str, field: str, message: str, remedy: str = "") -> Problem:
         return Problem(cell, field, message, remedy, level="warning")
 
-    training, parallel = experiment.training, experiment.parallel
-    if parallel.zero and parallel.dp == 1:
-        yield warning("Parallel", "zero", "nothing to shard on one rank", "set `dp` too, or leave it out")
+    training = experiment.training
     if training.schedule == "constant" and training.final_lr:
         yield warning("Training", "final_lr", "a constant schedule never falls", "schedule='linear' or 'cosine'")
     if training.checkpoint_every and training.checkpoint_every > training.steps:

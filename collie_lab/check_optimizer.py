@@ -54,9 +54,9 @@ def _library(cell: LibraryOptimizer, experiment: Experiment) -> Iterator[Problem
 
 def _in_backward(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]:
     training, name = experiment.training, type(cell).__name__
-    share = training.batch_size // experiment.parallel.dp
+    several = _micro_batches(experiment) > 1
     linear = isinstance(cell, Lomo) or (isinstance(cell, SGD) and not cell.momentum)
-    if cell.accumulate is None and training.micro_batch_size not in (None, share):
+    if cell.accumulate is None and several and experiment.parallel.pp == 1:
         each = ', or accumulate="each" (updates with every micro-batch)' if linear else ""
         yield Problem("Training", "micro_batch_size", f"{name} updates in the backward pass: gradients of several "
                       "micro-batches are not added up",
@@ -79,13 +79,20 @@ def _without_effect(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]
         yield _warning(name, "clip_by", "without effect unless clip_grad_norm is set, in backward")
     if cell.accumulate and not cell.in_backward:
         yield _warning(name, "accumulate", "without effect: micro-batches add up anyway outside of backward")
-    elif cell.accumulate and training.micro_batch_size in (None, training.batch_size // experiment.parallel.dp):
+    elif cell.accumulate and _micro_batches(experiment) == 1:
         yield _warning(name, "accumulate", "without effect: a step is one micro-batch", "set Training.micro_batch_size")
     if "rounding" in given and (training.weights == "fp32" or experiment.adapter is not None):
         which = "fp32 weights" if experiment.adapter is None else "an adapter's weights, which are fp32"
         yield _warning(name, "rounding", f"without effect on {which}", 'Training(weights="bf16", precision="bf16")')
     if isinstance(cell, Adan) and cell.restart_every and cell.restart_every >= training.steps:
         yield _warning(name, "restart_every", f"no restart within {training.steps} steps")
+
+
+def _micro_batches(experiment: Experiment) -> int:
+    """Of a step and data-parallel rank."""
+    training, parallel = experiment.training, experiment.parallel
+    share = max(1, training.batch_size // parallel.dp)
+    return max(1, share // max(1, parallel.micro_batch_size(training.batch_size, training.micro_batch_size)))
 
 
 def _advice(experiment: Experiment) -> Iterator[Problem]:

@@ -67,7 +67,7 @@ class Parallel(Cell):
 
     def micro_batch_size(self, batch_size: int, micro_batch_size: int | None) -> int:
         """Sequences of one forward pass on one data-parallel rank, from the `Training` cell's fields."""
-        share = batch_size // self.dp
+        share = max(1, batch_size // self.dp)
         if micro_batch_size is not None:
             return micro_batch_size
         if self.pp == 1:

@@ -41,7 +41,7 @@ def build(cell: cells.Optimizer, model: nn.Module, *, reduce: Callable[[Tensor],
     Raises:
         ValueError: the model and the cell do not go together; the message says why.
     """
-    groups = parameter_groups(model, cell)
+    groups = parameter_groups(model, cell, named=isinstance(cell, cells.RuleCell))
     if isinstance(cell, cells.LibraryOptimizer):
         given = {"max_norm": max_norm, "max_value": max_value, "reduce": reduce, **options}
         if refused := [name for name, value in given.items() if value is not None]:

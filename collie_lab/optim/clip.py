@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -25,14 +28,20 @@ def gradient_norms(pieces: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None, max_value: float | None = None) -> Tensor:
-    """Clip the gradients of an optimizer's parameters in place; their norm before (0-d)."""
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None, max_value: float | None = None, *,
+                   stages: dist.ProcessGroup | None = None, copies: Collection[Tensor] = ()) -> Tensor:
+    """Clip the gradients of an optimizer's parameters in place; their norm before (0-d).
+
+    `stages` are the ranks of a pipeline, `copies` parameters that another of them counts.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     for parameter in parameters:
         if isinstance(parameter.grad, DTensor):  # tensor parallelism leaves some as partial sums
             parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
     gradients = [local(p.grad) for p in parameters]
-    norm = global_norm(list(zip(gradient_norms(gradients), map(Shards, parameters), strict=True)))
+    copied = {id(parameter) for parameter in copies}
+    norm = global_norm([(norm, Shards(parameter)) for norm, parameter in
+                        zip(gradient_norms(gradients), parameters, strict=True) if id(parameter) not in copied], stages)
     if max_norm is not None:
         torch._foreach_mul_(gradients, clip_coefficient(norm, max_norm))
     if max_value is not None:

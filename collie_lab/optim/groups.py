@@ -12,8 +12,8 @@ from collie_lab.cells import Optimizer
 __all__ = ["parameter_groups"]
 
 
-def parameter_groups(model: nn.Module, cell: Optimizer) -> list[dict[str, Any]]:
-    """The trained parameters in groups of one weight decay and one learning rate.
+def parameter_groups(model: nn.Module, cell: Optimizer, *, named: bool = False) -> list[dict[str, Any]]:
+    """The trained parameters in groups of one weight decay and one learning rate; `named`: as (name, parameter).
 
     Matrices decay; norms, biases and embeddings do not, unless `cell.decay` is "all". An embedding that is tied
     to the output head counts as an embedding. The first pattern of `cell.lr_scale` that matches a name decides.
@@ -34,7 +34,7 @@ def parameter_groups(model: nn.Module, cell: Optimizer) -> list[dict[str, Any]]:
         scale = cell.lr_scale[pattern] if pattern else 1.0
         group = groups.setdefault((decays, scale), {
             "params": [], "weight_decay": cell.weight_decay if decays else 0.0, "lr": cell.lr * scale})
-        group["params"].append(parameter)
+        group["params"].append((name, parameter) if named else parameter)
     if unused:
         raise ValueError(f"{type(cell).__name__}.lr_scale: no trained parameter's name matches {min(unused)!r}")
     # Decaying and unscaled first: the learning rate that is reported is that of the first group.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         reduce: in backward, called with each gradient before anything else: averages it over replicas.
         engine: auto, eager, compile, native (C++, CPU) or triton (CUDA).
         seed: of stochastic rounding.
+        stages: the ranks that train the other parameters of the same model (a pipeline): one gradient norm for all.
+        copies: parameters whose gradient another of these ranks counts.
         hyper: `lr`, `weight_decay` and what the rule reads besides; all of them, and nothing else.
 
     Raises:
@@ -62,7 +65,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, rule: Rule, *, in_backward: bool = False, max_norm: float | None = None,
                  max_value: float | None = None, clip_by: ClipBy = "two_passes", accumulate: Accumulate | None = None,
                  rounding: str | None = None, record_norm: bool = False,
-                 reduce: Callable[[Tensor], None] | None = None, engine: str = "auto", seed: int = 0, **hyper: Any):
+                 reduce: Callable[[Tensor], None] | None = None, engine: str = "auto", seed: int = 0,
+                 stages: dist.ProcessGroup | None = None, copies: Collection[Tensor] = (), **hyper: Any):
         self.rule, self.in_backward = rule, in_backward
         self.norm: Tensor | None = None
         self._max_norm, self._max_value, self._clip_by = max_norm, max_value, clip_by
@@ -76,6 +80,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._fired: dict[Tensor, int] = {}  # how many gradients came in this step
         self._norms: list[tuple[Tensor, Slot]] = []
         self._scale: Tensor | None = None
+        self._stages, self._copies = stages, {id(parameter) for parameter in copies}
         self._engine, self._engines = engine, dict[torch.device, Engine]()
         self._hessian_tokens = 0
         self._since_refresh = 0
@@ -109,8 +114,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         _check_names(self.rule, {name: value for name, value in param_group.items()
                                  if name not in ("params", "initial_lr", "param_names")}, " in a group", required=False)
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            self._numbers[parameter] = len(self._numbers)
+        group = self.param_groups[-1]
+        names = group.get("param_names", [None] * len(group["params"]))
+        for parameter, name in zip(group["params"], names, strict=True):
+            # By name where there is one: the same on the stages of a pipeline, which have some parameters each.
+            self._numbers[parameter] = len(self._numbers) if name is None else zlib.crc32(name.encode())
             if parameter.requires_grad:  # what is frozen takes no memory
                 self._add(parameter, len(self.param_groups) - 1)
 
@@ -168,7 +176,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The step outside of backward."""
         if self._record_norm:
             norms = gradient_norms([gradient for _, _, gradient in ready])
-            self._norms = [(norm, slot) for norm, (_, slot, _) in zip(norms, ready, strict=True)]
+            self._norms = [(norm, slot) for norm, (parameter, slot, _) in zip(norms, ready, strict=True)
+                           if id(parameter) not in self._copies]
             self._close_norm()
         if self._max_norm is not None and self.norm is not None:
             self._scale = clip_coefficient(self.norm, self._max_norm)
@@ -238,7 +247,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _close_norm(self) -> None:
         # In the order of parameters, not of hooks: the same sum in and out of backward, and on every rank.
         norms = sorted(self._norms, key=lambda pair: pair[1].index)
-        self.norm, self._norms = global_norm([(norm, slot.shards) for norm, slot in norms]), []
+        self.norm, self._norms = global_norm([(norm, slot.shards) for norm, slot in norms], self._stages), []
 
     # --- what a loop may ask for ------------------------------------------------------------------
 
@@ -319,11 +328,15 @@ class RuleOptimizer(torch.optim.Optimizer):
     def unclipped_share(self) -> Tensor:
         """SophiaG: the share of all elements that move by less than the full learning rate; healthy: .1 to .5."""
         assert isinstance(self.rule, SophiaG)
-        total: Tensor = torch.zeros(())
-        for slot in self._slots.values():
-            count = self.rule.unclipped(slot.states, self.param_groups[slot.group]).double()
-            total = total.to(count.device) + slot.shards.sum(count)
-        return total / sum(slot.shards.shape.numel() for slot in self._slots.values())
+        counts = torch.zeros(2, dtype=torch.float64, device=next(iter(self._engines)))
+        for parameter, slot in self._slots.items():
+            if id(parameter) not in self._copies:
+                count = self.rule.unclipped(slot.states, self.param_groups[slot.group]).double()
+                counts[0] += slot.shards.sum(count)
+                counts[1] += slot.shards.shape.numel()
+        if self._stages is not None:
+            dist.all_reduce(counts, group=self._stages)
+        return counts[0] / counts[1]
 
     def _warn_if_stale(self) -> None:
         if isinstance(self.rule, SophiaG):

@@ -101,8 +101,11 @@ class Shards:
         return tuple(group for _, group in self._groups)
 
 
-def global_norm(norms: list[tuple[Tensor, Shards]]) -> Tensor:
-    """The norm of the whole gradient from the norms (0-d) of the local pieces of its parameters."""
+def global_norm(norms: list[tuple[Tensor, Shards]], stages: dist.ProcessGroup | None = None) -> Tensor:
+    """The norm of the whole gradient from the norms (0-d) of the local pieces of its parameters.
+
+    `stages` are the ranks that hold other parameters of the model: the stages of a pipeline.
+    """
     by_layout: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for norm, shards in norms:
         by_layout.setdefault(shards.groups, []).append(norm)
@@ -112,7 +115,11 @@ def global_norm(norms: list[tuple[Tensor, Shards]]) -> Tensor:
         for group in groups:
             dist.all_reduce(part, group=group)
         total = part if total is None else total + part
-    return torch.zeros(()) if total is None else total.sqrt()
+    if total is None:
+        return torch.zeros(())
+    if stages is not None:
+        dist.all_reduce(total, group=stages)
+    return total.sqrt()
 
 
 def _moved(placement: Placement, dim: int) -> Placement:

@@ -1,5 +1,6 @@
-"""Layouts over ranks, one Strategy each."""
+"""Layouts over ranks: what each rank holds, and what it tells the others. One `Strategy` face for the loop."""
 
-from collie_lab.parallel.strategy import Replicated, Sharded, Single, Strategy, build_strategy
+from collie_lab.parallel.strategy import Strategy, TorchStrategy, build_strategy
+from collie_lab.parallel.tensor import TensorParallel
 
-__all__ = ["Replicated", "Sharded", "Single", "Strategy", "build_strategy"]
+__all__ = ["Strategy", "TensorParallel", "TorchStrategy", "build_strategy"]

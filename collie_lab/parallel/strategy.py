@@ -6,35 +6,49 @@ Losses arrive here as sums over tokens, scaled so that the mean over the data-pa
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from collie_lab.cells import Parallel
+from collie_lab.optim import RuleOptimizer
+from collie_lab.parallel.mesh import Place, build_mesh
+from collie_lab.parallel.sharding import average, average_all, shard, unsharded
+from collie_lab.parallel.tensor import TensorParallel
 
-__all__ = ["Replicated", "Sharded", "Single", "Strategy", "build_strategy"]
+__all__ = ["Strategy", "TorchStrategy", "build_strategy"]
 
 
-class Strategy(ABC):
-    """How one rank trains its part of the model."""
+class Strategy:
+    """How one rank trains its part of the model: here, one process that has all of it.
 
-    def __init__(self, device: torch.device, precision: str):
-        self.device, self.precision = device, precision
+    Attributes:
+        cell: the layout.
+        place: this rank's coordinates in it.
+        tensor: what cuts matrices over ranks, if anything does.
+        counts: whether what this rank finds (a loss, a score) counts; tensor-parallel ranks all find the same.
+    """
 
-    dp_rank: int = 0
-    dp_size: int = 1
+    tensor: TensorParallel | None = None
 
-    @abstractmethod
-    def wrap(self, model: nn.Module, in_backward: bool) -> nn.Module:
-        """The model as the loop calls it; parameters may be replaced by shards in place."""
+    def __init__(self, cell: Parallel, device: torch.device, precision: str):
+        self.cell, self.device, self.precision = cell, device, precision
+        self.place = Place.of(dist.get_rank(), cell) if dist.is_initialized() else Place()
+        self.counts = self.place.tp == 0
+
+    def lay_out(self, causal_lm: PreTrainedModel, root: nn.Module) -> None:
+        """Cut the model for this rank, in place, while its weights are on meta. `root` is what the loop calls."""
+
+    def wrap(self, root: nn.Module, in_backward: bool) -> nn.Module:
+        """The model as the loop calls it, when its weights are there."""
+        return root
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         """The context of a forward pass: autocast where the weights are kept in fp32."""
@@ -45,130 +59,126 @@ class Strategy(ABC):
         """The context of one micro-batch; gradients are exchanged only where it says so."""
         return contextlib.nullcontext()
 
-    @property
-    def reduce(self) -> Callable[[Tensor], None] | None:
-        """Averages one gradient over the replicas, in place: for optimizers that act inside the backward pass.
+    def optimizer_options(self, max_norm: float | None) -> dict[str, Any]:
+        """What `optim.build` is to know of the layout: who averages gradients, and who clips them by their norm."""
+        return {"max_norm": max_norm, "record_norm": True}
 
-        None where nothing has to be averaged: one process, or FSDP2, which does it.
-        """
-        return None
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """The model as the loop calls it, once its optimizer exists: for engines that take both."""
+        return model
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """The gradient of a micro-batch; `last`: the update comes next."""
+        loss.backward()
+
+    def exchange(self, model: nn.Module) -> None:
+        """After a step's last backward pass: average what nothing has averaged yet."""
+
+    def update(self, optimizer: RuleOptimizer) -> Tensor | None:
+        """Clip, step and free the gradients; the norm before clipping (0-d), None where it was never whole."""
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return optimizer.norm
+
+    def counted(self, values: Tensor) -> Tensor:
+        """The values, or zeros on a rank that only repeats what another found."""
+        return values if self.counts else torch.zeros_like(values)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all data-parallel ranks."""
+        """The sum over all ranks, in place."""
+        if dist.is_initialized():
+            dist.all_reduce(values)
         return values
+
+    @property
+    def multiple(self) -> int:
+        """What the number of tokens of a micro-batch must be a multiple of."""
+        return self.cell.tp if self.cell.sequence_parallel else 1
 
     @contextlib.contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:
-        """The context in which every rank may call the model a different number of times."""
+        """The context in which every data-parallel rank may call the model a different number of times."""
         yield
 
 
-class Single(Strategy):
-    """One process."""
+class TorchStrategy(Strategy):
+    """Data, tensor and pipeline parallelism of torch on one device mesh."""
+
+    def __init__(self, cell: Parallel, device: torch.device, precision: str):
+        super().__init__(cell, device, precision)
+        self._mesh = build_mesh(cell, device.type)
+        self._reshard = cell.zero == 3 and cell.pp == 1  # a pipeline's next micro-batch wants the weights again
+        self._replicas = self._mesh["dp"].get_group() if cell.dp > 1 and not cell.zero else None
+        self._by_hand = False
+        if cell.tp > 1:
+            self.tensor = TensorParallel(self._mesh["tp"], cell.sequence_parallel)
+
+    @property
+    def _sharded(self) -> bool:
+        return self.cell.zero > 0 and self.cell.dp > 1
 
     @override
-    def wrap(self, model: nn.Module, in_backward: bool) -> nn.Module:
-        return model
-
-
-class _Distributed(Strategy):
-    def __init__(self, device: torch.device, precision: str):
-        super().__init__(device, precision)
-        self.dp_rank, self.dp_size = dist.get_rank(), dist.get_world_size()
-
-    @override
-    def total(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values)
-        return values
-
-
-class Replicated(_Distributed):
-    """The whole model on every rank; gradients are averaged by torch's DDP, in buckets during backward.
-
-    Under an optimizer in backward there is no time for buckets, and DDP's own reduction would come after
-    the update, so that the replicas would drift apart unseen: each gradient is averaged in its hook.
-    """
+    def lay_out(self, causal_lm: PreTrainedModel, root: nn.Module) -> None:
+        if self.tensor is not None:
+            self.tensor.cut(causal_lm)
+        if self._sharded:
+            names = self._mesh.mesh_dim_names or ()
+            mesh = self._mesh["replicate", "shard"] if "shard" in names else self._mesh["dp"]
+            shard(root, mesh, self.precision, reshard=self._reshard)
 
     @override
-    def wrap(self, model: nn.Module, in_backward: bool) -> nn.Module:
-        if in_backward:
-            return model
+    def wrap(self, root: nn.Module, in_backward: bool) -> nn.Module:
+        """Replicas are averaged by torch's DDP, in buckets during backward, where it can do it.
+
+        It knows nothing of pieces of tensors. And under an optimizer in backward there is no time for buckets, and
+        its reduction would come after the update, so that replicas would drift apart unseen: each gradient is
+        averaged in its hook.
+        """
+        if self._replicas is None or in_backward:
+            return root
+        if self.cell.tp * self.cell.pp > 1:
+            self._by_hand = True
+            return root
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
-                                       broadcast_buffers=False)
+        return DistributedDataParallel(root, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    @override
+    def compute(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._sharded else super().compute()  # FSDP2 casts by its own policy
 
     @override
     def micro_batch(self, model: nn.Module, exchange: bool) -> contextlib.AbstractContextManager[Any]:
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(exchange)
         if exchange or not isinstance(model, DistributedDataParallel):
             return contextlib.nullcontext()
         return model.no_sync()
 
-    @property
     @override
-    def reduce(self) -> Callable[[Tensor], None]:
-        return self._average
-
-    def _average(self, gradient: Tensor) -> None:
-        dist.all_reduce(gradient.div_(self.dp_size))
-
-
-class Sharded(_Distributed):
-    """FSDP2: parameters, gradients and optimizer state in shards, gathered block by block.
-
-    `zero=3` frees a block's gathered weights after its forward pass, `zero=2` keeps them until its
-    backward pass is over.
-    """
-
-    def __init__(self, device: torch.device, precision: str, zero: int):
-        super().__init__(device, precision)
-        self._reshard = zero == 3
+    def optimizer_options(self, max_norm: float | None) -> dict[str, Any]:
+        options = super().optimizer_options(max_norm)
+        if (group := self._replicas) is not None:
+            options["reduce"] = lambda gradient: average(gradient, group)
+        return options
 
     @override
-    def wrap(self, model: nn.Module, in_backward: bool) -> nn.Module:
-        mesh = init_device_mesh(self.device.type, (self.dp_size,), mesh_dim_names=("dp",))
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) \
-            if self.precision == "bf16" else MixedPrecisionPolicy()
-        for block in _blocks(model):
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self._reshard)
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=self._reshard)
-        return model
-
-    @override
-    def compute(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()  # FSDP2 casts by its own policy
-
-    @override
-    def micro_batch(self, model: nn.Module, exchange: bool) -> contextlib.AbstractContextManager[Any]:
-        assert isinstance(model, FSDPModule)
-        model.set_requires_gradient_sync(exchange)
-        return contextlib.nullcontext()
+    def exchange(self, model: nn.Module) -> None:
+        if self._by_hand and self._replicas is not None:
+            average_all(model.parameters(), self._replicas)
 
     @override
     @contextlib.contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:
-        """Gather everything once: a rank that generates longer would wait for peers in a collective."""
-        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in modules:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-        try:
+        with contextlib.ExitStack() as contexts:
+            if self._sharded:
+                contexts.enter_context(unsharded(model, reshard=self._reshard))
+            if self.tensor is not None:
+                contexts.enter_context(self.tensor.unspread())
             yield
-        finally:
-            for module in modules:
-                module.set_reshard_after_forward(self._reshard, recurse=False)
-                module.reshard()
 
 
 def build_strategy(cell: Parallel, device: torch.device, precision: str) -> Strategy:
     """The strategy of a layout; the process group exists already where there are several ranks."""
     if cell.world_size == 1:
-        return Single(device, precision)
-    if cell.zero:
-        return Sharded(device, precision, cell.zero)
-    return Replicated(device, precision)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a transformers model, by the class names it says must not be split."""
-    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    return [module for module in model.modules() if type(module).__name__ in names]
+        return Strategy(cell, device, precision)
+    return TorchStrategy(cell, device, precision)

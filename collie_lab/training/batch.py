@@ -30,11 +30,12 @@ class Batch:
 
 
 def collate(documents: Documents, indices: NDArray[np.int64], device: torch.device, *, flat: bool,
-            draw: tuple[int, ...] | None = None) -> Batch:
+            draw: tuple[int, ...] | None = None, multiple: int = 1) -> Batch:
     """The documents of the given indices as one micro-batch on `device`.
 
     Positions restart in every document; a target is the next token of the same document. With `draw`, a seed, the
     labels are to be drawn by the model: in their place are numbers in [0, 1), the same however documents are dealt.
+    A flat row is filled up to a `multiple` of tokens, with a document of which nothing is learned.
     """
     # Longest first: attention wants documents of like length side by side.
     indices = indices[np.argsort(-documents.lengths[indices], kind="stable")]
@@ -51,14 +52,23 @@ def collate(documents: Documents, indices: NDArray[np.int64], device: torch.devi
                    for index, length in zip(indices.tolist(), lengths.tolist(), strict=True)]
         labels = np.concatenate(chances)[predicted]
     if flat:
-        packed = PackedLayout.build(lengths, device)
-        inputs = {"input_ids": to_device(tokens[None], device), "position_ids": to_device(positions[None], device),
-                  "packed": packed, "targets": (to_device(predicted - 1, device), to_device(labels, device))}
+        inputs = _flat(tokens, positions, lengths, -len(tokens) % multiple, device)
+        inputs["targets"] = (to_device(predicted - 1, device), to_device(labels, device))
     else:
         inputs = _padded(tokens, positions, lengths, predicted, labels, device)
     if draw is not None:
         inputs["objective"] = "drawn"
     return Batch({**inputs, "use_cache": False}, len(tokens), int((lengths.astype(np.int64) ** 2).sum()))
+
+
+def _flat(tokens: NDArray[np.int64], positions: NDArray[np.int64], lengths: NDArray[np.int64], filling: int,
+          device: torch.device) -> dict[str, Any]:
+    if filling:
+        tokens = np.concatenate([tokens, np.zeros(filling, dtype=tokens.dtype)])
+        positions = np.concatenate([positions, np.arange(filling)])
+        lengths = np.append(lengths, filling)
+    return {"input_ids": to_device(tokens[None], device), "position_ids": to_device(positions[None], device),
+            "packed": PackedLayout.build(lengths, device)}
 
 
 def _padded(tokens: NDArray[np.int64], positions: NDArray[np.int64], lengths: NDArray[np.int64],

@@ -51,12 +51,12 @@ def perplexity(cell: Perplexity, model: PreTrainedModel, documents: Documents, s
         # A sharded model is gathered by all ranks together: who has no batch left repeats a document unheard.
         counts = step < len(batches)
         indices = batches[step] if counts else np.zeros(1, dtype=np.int64)
-        batch = collate(documents, indices, strategy.device, flat=flat)
+        batch = collate(documents, indices, strategy.device, flat=flat, multiple=strategy.multiple)
         loss = model(**batch.inputs, objective="likelihood")
         if counts:
             sums[0] += loss
             sums[1] += int(documents.targets[indices].sum())
-    total, tokens = strategy.total(sums).tolist()
+    total, tokens = strategy.total(strategy.counted(sums)).tolist()
     return {"perplexity": math.exp(min(total / tokens, 700.0)), "nll": total / tokens}
 
 
@@ -72,7 +72,7 @@ def exact_match(cell: ExactMatch, model: PreTrainedModel, documents: Documents, 
         answers = generate(model, prompts, tokenizer, cell.max_new_tokens, strategy.device)
         scores = [score(answer, documents.answers[i]) for answer, i in zip(answers, indices, strict=True)]
         sums += torch.tensor([len(scores), sum(scores), sum(x * x for x in scores)], device=strategy.device)
-    count, total, squares = strategy.total(sums).tolist()
+    count, total, squares = strategy.total(strategy.counted(sums)).tolist()
     mean = total / count
     variance = max(0.0, squares / count - mean * mean)
     return {"exact_match": mean, "exact_match_se": math.sqrt(variance / max(1.0, count - 1))}
@@ -107,14 +107,14 @@ def _shares(lengths: NDArray[np.int64], cell: Evaluation, strategy: Strategy) ->
     if cell.limit is not None and cell.limit < len(lengths):
         # Files are often sorted, by topic or label: the first documents would be no fair sample.
         chosen = np.sort(np.random.default_rng(0).permutation(len(lengths))[: cell.limit])
-    order = chosen[np.argsort(lengths[chosen], kind="stable")][strategy.dp_rank :: strategy.dp_size]
+    order = chosen[np.argsort(lengths[chosen], kind="stable")][strategy.place.dp :: strategy.cell.dp]
     return [order[begin : begin + cell.batch_size] for begin in range(0, len(order), cell.batch_size)]
 
 
 def _most_batches(lengths: NDArray[np.int64], cell: Evaluation, strategy: Strategy) -> int:
     """Batches of the rank that has most: the first."""
     count = min(len(lengths), cell.limit or len(lengths))
-    return math.ceil(math.ceil(count / strategy.dp_size) / cell.batch_size)
+    return math.ceil(math.ceil(count / strategy.cell.dp) / cell.batch_size)
 
 
 @contextlib.contextmanager

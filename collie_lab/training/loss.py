@@ -15,9 +15,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from collie_lab.parallel.tensor import TensorParallel, local_piece
 
 __all__ = ["TokenLoss", "attach_loss", "attach_whole_loss", "linear_loss"]
 
@@ -30,20 +33,25 @@ _SMALLEST_CHUNK = 1024
 
 
 def linear_loss(hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, labels_N: Tensor,
-                token_loss: TokenLoss | None = None) -> Tensor:
-    """Sum over tokens of the loss of `hidden @ weight.T + bias` against the labels; cross-entropy by default."""
-    result: Tensor = _LinearLoss.apply(hidden_NC, weight_VC, bias_V, labels_N, token_loss)
+                token_loss: TokenLoss | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum over tokens of the loss of `hidden @ weight.T + bias` against the labels; cross-entropy by default.
+
+    With `group`, weight and bias are this rank's rows of a vocabulary that its ranks share equally, and the gradient of
+    the hidden states is this rank's share of it.
+    """
+    result: Tensor = _LinearLoss.apply(hidden_NC, weight_VC, bias_V, labels_N, token_loss, group)
     return result
 
 
-def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None) -> None:
+def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None,
+                tensor: TensorParallel | None = None) -> None:
     """Teach a causal LM of transformers to return its summed loss: `model(..., targets=(index, labels))`.
 
     `index` [N] are the places of the flattened batch whose next token is predicted, `labels` [N] those
     tokens. `objective`: `train` takes `token_loss`, `likelihood` cross-entropy whatever that is, and `drawn`
     the cross-entropy of labels that the model itself draws, for which `labels` [N] holds the chances in [0, 1).
     Called without `targets`, the model is as before. Being its own `forward`, the loss runs inside every wrapper's
-    hooks (FSDP2, DDP, peft).
+    hooks (FSDP2, DDP, peft). `tensor` is what cut the model into pieces, if anything did.
     """
     original = model.forward
     head = model.get_output_embeddings()
@@ -64,18 +72,20 @@ def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None) -> 
             return original(*args, **kwargs)
         index, labels = targets
         hidden = model.base_model(*args, **kwargs)[0]
+        weight, bias, group = head.weight, head.bias, None
+        if tensor is not None:
+            hidden, weight, bias = tensor.whole_tokens(hidden), local_piece(weight), _local_bias(bias)
+            group = tensor.group if tensor.cuts_vocabulary else None
         hidden_NC = hidden.flatten(0, 1).index_select(0, index)
-        return linear_loss(hidden_NC, head.weight, head.bias, labels, losses[objective])
+        return linear_loss(hidden_NC, weight, bias, labels, losses[objective], group)
 
-    forward.token_loss = token_loss  # type: ignore[attr-defined]
     model.forward = forward
 
 
-def attach_whole_loss(model: PreTrainedModel) -> None:
+def attach_whole_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None) -> None:
     """As `attach_loss`, for models whose logits only their own `forward` can make: it holds them whole."""
-    attached = model.forward
-    original = attached.__wrapped__
-    losses = {"train": attached.token_loss or _cross_entropy, "likelihood": _cross_entropy, "drawn": _drawn}
+    original = model.forward
+    losses = {"train": token_loss or _cross_entropy, "likelihood": _cross_entropy, "drawn": _drawn}
 
     @functools.wraps(original)
     def forward(*args: Any, targets: tuple[Tensor, Tensor] | None = None, objective: Objective = "train",
@@ -92,7 +102,7 @@ def attach_whole_loss(model: PreTrainedModel) -> None:
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, labels_N: Tensor,
-                token_loss: TokenLoss | None) -> Tensor:
+                token_loss: TokenLoss | None, group: dist.ProcessGroup | None) -> Tensor:
         device = hidden_NC.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -107,7 +117,14 @@ class _LinearLoss(torch.autograd.Function):
             for begin, end in _chunks(len(labels_N), *weight.shape):
                 hidden = hidden_NC[begin:end].to(compute)
                 logits = F.linear(hidden, weight, bias).float()
-                loss, d_logits = _loss_and_gradient(logits, labels_N[begin:end], token_loss, need_hidden or need_weight)
+                labels, differentiate = labels_N[begin:end], need_hidden or need_weight
+                if group is None:
+                    loss, d_logits = _loss_and_gradient(logits, labels, token_loss, differentiate)
+                elif token_loss is None:
+                    loss, d_logits = _shared_loss_and_gradient(logits, labels, differentiate, group)
+                else:  # any function wants a token's whole logits; those of a chunk are few
+                    loss, d_whole = _loss_and_gradient(_gathered(logits, group), labels, token_loss, differentiate)
+                    d_logits = None if d_whole is None else d_whole.chunk(group.size(), 1)[group.rank()]
                 total += loss
                 if d_logits is None:
                     continue
@@ -130,7 +147,7 @@ class _LinearLoss(torch.autograd.Function):
             None if d_hidden is None else d_hidden.mul_(scale),
             None if d_weight is None else d_weight.mul_(scale).to(weight_dtype),
             None if d_bias is None else d_bias.mul_(scale).to(bias_dtype),
-            None, None,
+            None, None, None,
         )
 
 
@@ -166,6 +183,41 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, token_loss: TokenLoss | N
         return loss, None
     probabilities = logits.sub_(log_sum[:, None]).exp_()
     return loss, probabilities.scatter_add_(1, labels[:, None], torch.full_like(chosen, -1.0))
+
+
+def _shared_loss_and_gradient(logits: Tensor, labels: Tensor, differentiate: bool, group: dist.ProcessGroup
+                              ) -> tuple[Tensor, Tensor | None]:
+    """As `_loss_and_gradient` for cross-entropy, where each rank has the logits [N, V/ranks] of its rows only.
+
+    Three numbers a token travel: the largest logit, the sum of the exponentials and the logit of the label
+    (Shoeybi et al., arXiv 1909.08053, section 3).
+    """
+    rows = logits.shape[1]
+    largest = logits.max(dim=1).values
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    places = labels - group.rank() * rows
+    here = (places >= 0) & (places < rows)
+    places = places.masked_fill(~here, 0)[:, None]
+    logits.sub_(largest[:, None])
+    chosen = logits.gather(1, places)[:, 0] * here
+    exponentials = logits.exp_()
+    sums = torch.stack([exponentials.sum(1), chosen])
+    dist.all_reduce(sums, group=group)
+    loss = (sums[0].log() - sums[1]).sum()
+    if not differentiate:
+        return loss, None
+    probabilities = exponentials.div_(sums[0][:, None])
+    return loss, probabilities.scatter_add_(1, places, -here[:, None].to(probabilities.dtype))
+
+
+def _gathered(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    pieces = [torch.empty_like(logits) for _ in range(group.size())]
+    dist.all_gather(pieces, logits.contiguous(), group=group)
+    return torch.cat(pieces, 1)
+
+
+def _local_bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else local_piece(bias)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from collie_lab.cells import SHAPES, Adapter, Experiment, LoRA, Model
-from collie_lab.training.loss import attach_loss
-from collie_lab.training.packed import ATTENTION, supports_packed_attention
-from collie_lab.training.probe import choose_path, probe
+from collie_lab.cells import SHAPES, Adapter, Experiment, LoRA, Model, Parallel
+from collie_lab.parallel import Strategy
+from collie_lab.training.flops import StepFlops
+from collie_lab.training.loss import attach_loss, attach_whole_loss
+from collie_lab.training.packed import ATTENTION
+from collie_lab.training.probe import find_path
+from collie_lab.training.weights import fill
 
-__all__ = ["build_model"]
+__all__ = ["BuiltModel", "build_model"]
 
 
-def build_model(experiment: Experiment, device: torch.device) -> tuple[PreTrainedModel, nn.Module]:
-    """The causal LM and the module to call: the same, or peft's wrapper with an adapter.
+class BuiltModel(NamedTuple):
+    """A causal LM in its layout, and what was counted while it was whole."""
 
-    The model is loaded and tried in fp32; then its weights become what `Training.weights` says. (`precision` decides
-    the type of the computation, not theirs.)
+    causal_lm: PreTrainedModel
+    root: nn.Module
+    """What is called: the same, or peft's wrapper with an adapter."""
+    flops: StepFlops
+    parameters: int
+    trainable: int
+
+
+def build_model(experiment: Experiment, device: torch.device, strategy: Strategy | None = None) -> BuiltModel:
+    """The model of an experiment in the layout of `strategy` (default: one process), ready to train.
+
+    `Training.weights` says how its weights are kept; `precision` decides the type of the computation, not theirs.
     """
-    torch.manual_seed(experiment.training.seed)
-    model = _load(experiment.model).to(device)
-    reference = probe(model)
-    if supports_packed_attention(model):
+    training = experiment.training
+    strategy = strategy or Strategy(Parallel(), device, training.precision)
+    torch.manual_seed(training.seed)
+    model = _load(experiment.model)
+    path = find_path(model, experiment.data.packing)
+    if path.flat:
         model.set_attn_implementation(ATTENTION)
-    attach_loss(model, experiment.training.loss)
-    choose_path(model, reference, experiment.data.packing)
-    if experiment.training.weights == "bf16":
-        _to_bf16(model)
-    if experiment.training.recompute == "full":
+    if path.whole_logits:
+        if strategy.cell.tp * strategy.cell.pp > 1:
+            raise ValueError(f"{model.config.model_type} makes its logits in a way of its own, which only whole models "
+                             "can; use dp and zero")
+        attach_whole_loss(model, training.loss)
+    else:
+        attach_loss(model, training.loss, strategy.tensor)
+    if training.recompute == "full":
         _recompute_blocks(model)
-    if experiment.adapter is None:
-        return model, model
-    return model, _adapt(model, experiment.adapter)
+    root = model if experiment.adapter is None else _adapt(model, experiment.adapter)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in root.parameters()]
+    flops = StepFlops.of_model(model)
+    strategy.lay_out(model, root)
+    fill(root, experiment.model, training.seed, device, torch.bfloat16 if training.weights == "bf16" else torch.float32)
+    return BuiltModel(model, root, flops, sum(size for size, _ in sizes), sum(size for size, on in sizes if on))
 
 
 def _load(cell: Model) -> PreTrainedModel:
@@ -66,12 +87,6 @@ def _adapt(model: PreTrainedModel, adapter: Adapter) -> nn.Module:
                              target_modules=targets, task_type="CAUSAL_LM")
     adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
-
-
-def _to_bf16(model: nn.Module) -> None:
-    """The parameters only: rotary frequencies, a buffer, would point far positions elsewhere in bf16."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _recompute_blocks(model: nn.Module) -> None:

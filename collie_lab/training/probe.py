@@ -1,13 +1,17 @@
-"""A model is believed only after a try: two documents in one batch against each of them alone.
+"""A model family is believed only after a try: two documents in one batch against each of them alone.
 
 Families differ in ways that no attribute tells: attention that keeps a state or sinks, arguments that a layer
-does not pass on, logits that are capped at the end. A difference is found here, before training, not in a paper.
+does not pass on, logits that are capped at the end. A difference is found here, before training, not in a paper. What
+is tried is a miniature: a few layers of the family, with every option of its configuration and random weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import warnings
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +21,12 @@ from transformers import PreTrainedModel
 
 from collie_lab.data import Documents
 from collie_lab.training.batch import collate
-from collie_lab.training.loss import attach_whole_loss
-from collie_lab.training.packed import ATTENTION
+from collie_lab.training.loss import attach_loss, attach_whole_loss
+from collie_lab.training.packed import ATTENTION, supports_packed_attention
 
-__all__ = ["ModelWarning", "choose_path", "probe"]
+__all__ = ["ModelWarning", "Path", "find_path"]
 
+_VOCABULARY = 512
 _LENGTHS = (48, 31)
 _TOLERANCE = 1e-3  # of the logits, in their standard deviations
 _LOSS_TOLERANCE = 2e-5  # a soft cap far above small logits moves the loss by little
@@ -31,52 +36,108 @@ class ModelWarning(UserWarning):
     """A model needs a slower way than most."""
 
 
+class Path(NamedTuple):
+    """The fastest way to a model's loss that is right."""
+
+    flat: bool
+    """All documents of a micro-batch in one row, attention by document; else padded rows."""
+    whole_logits: bool
+    """The loss needs the model's own logits, whole."""
+
+
+def find_path(model: PreTrainedModel, packing: bool) -> Path:
+    """Try the ways, fastest first. What has to be given up is said in a warning.
+
+    Raises:
+        ValueError: none of them is right.
+    """
+    family = model.config.model_type
+    path = _first_right(model)
+    gc.collect()  # the miniature refers to itself; its memory must not count as the model's
+    if path is None:
+        raise ValueError(f"{family}: the loss of a batch differs from that of its documents alone; "
+                         "this model family cannot be trained here yet")
+    if path.whole_logits:
+        warnings.warn(f"{family} makes its logits in a way of its own: the loss holds them whole", ModelWarning, 2)
+    if packing and not path.flat:
+        warnings.warn(f"{family} does not keep packed documents apart: a sequence's documents go into rows of their "
+                      "own, padded", ModelWarning, 2)
+    return path
+
+
+def _first_right(model: PreTrainedModel) -> Path | None:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        small = _miniature(model)
+    reference, plain, attention = _reference(small), small.forward, small.config._attn_implementation
+    attach_loss(small)
+    if supports_packed_attention(small):
+        small.set_attn_implementation(ATTENTION)
+        if _is_right(small, reference, flat=True):
+            return Path(flat=True, whole_logits=False)
+        small.set_attn_implementation(attention)
+    if _is_right(small, reference, flat=False):
+        return Path(flat=False, whole_logits=False)
+    small.forward = plain
+    attach_whole_loss(small)
+    return Path(flat=False, whole_logits=True) if _is_right(small, reference, flat=False) else None
+
+
+def _miniature(model: PreTrainedModel) -> PreTrainedModel:
+    """A small model of the same class and options: few layers, of every kind there is, and few heads."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    layers, kinds = text.num_hidden_layers, getattr(text, "layer_types", None) or []
+    few = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    if few < layers:
+        for name, value in vars(text).items():
+            if isinstance(value, list) and len(value) == layers:
+                setattr(text, name, value[:few])
+        text.num_hidden_layers = few
+    _shrink(text)
+    try:
+        small = type(model)._from_config(config, dtype=torch.float32, attn_implementation=None)
+    except Exception:  # a configuration with fields that depend on each other: its own sizes then
+        config = copy.deepcopy(model.config)
+        small = type(model)._from_config(config, dtype=torch.float32, attn_implementation=None)
+    with torch.no_grad():  # far enough from zero that caps and divisors show
+        small.get_output_embeddings().weight.mul_(4)
+    return small
+
+
+def _shrink(text: Any) -> None:
+    """Fewer heads of the same size, and a smaller vocabulary."""
+    heads = text.num_attention_heads
+    width = text.hidden_size // heads
+    keys = getattr(text, "num_key_value_heads", None)
+    text.num_attention_heads = small = min(heads, 4)
+    if keys:
+        text.num_key_value_heads = small if keys == heads else min(keys, 2) if small % min(keys, 2) == 0 else 1
+    text.hidden_size = small * width
+    text.vocab_size = min(text.vocab_size, _VOCABULARY)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, 0)
+
+
 @torch.no_grad()
-def probe(model: PreTrainedModel) -> Tensor:
+def _reference(model: PreTrainedModel) -> Tensor:
     """Logits [T, V] of two short documents, each alone, by the model's own `forward` and eager attention."""
-    was_training, attention = model.training, model.config._attn_implementation
+    attention = model.config._attn_implementation
     model.eval()
     with contextlib.suppress(ValueError):  # a model without another attention than its own
         model.set_attn_implementation("eager")
     documents = _documents(model)
-    ids = torch.from_numpy(documents.tokens.astype(np.int64)).to(model.device)
+    ids = torch.from_numpy(documents.tokens.astype(np.int64))
     logits = [model(input_ids=part[None], use_cache=False).logits[0].float() for part in ids.split(_LENGTHS)]
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
-    model.train(was_training)
     return torch.cat(logits)
-
-
-def choose_path(model: PreTrainedModel, reference: Tensor, packing: bool) -> None:
-    """Leave the model on the fastest way to its loss that is right.
-
-    Flat batches with attention by document; else padded rows with the model's own attention; else whole
-    logits too. What had to be given up is said in a warning.
-
-    Raises:
-        ValueError: none of them gives the reference.
-    """
-    if model.config._attn_implementation == ATTENTION:
-        if _is_right(model, reference, flat=True):
-            return
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    family = model.config.model_type
-    if not _is_right(model, reference, flat=False):
-        attach_whole_loss(model)
-        if not _is_right(model, reference, flat=False):
-            raise ValueError(f"{family}: the loss of a batch differs from that of its documents alone; "
-                             "this model family cannot be trained here yet")
-        warnings.warn(f"{family} makes its logits in a way of its own: the loss holds them whole", ModelWarning, 2)
-    if packing:
-        warnings.warn(f"{family} does not keep packed documents apart: a sequence's documents go into rows of their "
-                      "own, padded", ModelWarning, 2)
 
 
 @torch.no_grad()
 def _is_right(model: PreTrainedModel, reference_TV: Tensor, *, flat: bool) -> bool:
     """Whether a batch of both documents gives the reference's logits, and their mean cross-entropy as its loss."""
-    was_training = model.training
-    model.eval()
     documents = _documents(model)
     inputs = collate(documents, np.arange(len(documents)), model.device, flat=flat).inputs
     try:
@@ -84,8 +145,6 @@ def _is_right(model: PreTrainedModel, reference_TV: Tensor, *, flat: bool) -> bo
         logits = model(**{name: value for name, value in inputs.items() if name != "targets"}).logits.float()
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False  # e.g. a model without the arguments of a flat batch
-    finally:
-        model.train(was_training)
     logits_TV = logits[0] if flat else torch.cat([row[:length] for row, length in zip(logits, _LENGTHS, strict=True)])
     labels = torch.from_numpy(documents.tokens.astype(np.int64)).to(model.device)
     expected = sum(F.cross_entropy(part[:-1], ids[1:], reduction="sum").item() for part, ids in zip(

@@ -24,7 +24,7 @@ from collie_lab.training.batch import collate
 from collie_lab.training.checkpoint import load_checkpoint, save_checkpoint
 from collie_lab.training.evaluate import evaluate
 from collie_lab.training.export import export_model
-from collie_lab.training.flops import StepFlops, peak_flops
+from collie_lab.training.flops import peak_flops
 from collie_lab.training.memory import CpuMemory, build_memory
 from collie_lab.training.meters import Meters, StepFigures
 from collie_lab.training.model import build_model
@@ -92,11 +92,11 @@ class Trainer:
             unclipped = self._refresh_hessian(plan)
         # A tensor from a host number would wait for the device; a filled one does not.
         stop = torch.full_like(loss_sum, float(self._wants_stop()))
-        values = self._strategy.total(torch.stack([loss_sum, stop]))
+        values = self._strategy.total(torch.stack([self._strategy.counted(loss_sum), stop]))
         self._meters.push(
             self.step, torch.stack([values[0] / plan.targets, grad_norm, values[1], unclipped]),
             lr=optimizer.param_groups[0]["lr"], tokens=plan.tokens, memory=self._memory.step_bytes, began=began,
-            flops=self._flops.of(plan.tokens, attended * self._strategy.dp_size),
+            flops=self._flops.of(plan.tokens, attended * self.experiment.parallel.dp),
             timed=not self._memory.recorded,
         )
 
@@ -109,7 +109,8 @@ class Trainer:
         cell = self.experiment.optimizer
         accumulate = cell.accumulate if isinstance(cell, RuleCell) and cell.in_backward else None
         for index, documents in enumerate(plan.micro_batches):
-            batch = collate(self._documents, documents, self.device, flat=self._flat, draw=draw)
+            batch = collate(self._documents, documents, self.device, flat=self._flat, draw=draw,
+                            multiple=self._strategy.multiple)
             attended += batch.attended
             last = index == len(plan.micro_batches) - 1
             with contextlib.ExitStack() as contexts:
@@ -119,8 +120,9 @@ class Trainer:
                 with self._strategy.compute():
                     loss = self.model(**batch.inputs)
                 # Gradients are averaged over the ranks: this makes it the mean over all their tokens.
-                (loss * (self._strategy.dp_size / plan.targets)).backward()
+                self._strategy.backward(loss * (self.experiment.parallel.dp / plan.targets), last)
             loss_sum += loss.detach()
+        self._strategy.exchange(self.model)
         return loss_sum, attended
 
     def _update(self) -> Tensor:
@@ -128,12 +130,11 @@ class Trainer:
         optimizer, limit = self.optimizer, self.experiment.training.clip_grad_norm
         norm = None
         if isinstance(optimizer, optim.RuleOptimizer):
-            optimizer.step()
-            norm = optimizer.norm
+            norm = self._strategy.update(optimizer)
         else:
             norm = optim.clip_gradients(optimizer, limit, self.experiment.training.clip_grad_value)
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
         cell = self.experiment.optimizer
         if isinstance(cell, Adan) and cell.restart_every and self.step % cell.restart_every == 0:
             optimizer.restart()  # type: ignore[attr-defined]
@@ -181,25 +182,26 @@ class Trainer:
         self._strategy = build_strategy(experiment.parallel, self.device, training.precision)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ModelWarning)
-            self._causal_lm, adapted = build_model(experiment, self.device)
+            built = build_model(experiment, self.device, self._strategy)
         for warning in caught:
             if issubclass(warning.category, ModelWarning):
                 self.event("warning", text=str(warning.message))
+        self._causal_lm, adapted, self._flops = built.causal_lm, built.root, built.flops
         self._flat = self._causal_lm.config._attn_implementation == ATTENTION  # else padded rows, with masks
         adapted.train()
-        self._counts = {"parameters": sum(p.numel() for p in adapted.parameters()),
-                        "trainable": sum(p.numel() for p in adapted.parameters() if p.requires_grad)}
-        self._flops = StepFlops.of_model(self._causal_lm)
+        self._counts = {"parameters": built.parameters, "trainable": built.trainable}
         self.model = self._strategy.wrap(adapted, experiment.optimizer.in_backward)
         self._adapted: Any = adapted
         # By the names of the model itself: wrappers lengthen them.
         self.optimizer = optim.build(experiment.optimizer, adapted) if isinstance(
             experiment.optimizer, LibraryOptimizer) else optim.build(
-            experiment.optimizer, adapted, reduce=self._strategy.reduce, max_norm=training.clip_grad_norm,
-            max_value=training.clip_grad_value, record_norm=True, seed=training.seed)
+            experiment.optimizer, adapted, max_value=training.clip_grad_value, seed=training.seed,
+            **self._strategy.optimizer_options(training.clip_grad_norm))
+        self.model = self._strategy.prepare(self.model, self.optimizer)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        torch.manual_seed(training.seed * 1000 + self.rank)  # dropout differs between ranks
+        # Dropout differs between ranks that see other tokens; tensor-parallel ranks draw alike (`parallel.tensor`).
+        torch.manual_seed(training.seed * 1000 + self.rank // experiment.parallel.tp)
         self._meters = Meters(self.folder if self.rank == 0 else None, self.device,
                               experiment.parallel.world_size, peak_flops(self.device))
         self._tokenizer = Tokenizer(self.folder.path / "tokenizer")
@@ -213,20 +215,19 @@ class Trainer:
                    device=str(self.device.type), **self._counts)
 
     def _build_data(self) -> None:
-        data, training = self.experiment.data, self.experiment.training
+        data, training, parallel = self.experiment.data, self.experiment.training, self.experiment.parallel
         folder = self.folder.path / "data"
         self._documents = Documents.load(folder / "train")
         index = self.folder.read("data/index.json")
         self._held_out = [Documents.load(folder / name) for name in index["evaluations"]]
         for text in index["warnings"]:
             self.event("warning", text=text)
-        dp_size = self._strategy.dp_size
         context = getattr(self._causal_lm.config.get_text_config(),
                           "max_position_embeddings", None)
         self._order = Order(
             self._documents, batch_size=training.batch_size, seed=training.seed, shuffle=data.shuffle,
-            micro_batch_size=training.micro_batch_size or training.batch_size // dp_size,
-            dp_rank=self._strategy.dp_rank, dp_size=dp_size,
+            micro_batch_size=parallel.micro_batch_size(training.batch_size, training.micro_batch_size),
+            dp_rank=self._strategy.place.dp, dp_size=parallel.dp,
             packing=sequence_length(data, context) if data.packing else None,
         )
 

@@ -55,7 +55,7 @@ def test_variants() -> None:
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: lab.AdamW(lrr=1), "AdamW.lrr: unknown field → did you mean `lr`?"),
     (lambda: lab.AdamW(lr=-1), "AdamW.lr: input should be greater than 0, got -1"),
-    (lambda: lab.Parallel(zero=1), "Parallel.zero: input should be 0, 2 or 3, got 1"),
+    (lambda: lab.Parallel(zero=4), "Parallel.zero: input should be 0, 1, 2 or 3, got 4"),
     (lambda: lab.Skills(tasks=("dance",)), "Skills.tasks: unknown tasks"),
     (lambda: lab.Training(warmup=1.5), "Training.warmup: from 1 on, warmup counts whole steps"),
     (lambda: lab.AdamW(betas=(1.5, 0.9)), "AdamW.betas.0: input should be less than 1"),

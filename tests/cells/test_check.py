@@ -52,7 +52,7 @@ def test_errors(experiment: lab.Experiment, message: str) -> None:
 
 
 @pytest.mark.parametrize(("experiment", "message"), [
-    (GOOD.with_("parallel.zero", 3), "Parallel.zero: nothing to shard on one rank"),
+    (GOOD.with_("parallel.zero", 3), "Parallel.zero: nothing to shard on one data-parallel rank"),
     (GOOD.with_("training.checkpoint_every", 5), "no checkpoint within 2 steps"),
     (GOOD.with_("training.final_lr", 0.1), "a constant schedule never falls"),
     (GOOD.replace(evaluate=[lab.Perplexity(every=9)]), "only at the end"),

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from collie_lab import AdamW, ExactMatch, Experiment, Model, Perplexity, Skills, Text, Training
+from collie_lab.cells import Parallel
 from collie_lab.data import Documents, Tokenizer, read_documents, save_tokenizer
 from collie_lab.data.prepare import tokenize
-from collie_lab.parallel import Single
+from collie_lab.parallel import Strategy
 from collie_lab.training.evaluate import evaluate, generate
 from collie_lab.training.model import build_model
 from tests.ranks import run_here
@@ -29,18 +30,19 @@ def test_stories260k_has_its_known_likelihood(shared: Path, tmp_path: Path) -> N
     windows, _ = tokenize(read_documents(text, "all"), tokenizer, 257, "split")
     first = Documents(windows.tokens[: 40 * 257], windows.learned[: 40 * 257], windows.offsets[:41], np.zeros(0, int))
     assert first.targets.sum() == 10_240
-    model, _ = build_model(Experiment(model=cell), CPU)
-    found = evaluate(Perplexity(), model, first, tokenizer, Single(CPU, "fp32"), flat=True)
+    model, *_ = build_model(Experiment(model=cell), CPU)
+    found = evaluate(Perplexity(), model, first, tokenizer, Strategy(Parallel(), CPU, "fp32"), flat=True)
     assert found["nll"] == pytest.approx(1.505, abs=5e-4)
     assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
-    half = evaluate(Perplexity(limit=20, name="half"), model, first, tokenizer, Single(CPU, "fp32"), flat=True)
+    half = evaluate(Perplexity(limit=20, name="half"), model, first, tokenizer, Strategy(Parallel(), CPU, "fp32"),
+                    flat=True)
     assert half["half_nll"] == pytest.approx(1.505, abs=0.1)
 
 
 def test_stories260k_tells_its_known_story(shared: Path, tmp_path: Path) -> None:
     cell = Model(str(shared / "models/stories260k"))
     tokenizer = save_tokenizer(cell, tmp_path)
-    model, _ = build_model(Experiment(model=cell), CPU)
+    model, *_ = build_model(Experiment(model=cell), CPU)
     model.eval()
     opening = tokenizer.encode(["Once upon a time, there"])[0]
     prompts = [np.array(tokenizer.prefix), np.array(tokenizer.prefix + opening)]
@@ -54,14 +56,14 @@ def test_stories260k_tells_its_known_story(shared: Path, tmp_path: Path) -> None
 def test_exact_match_counts_every_document_once(tmp_path: Path) -> None:
     cell = Model("llama-tiny", init="random")
     tokenizer = save_tokenizer(cell, tmp_path)
-    model, _ = build_model(Experiment(model=cell), CPU)
+    model, *_ = build_model(Experiment(model=cell), CPU)
     prompts = [tokenizer.prefix + tokenizer.encode([text])[0] for text in ("copy ab\n", "add 1 and 2\n", "x\n")]
     answers = generate(model.eval(), [np.array(prompt) for prompt in prompts], tokenizer, 8, CPU)
     offsets = np.concatenate([[0], np.cumsum([len(prompt) + 1 for prompt in prompts])])
     tokens = np.array([token for prompt in prompts for token in [*prompt, 0]], dtype=np.int32)
     documents = Documents(tokens, np.ones(len(tokens), dtype=np.bool_), offsets,
                           np.array([len(prompt) for prompt in prompts]), (answers[0], "no", answers[2]))
-    alone = Single(CPU, "fp32")
+    alone = Strategy(Parallel(), CPU, "fp32")
     found = evaluate(ExactMatch(max_new_tokens=8, batch_size=2), model, documents, tokenizer, alone, flat=True)
     assert found["exact_match"] == pytest.approx(2 / 3)
     assert found["exact_match_se"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 2))

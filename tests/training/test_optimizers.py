@@ -46,7 +46,7 @@ def test_weights_in_bf16_are_exported_so_and_rotary_frequencies_stay_exact(tmp_p
     run = run_here(bf16, tmp_path / "run")
     assert {tensor.dtype for tensor in load_file(run.path / "model" / "model.safetensors").values()} == {torch.bfloat16}
     assert losses(run)[-1] < losses(run)[0] - 0.2
-    model, _ = build_model(bf16, torch.device("cpu"))
+    model, *_ = build_model(bf16, torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
 

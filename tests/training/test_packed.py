@@ -62,7 +62,7 @@ def test_loss_and_gradients_equal_the_documents_alone(family: str, monkeypatch: 
     if family == "gpt2":
         shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300, "n_positions": 128}
     monkeypatch.setitem(SHAPES, "test", {"model_type": family, **shape})
-    model, _ = build_model(Experiment(model=Model("test", init="random")), CPU)
+    model, *_ = build_model(Experiment(model=Model("test", init="random")), CPU)
     model.eval()
     documents = _documents([40, 3, 17, 64, 18, 2, 41])
     flat = model.config._attn_implementation == "collie_packed"
@@ -87,7 +87,7 @@ def test_loss_and_gradients_equal_the_documents_alone(family: str, monkeypatch: 
 
 
 def test_a_document_does_not_see_its_neighbours() -> None:
-    model, _ = build_model(Experiment(model=Model("llama-tiny", init="random")), CPU)
+    model, *_ = build_model(Experiment(model=Model("llama-tiny", init="random")), CPU)
     a, b = _documents([30, 25, 20]), _documents([30, 25, 20])  # longest first, as a batch has them
     b.tokens[30:55] = 7  # another middle document
     outputs = []
@@ -101,7 +101,7 @@ def test_a_document_does_not_see_its_neighbours() -> None:
 
 
 def test_padded_and_flat_batches_give_the_same_loss() -> None:
-    model, _ = build_model(Experiment(model=Model("llama-tiny", init="random")), CPU)
+    model, *_ = build_model(Experiment(model=Model("llama-tiny", init="random")), CPU)
     documents = _documents([20, 30, 25])
     flat = model(**collate(documents, np.arange(3), CPU, flat=True).inputs)
     model.set_attn_implementation("sdpa")
@@ -112,7 +112,7 @@ def test_padded_and_flat_batches_give_the_same_loss() -> None:
 def test_recomputation_gives_the_same_gradients() -> None:
     gradients = []
     for recompute in ("none", "full"):
-        model, _ = build_model(Experiment(model=Model("llama-tiny", init="random"),
+        model, *_ = build_model(Experiment(model=Model("llama-tiny", init="random"),
                                           training=Training(recompute=recompute)), CPU)
         model.train()
         model(**collate(_documents([20, 30, 25]), np.arange(3), CPU, flat=True).inputs).backward()

@@ -34,7 +34,7 @@ def test_schedules() -> None:
 
 
 def test_flops_by_hand() -> None:
-    model, _ = build_model(Experiment(model=Model("llama-7b", init="random", config={
+    model, *_ = build_model(Experiment(model=Model("llama-7b", init="random", config={
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
         "vocab_size": 100})), torch.device("cpu"))
     matmul = 3 * (4 * 64 * 64 + 3 * 64 * 96) + 100 * 64
@@ -50,7 +50,7 @@ def test_peak_memory_holds_weights_gradients_and_states(tmp_path: Path) -> None:
         data = RandomTokens(length=length, documents=8)
         run = run_here(BASE.replace(data=data), tmp_path / str(length))
         peaks[length] = run.read("result.json")["peak_bytes"]
-    model, _ = build_model(BASE, torch.device("cpu"))
+    model, *_ = build_model(BASE, torch.device("cpu"))
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
     assert 4 * weights < peaks[16] < 6 * weights  # weights, gradients, two states; and little for few tokens
     assert peaks[256] > peaks[16] + (256 - 16) * 4 * 64 * 4 * 10  # activations grow with the tokens

@@ -1,0 +1,76 @@
+"""Matrices cut over two ranks: every family's loss and gradients are those of the whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from collie_lab.cells import Experiment, Parallel
+from collie_lab.parallel import build_strategy
+from collie_lab.training.batch import collate
+from collie_lab.training.model import build_model
+from tests.parallel.families import FAMILIES, documents, experiment
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _set_adapter(root: nn.Module) -> None:
+    """LoRA's second matrix starts at zero, and would hide the gradient of the first."""
+    for name, parameter in root.named_parameters():
+        if "lora_B" in name:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.data.fill_(0.05)
+
+
+def _loss_and_gradients(exp: Experiment, cell: Parallel, token_loss: Any = None) -> dict[str, Tensor]:
+    strategy = build_strategy(cell, CPU, "fp32") if cell.world_size > 1 else None
+    exp = exp.replace(training=exp.training.replace(loss=token_loss))
+    _, root, *_ = build_model(exp, CPU, strategy)
+    _set_adapter(root)
+    inputs = collate(documents(), np.arange(3), CPU, flat=True, multiple=strategy.multiple if strategy else 1).inputs
+    loss = root(**inputs)
+    loss.backward()
+    found = {name: _whole(parameter.grad) for name, parameter in root.named_parameters()
+             if parameter.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def _smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+
+
+def _compare(exp: Experiment, cell: Parallel, what: str, token_loss: Any = None) -> None:
+    expected, found = (_loss_and_gradients(exp, layout, token_loss) for layout in (Parallel(), cell))
+    assert expected.keys() == found.keys(), what
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5,
+                                   msg=lambda text, name=name: f"{what}, {name}: {text}")
+
+
+def _families() -> None:
+    torch.use_deterministic_algorithms(True)
+    for family in FAMILIES:
+        _compare(experiment(family), Parallel(tp=2), family)
+        if family != "mixtral":
+            _compare(experiment(family), Parallel(tp=2, sequence_parallel=True), f"{family}, sequence")
+    for family in ("llama3", "phi3", "gpt_neox"):
+        for sequence in (False, True):
+            _compare(experiment(family, lora=True), Parallel(tp=2, sequence_parallel=sequence), f"{family}, LoRA")
+    _compare(experiment("llama3"), Parallel(tp=2), "a loss of one's own", _smoothed)
+
+
+@pytest.mark.ranks
+def test_families_equal_the_whole_model() -> None:
+    run_ranks(_families, 2)
+
+
