@@ -67,7 +67,7 @@ def _in_backward(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]:
     if cell.accumulate == "each" and training.clip_grad_value is not None:
         yield Problem("Training", "clip_grad_value", "the clipped parts of a gradient do not add up to the clipped "
                       "whole", 'accumulate="hold", or in_backward=False')
-    if cell.accumulate is not None and training.clip_grad_norm is not None:
+    if cell.accumulate is not None and training.clip_grad_norm is not None and experiment.parallel.pp == 1:
         yield Problem("Training", "clip_grad_norm", "the norm of an accumulated gradient is known only when all of it "
                       "is there", "clip_grad_value, or in_backward=False")
 

@@ -17,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from collie_lab.cells import Parallel
+from collie_lab.cells import Optimizer, Parallel, RuleCell
 from collie_lab.optim import RuleOptimizer
 from collie_lab.parallel.mesh import Place, build_mesh
+from collie_lab.parallel.pipeline import Pipeline, loss_rank
 from collie_lab.parallel.sharding import average, average_all, shard, unsharded
 from collie_lab.parallel.tensor import TensorParallel
 
@@ -33,10 +34,12 @@ class Strategy:
         cell: the layout.
         place: this rank's coordinates in it.
         tensor: what cuts matrices over ranks, if anything does.
+        pipeline: what trains this rank's layers, if others have other layers; known when the model is laid out.
         counts: whether what this rank finds (a loss, a score) counts; tensor-parallel ranks all find the same.
     """
 
     tensor: TensorParallel | None = None
+    pipeline: Pipeline | None = None
 
     def __init__(self, cell: Parallel, device: torch.device, precision: str):
         self.cell, self.device, self.precision = cell, device, precision
@@ -59,9 +62,18 @@ class Strategy:
         """The context of one micro-batch; gradients are exchanged only where it says so."""
         return contextlib.nullcontext()
 
+    @property
+    def stages(self) -> dict[str, Any]:
+        """What clipping is to know of a pipeline: its ranks, and which parameters another of them counts."""
+        return {}
+
+    def held(self, cell: Optimizer) -> Optimizer:
+        """The optimizer as this layout can run it."""
+        return cell
+
     def optimizer_options(self, max_norm: float | None) -> dict[str, Any]:
         """What `optim.build` is to know of the layout: who averages gradients, and who clips them by their norm."""
-        return {"max_norm": max_norm, "record_norm": True}
+        return {"max_norm": max_norm, "record_norm": True, **self.stages}
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """The model as the loop calls it, once its optimizer exists: for engines that take both."""
@@ -112,6 +124,7 @@ class TorchStrategy(Strategy):
         self._by_hand = False
         if cell.tp > 1:
             self.tensor = TensorParallel(self._mesh["tp"], cell.sequence_parallel)
+        self.counts = self.place.tp == 0 and self.place.pp == loss_rank(cell.schedule, cell.pp)
 
     @property
     def _sharded(self) -> bool:
@@ -119,12 +132,34 @@ class TorchStrategy(Strategy):
 
     @override
     def lay_out(self, causal_lm: PreTrainedModel, root: nn.Module) -> None:
+        if self.cell.pp > 1:
+            self.pipeline = Pipeline(causal_lm, self._mesh["pp"].get_group(), self.cell.schedule, self.device,
+                                     self._hidden_dtype(causal_lm), self.tensor)
         if self.tensor is not None:
             self.tensor.cut(causal_lm)
         if self._sharded:
             names = self._mesh.mesh_dim_names or ()
             mesh = self._mesh["replicate", "shard"] if "shard" in names else self._mesh["dp"]
             shard(root, mesh, self.precision, reshard=self._reshard)
+
+    def _hidden_dtype(self, model: PreTrainedModel) -> torch.dtype:
+        """What blocks hand on: under autocast with fp32 weights that is fp32."""
+        return torch.bfloat16 if self._sharded and self.precision == "bf16" else model.dtype
+
+    @property
+    @override
+    def stages(self) -> dict[str, Any]:
+        if self.pipeline is None:
+            return {}
+        return {"stages": self._mesh["pp"].get_group(), "copies": self.pipeline.copies}
+
+    @override
+    def held(self, cell: Optimizer) -> Optimizer:
+        """In a pipeline an update waits for the last micro-batch: held gradients are an update after the backward pass.
+        """
+        if self.pipeline is None or not isinstance(cell, RuleCell) or not cell.in_backward:
+            return cell
+        return cell.replace(in_backward=False, accumulate=None)
 
     @override
     def wrap(self, root: nn.Module, in_backward: bool) -> nn.Module:
@@ -134,7 +169,7 @@ class TorchStrategy(Strategy):
         its reduction would come after the update, so that replicas would drift apart unseen: each gradient is
         averaged in its hook.
         """
-        if self._replicas is None or in_backward:
+        if self._replicas is None or (in_backward and self.pipeline is None):
             return root
         if self.cell.tp * self.cell.pp > 1:
             self._by_hand = True
@@ -157,12 +192,14 @@ class TorchStrategy(Strategy):
     @override
     def optimizer_options(self, max_norm: float | None) -> dict[str, Any]:
         options = super().optimizer_options(max_norm)
-        if (group := self._replicas) is not None:
+        if (group := self._replicas) is not None and not self._by_hand:
             options["reduce"] = lambda gradient: average(gradient, group)
         return options
 
     @override
     def exchange(self, model: nn.Module) -> None:
+        if self.pipeline is not None:
+            self.pipeline.sync_tied()
         if self._by_hand and self._replicas is not None:
             average_all(model.parameters(), self._replicas)
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from transformers import PreTrainedModel
 
 from collie_lab.parallel.collectives import copy, gather, gather_for_shares, reduce, reduce_scatter, split
+from collie_lab.parallel.stages import Blank, TiedCopy
 
 __all__ = ["STYLES", "TensorParallel", "has_experts", "local_piece"]
 
@@ -70,7 +71,7 @@ class TensorParallel:
             self._gather_regions(model, regions)
         seen: dict[Tensor, nn.Parameter] = {}
         for name, module in list(model.named_modules()):
-            if not module._parameters:
+            if not any(parameter is not None for parameter in module._parameters.values()):
                 continue
             role = roles.get(module, "whole")
             for key, parameter in module._parameters.items():
@@ -108,6 +109,9 @@ class TensorParallel:
             raise ValueError(f"{model.config.model_type}: its tensor-parallel plan fits none of its modules; tp=1")
         for module in (embedding, head):
             roles[module] = "vocabulary" if self.cuts_vocabulary else "outside"
+        if isinstance(embedding, Blank):  # another pipeline stage has it: here it has a shape, and no values
+            blank = embedding.forward
+            embedding.forward = lambda ids: self._split_tokens(blank(ids))  # type: ignore[method-assign]
         return roles, list(regions)
 
     def _gather_regions(self, model: PreTrainedModel, regions: list[str]) -> None:
@@ -171,6 +175,8 @@ class TensorParallel:
 
     def _wrap(self, module: nn.Module, role: Role) -> None:
         forward = module.forward
+        if isinstance(module, TiedCopy):
+            return  # its weight is for the head of this stage
         if role == "vocabulary":
             module.forward = self._embedding(module, forward) if isinstance(module, nn.Embedding) \
                 else self._head(module, forward)

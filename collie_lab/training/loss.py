@@ -54,7 +54,6 @@ def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None,
     hooks (FSDP2, DDP, peft). `tensor` is what cut the model into pieces, if anything did.
     """
     original = model.forward
-    head = model.get_output_embeddings()
     transform = _logit_transform(model)
 
     def transformed(loss: TokenLoss | None) -> TokenLoss | None:
@@ -72,6 +71,9 @@ def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None,
             return original(*args, **kwargs)
         index, labels = targets
         hidden = model.base_model(*args, **kwargs)[0]
+        head = model.get_output_embeddings()
+        if head.weight is None:  # another stage of a pipeline has it, and the loss
+            return hidden.new_zeros(())
         weight, bias, group = head.weight, head.bias, None
         if tensor is not None:
             hidden, weight, bias = tensor.whole_tokens(hidden), local_piece(weight), _local_bias(bias)

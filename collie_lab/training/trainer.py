@@ -20,7 +20,7 @@ from collie_lab.data import Documents, Order, Tokenizer, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.folder import JsonLines, RunFolder
 from collie_lab.parallel import build_strategy
-from collie_lab.training.batch import collate
+from collie_lab.training.batch import Batch, collate
 from collie_lab.training.checkpoint import load_checkpoint, save_checkpoint
 from collie_lab.training.evaluate import evaluate
 from collie_lab.training.export import export_model
@@ -29,6 +29,7 @@ from collie_lab.training.memory import CpuMemory, build_memory
 from collie_lab.training.meters import Meters, StepFigures
 from collie_lab.training.model import build_model
 from collie_lab.training.packed import ATTENTION
+from collie_lab.training.padding import level
 from collie_lab.training.probe import ModelWarning
 from collie_lab.training.schedule import learning_rate_factor
 
@@ -105,25 +106,32 @@ class Trainer:
 
         With `draw`, a seed, the loss is that of labels which the model draws itself.
         """
-        loss_sum, attended = torch.zeros((), device=self.device), 0
-        cell = self.experiment.optimizer
+        scale = self.experiment.parallel.dp / plan.targets  # of a sum; gradients are averaged over the ranks
+        batches = [collate(self._documents, documents, self.device, flat=self._flat, draw=draw,
+                           multiple=self._strategy.multiple) for documents in plan.micro_batches]
+        if self._strategy.pipeline is not None:
+            loss_sum = self._strategy.pipeline.train(self.model, level([batch.inputs for batch in batches]), scale,
+                                                     self._strategy.compute)
+        else:
+            loss_sum = self._accumulate(batches, scale)
+        self._strategy.exchange(self.model)
+        return loss_sum, sum(batch.attended for batch in batches)
+
+    def _accumulate(self, batches: list[Batch], scale: float) -> Tensor:
+        """Forward and backward, micro-batch by micro-batch; the sum of the losses."""
+        loss_sum, cell = torch.zeros((), device=self.device), self.experiment.optimizer
         accumulate = cell.accumulate if isinstance(cell, RuleCell) and cell.in_backward else None
-        for index, documents in enumerate(plan.micro_batches):
-            batch = collate(self._documents, documents, self.device, flat=self._flat, draw=draw,
-                            multiple=self._strategy.multiple)
-            attended += batch.attended
-            last = index == len(plan.micro_batches) - 1
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
             with contextlib.ExitStack() as contexts:
                 contexts.enter_context(self._strategy.micro_batch(self.model, exchange=last or accumulate == "each"))
                 if accumulate == "hold" and not last:
                     contexts.enter_context(self.optimizer.hold())  # type: ignore[attr-defined]
                 with self._strategy.compute():
                     loss = self.model(**batch.inputs)
-                # Gradients are averaged over the ranks: this makes it the mean over all their tokens.
-                self._strategy.backward(loss * (self.experiment.parallel.dp / plan.targets), last)
+                self._strategy.backward(loss * scale, last)
             loss_sum += loss.detach()
-        self._strategy.exchange(self.model)
-        return loss_sum, attended
+        return loss_sum
 
     def _update(self) -> Tensor:
         """Clip and step; the norm of the gradient before clipping, NaN where it was never whole."""
@@ -132,7 +140,8 @@ class Trainer:
         if isinstance(optimizer, optim.RuleOptimizer):
             norm = self._strategy.update(optimizer)
         else:
-            norm = optim.clip_gradients(optimizer, limit, self.experiment.training.clip_grad_value)
+            norm = optim.clip_gradients(optimizer, limit, self.experiment.training.clip_grad_value,
+                                        **self._strategy.stages)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         cell = self.experiment.optimizer
@@ -195,7 +204,7 @@ class Trainer:
         # By the names of the model itself: wrappers lengthen them.
         self.optimizer = optim.build(experiment.optimizer, adapted) if isinstance(
             experiment.optimizer, LibraryOptimizer) else optim.build(
-            experiment.optimizer, adapted, max_value=training.clip_grad_value, seed=training.seed,
+            self._strategy.held(experiment.optimizer), adapted, max_value=training.clip_grad_value, seed=training.seed,
             **self._strategy.optimizer_options(training.clip_grad_norm))
         self.model = self._strategy.prepare(self.model, self.optimizer)
         for group in self.optimizer.param_groups:

@@ -27,7 +27,7 @@ from tests.ranks import losses, run_here, run_ranks
 
 STEPS = 10
 BASE = Experiment(
-    model=Model("llama-tiny", init="random"),
+    model=Model("llama-tiny", init="random", config={"num_hidden_layers": 4}),
     data=Skills(size=200, test_size=20, packing=True, max_length=96),
     training=Training(steps=STEPS, batch_size=4, clip_grad_norm=1.0, schedule="cosine", warmup=2, export=False),
     evaluate=[Perplexity()],
@@ -60,6 +60,15 @@ LAYOUTS = {
     "hybrid 2x2": Parallel(dp=4, zero=3, shard=2),
     "tp2 dp2": Parallel(tp=2, dp=2),
     "tp2 dp2 zero3": Parallel(tp=2, dp=2, zero=3),
+    "pp2 gpipe": Parallel(pp=2, schedule="gpipe"),
+    "pp2 1f1b": Parallel(pp=2),
+    "pp2 interleaved": Parallel(pp=2, schedule="interleaved"),
+    "pp2 zero bubble": Parallel(pp=2, schedule="zero_bubble"),
+    "pp2 tp2": Parallel(pp=2, tp=2),
+    "pp2 tp2 sequence": Parallel(pp=2, tp=2, sequence_parallel=True),
+    "pp2 dp2": Parallel(pp=2, dp=2),
+    "pp2 dp2 zero3": Parallel(pp=2, dp=2, zero=3),
+    "pp2 dp2 tp2": Parallel(pp=2, dp=2, tp=2),
 }
 
 
