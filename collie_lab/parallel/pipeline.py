@@ -10,7 +10,8 @@ Shapes: B batch (1 where documents are packed), T tokens of a row, C hidden size
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,21 +57,9 @@ def check_micro_batches(schedule: Schedule, ranks: int, count: int) -> None:
                          f"{count} are not; use a multiple of {ranks}, or schedule='1f1b'")
 
 
-def placement(schedule: Schedule, ranks: int) -> list[int]:
-    """The rank of every run, in the order of the layers. Zero bubble goes down the ranks and up again: a V."""
-    down = list(range(ranks))
-    match schedule:
-        case "interleaved":
-            return down + down
-        case "zero_bubble":
-            return down + down[::-1]
-        case _:
-            return down
-
-
 def loss_rank(schedule: Schedule, ranks: int) -> int:
     """The rank of the last run, which has the loss."""
-    return placement(schedule, ranks)[-1]
+    return _placement(schedule, ranks)[-1]
 
 
 class Pipeline:
@@ -97,7 +86,7 @@ class Pipeline:
         """
         self._model, self._group, self._schedule, self._device = model, group, schedule, device
         self._rank = dist.get_rank(group)
-        self._rank_of_run = placement(schedule, dist.get_world_size(group))
+        self._rank_of_run = _placement(schedule, dist.get_world_size(group))
         self._dtype, self._tensor = hidden_dtype, tensor
         parts = Parts.of(model)
         runs = parts.runs(model, len(self._rank_of_run))
@@ -114,11 +103,13 @@ class Pipeline:
         self._copy: Any = copy
         self._twin: Any = (embedding if self.is_first else copy) if copied else None
         self._own = frozenset(place for run in self.runs.values() for place in run)
-        self._place({place: parts.layers[place] for place in self._own})
+        self._present = self._own  # the layers that run now
+        for place in set(range(len(self._skips))) - self._own:
+            self._layers[place] = self._skips[place]
         if self.is_last:
             model.get_output_embeddings().register_forward_hook(self._share_logits)
         self._step: _Step | None = None
-        self._linears = DeferredLinears()
+        self._linears = DeferredLinears() if schedule == "zero_bubble" else None
         self._cached: tuple[tuple[int, ...], Any] | None = None
 
     @property
@@ -151,8 +142,7 @@ class Pipeline:
         self._step, self._model.forward = step, self._forward_run
         try:
             step.hold_gradients()
-            with self._linears if self._schedule == "zero_bubble" else contextlib.nullcontext():
-                schedule.step(index=index, target=index if self.is_last else None, return_outputs=False)
+            schedule.step(index=index, target=index if self.is_last else None, return_outputs=False)
         finally:
             self._step, self._model.forward = None, step.forward
         return step.loss
@@ -179,13 +169,15 @@ class Pipeline:
         The last one is kept. No more: it holds a buffer of each micro-batch's hidden states and of their gradients.
         """
         key = (count, *shape)
+        if self._linears is not None:
+            self._linears.attach(self._layers)
         if self._cached is None or self._cached[0] != key:
             hidden = torch.empty(shape, dtype=self._dtype, device="meta", requires_grad=True)
             loss = torch.empty(1, device="meta", requires_grad=True)
             stages = [PipelineStage(
-                _Run(self, index), index, len(self._rank_of_run), self._device, hidden,
+                _Stage(functools.partial(self._run, index)), index, len(self._rank_of_run), self._device, hidden,
                 hidden if index < len(self._rank_of_run) - 1 else loss, group=self._group,
-                dw_builder=self._linears.take if self._schedule == "zero_bubble" else None,
+                dw_builder=None if self._linears is None else self._linears.take,
             ) for index in self.runs]
             several = self._schedule in ("interleaved", "zero_bubble")
             self._cached = key, _CLASSES[self._schedule](
@@ -199,7 +191,7 @@ class Pipeline:
             tokens //= self._tensor.size
         return rows, tokens, self._width
 
-    def run(self, index: int, batch: int, hidden: Tensor | None) -> Tensor:
+    def _run(self, index: int, batch: int, hidden: Tensor | None) -> Tensor:
         """One run's forward pass for a micro-batch: its hidden states [B, T, C], or its scaled loss [1]."""
         step = self._step
         assert step is not None
@@ -216,28 +208,31 @@ class Pipeline:
         """The model's `forward` during a step: only the layers of the present run."""
         step = self._step
         assert step is not None
-        own = {place: self._layers[place] for place in self._own}
-        present = self.runs[step.run]
-        self._place({place: own[place] for place in present})
-        try:
+        with self._only(frozenset(self.runs[step.run])):
             if step.run == len(self._rank_of_run) - 1:
-                out: Tensor = step.forward(*args, **inputs)
-                return out
+                loss: Tensor = step.forward(*args, **inputs)
+                return loss
             for name in ("targets", "objective"):
                 inputs.pop(name, None)
             self._base(*args, **inputs)
-        finally:
-            self._place(own)
         hidden, step.hidden = step.hidden, None
         assert hidden is not None
         # Where all of a run is frozen, nothing asks for its gradient; the schedule sends one back nevertheless.
         return hidden if hidden.requires_grad else hidden.detach().requires_grad_()
 
-    def _place(self, present: dict[int, nn.Module]) -> None:
-        """Have these layers run, and no others."""
-        self._present = frozenset(present)
-        for place, skip in enumerate(self._skips):
-            self._layers[place] = present.get(place, skip)
+    @contextlib.contextmanager
+    def _only(self, present: frozenset[int]) -> Iterator[None]:
+        """The context in which no other layers of this rank run."""
+        absent = {place: self._layers[place] for place in self._own - present}
+        for place in absent:
+            self._layers[place] = self._skips[place]
+        self._present = present
+        try:
+            yield
+        finally:
+            self._present = self._own
+            for place, layer in absent.items():
+                self._layers[place] = layer
 
     def _hand_on(self, place: int, hidden: Tensor) -> Tensor:
         """What a layer that does not run here does with its hidden states: they leave after a run, and arrive before.
@@ -316,13 +311,25 @@ class _Step:
             self.root.set_requires_gradient_sync(last)
 
 
-class _Run(nn.Module):
-    """A run of layers as torch's schedules call it."""
+class _Stage(nn.Module):
+    """A run of layers as torch's schedules call it: by the number of the micro-batch, `index` [1]."""
 
-    def __init__(self, pipeline: Pipeline, index: int):
+    def __init__(self, run: Callable[[int, Tensor | None], Tensor]):
         super().__init__()
-        self._pipeline, self._index = pipeline, index
+        self._run = run
 
     @override
     def forward(self, *hidden: Tensor, index: Tensor) -> Tensor:
-        return self._pipeline.run(self._index, int(index), hidden[0] if hidden else None)
+        return self._run(int(index), hidden[0] if hidden else None)
+
+
+def _placement(schedule: Schedule, ranks: int) -> list[int]:
+    """The rank of every run, in the order of the layers. Zero bubble goes down the ranks and up again: a V."""
+    down = list(range(ranks))
+    match schedule:
+        case "interleaved":
+            return down + down
+        case "zero_bubble":
+            return down + down[::-1]
+        case _:
+            return down

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from collie_lab.cells import SHAPES, Adapter, Experiment, LoRA, Model, Parallel
+from collie_lab.cells import Adapter, Experiment, LoRA, Parallel
 from collie_lab.parallel import Strategy
 from collie_lab.training.flops import StepFlops
 from collie_lab.training.loss import attach_loss, attach_whole_loss
 from collie_lab.training.packed import ATTENTION
 from collie_lab.training.probe import find_path
-from collie_lab.training.weights import fill
+from collie_lab.training.weights import blueprint, fill
 
 __all__ = ["BuiltModel", "build_model"]
 
@@ -39,7 +39,7 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
     training = experiment.training
     strategy = strategy or Strategy(Parallel(), device, training.precision)
     torch.manual_seed(training.seed)
-    model = _load(experiment.model)
+    model = blueprint(experiment.model)
     path = find_path(model, experiment.data.packing)
     if path.flat:
         model.set_attn_implementation(ATTENTION)
@@ -60,23 +60,6 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
     return BuiltModel(model, root, flops, sum(size for size, _ in sizes), sum(size for size, on in sizes if on))
 
 
-def _load(cell: Model) -> PreTrainedModel:
-    options: dict[str, Any] = {"trust_remote_code": cell.trust_remote_code}
-    if cell.is_shape:
-        fields = {**SHAPES[cell.source], **cell.config}
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    else:
-        options["revision"] = cell.revision
-        config = AutoConfig.from_pretrained(cell.source, **options, **cell.config)
-    if unknown := [name for name in cell.config if not hasattr(type(config)(), name)]:
-        raise ValueError(f"Model.config: {type(config).__name__} has no field {unknown[0]!r}")
-    if cell.init == "random":
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32,
-                                                trust_remote_code=cell.trust_remote_code)
-    return AutoModelForCausalLM.from_pretrained(
-        cell.source, config=config, dtype=torch.float32, **options)
-
-
 def _adapt(model: PreTrainedModel, adapter: Adapter) -> nn.Module:
     import peft
 
@@ -86,6 +69,12 @@ def _adapt(model: PreTrainedModel, adapter: Adapter) -> nn.Module:
     config = peft.LoraConfig(r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
                              target_modules=targets, task_type="CAUSAL_LM")
     adapted: nn.Module = peft.get_peft_model(model, config)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            # peft puts them where the adapted weights are: on meta. They are few, and drawn alike on all ranks.
+            module.lora_A.to_empty(device="cpu")
+            module.lora_B.to_empty(device="cpu")
+            module.reset_lora_parameters("default", True)
     return adapted
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,16 +19,18 @@ from collie_lab.training.batch import collate
 from collie_lab.training.loss import attach_loss
 from collie_lab.training.packed import ATTENTION
 
-__all__ = ["CPU", "SCALE", "Inputs", "assert_gradients", "family", "llama", "micro_batches", "reference", "stages"]
+__all__ = ["SCALE", "Inputs", "assert_gradients", "family", "llama", "micro_batches", "reference", "stages"]
 
 Inputs = dict[str, Any]
 CPU = torch.device("cpu")
 SCALE = 0.01  # of the losses: that it arrives is tested, too
 _TINY = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-         "num_attention_heads": 4, "max_position_embeddings": 128}
+         "num_attention_heads": 4, "max_position_embeddings": 128,
+         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _EXTRA: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 16, "num_key_value_heads": 2}, "glm4": {"head_dim": 16, "num_key_value_heads": 2},
-    "gpt_neox": {"tie_word_embeddings": False}, "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "gpt_neox": {"tie_word_embeddings": False}, "phi3": {"num_key_value_heads": 2},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
     "qwen3": {"head_dim": 16, "num_key_value_heads": 2, "tie_word_embeddings": True},
 }
 
@@ -60,11 +64,13 @@ def micro_batches(count: int, *, flat: bool = True, share: int = 0) -> list[Inpu
     return [collate(documents, np.arange(3 * i, 3 * i + 3), CPU, flat=flat).inputs for i in range(count)]
 
 
-def reference(model: nn.Module, batches: list[Inputs]) -> tuple[float, dict[str, Tensor]]:
+def reference(model: nn.Module, batches: list[Inputs],
+              compute: Callable[[], Any] = contextlib.nullcontext) -> tuple[float, dict[str, Tensor]]:
     """Summed loss and gradients of one process, by name; of the micro-batches as they are, without padding."""
     total = 0.0
     for batch in batches:
-        loss = model(**batch)
+        with compute():
+            loss = model(**batch)
         (loss * SCALE).backward()
         total += float(loss.detach())
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()
@@ -73,26 +79,26 @@ def reference(model: nn.Module, batches: list[Inputs]) -> tuple[float, dict[str,
     return total, gradients
 
 
-def stages(model: PreTrainedModel, schedule: str, group: dist.ProcessGroup | None = None) -> Pipeline:
+def stages(model: PreTrainedModel, schedule: str, group: dist.ProcessGroup | None = None,
+           **options: Any) -> Pipeline:
     """The pipeline of the model's stages over `group`."""
-    return Pipeline(model, group or dist.group.WORLD, schedule, CPU)
+    return Pipeline(model, group or dist.group.WORLD, schedule, CPU, **options)
 
 
-def assert_gradients(pipeline: Pipeline, root: nn.Module, expected: dict[str, Tensor],
-                     group: dist.ProcessGroup | None = None) -> None:
+def assert_gradients(root: nn.Module, expected: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Every gradient is on some rank of the pipeline, and is the reference's wherever it is.
 
     A copy of a tied weight goes by the name of the original.
     """
-    found = {}
+    found: list[str] = []
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        if parameter.grad is None or ("lm_head" in name and name not in expected):
+        if parameter.grad is None or (name not in expected and "lm_head" in name):
             continue
         gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
         scale = expected[name].abs().max()
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=float(1e-5 * scale),
-                                   msg=lambda m, n=name: f"{n}: {m}")
-        found[name] = pipeline.is_last
+                                   msg=lambda text, name=name: f"{name}: {text}")
+        found.append(name)
     everywhere: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, sorted(found), group=group)
+    dist.all_gather_object(everywhere, found, group=group)
     assert {name for names in everywhere for name in names} == set(expected)
