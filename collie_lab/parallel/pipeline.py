@@ -65,7 +65,7 @@ def loss_rank(schedule: Schedule, ranks: int) -> int:
 class Pipeline:
     """One rank's part of a pipeline. Cuts `model` in place: the layers of other ranks are gone after it.
 
-    Wrap what is left (adapters, tensor parallel, FSDP2 with `reshard_after_forward=False`) and train it by `train`.
+    Wrap what is left (adapters, tensor parallel, FSDP2) and train it by `train`.
     Called by hand, under `torch.no_grad()` and by all ranks of the pipeline together, the model evaluates and
     generates as a whole one: every rank has its logits, and the last its loss (the others 0).
 

@@ -129,9 +129,7 @@ class Skip(nn.Module):
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         for value in (*args, *kwargs.values()):
             if isinstance(value, Cache):
-                # Positions and masks of the next token come from the number of tokens in the cache.
-                token = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
-                value.update(token, token, self._place)
+                _count_tokens(value, self._place, hidden)
         return self._hand_on(self._place, hidden)
 
 
@@ -170,6 +168,16 @@ class HeadElsewhere(nn.Module):
     @override
     def forward(self, hidden: Tensor) -> Tensor:
         return self._fetch((*hidden.shape[:-1], self._vocabulary))
+
+
+def _count_tokens(cache: Cache, place: int, hidden: Tensor) -> None:
+    """Have a layer's cache look as if it had run: positions and masks of the next token come from any of them."""
+    layer: Any = cache.layers[place] if place < len(cache.layers) else None
+    if hasattr(layer, "has_previous_state"):  # linear attention: a state, no tokens
+        layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
+    else:
+        token = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+        cache.update(token, token, place)
 
 
 def _empty(base: nn.Module, names: tuple[str, ...]) -> None:

@@ -2,87 +2,198 @@
 
 A checkpoint holds the trained weights, the optimizer's state by parameter name and every rank's random
 state, and beside them a JSON file with the step. What is frozen is not kept: the model cell makes it again.
+Names are those of the whole model, and tensors know their place in the whole: any layout reads what any other
+wrote, and each rank reads the slices that it holds.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
 import shutil
-from collections.abc import Mapping
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from collie_lab.folder import checkpoints_in, read_json, write_json
 from collie_lab.optim import RuleOptimizer
+from collie_lab.training._safe_reader import SafeReader
+from collie_lab.training._share import HostMemory, SharePlanner, choose_share
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpointer", "Written", "load_checkpoint"]
 
 _NORM = "norm"
-
-_SAFE_MODULES = ("torch.distributed.checkpoint.", "torch.distributed.checkpoint", "collections", "pathlib")
-_SAFE_NAMES = {("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("builtins", "set")}
+_PARTIAL = ".step-*.partial"
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int,
-                    identity: dict[str, Any]) -> Path:
-    """Write `folder/step-<step>` on all ranks together and remove all but the newest `keep`.
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that is complete.
 
-    `identity` is what a run that resumes from it must share; it stands in `state.json`.
+    Attributes:
+        step: the step after which it was taken.
+        path: its folder.
+        blocked: seconds for which the loop stood still: until a write before was over, and to copy the state.
     """
-    final = folder / f"step-{step:06d}"
-    partial = folder / f".{final.name}.partial"
-    rank, world = _rank_and_world()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    _barrier()
-    state = {**_model_state(model), **_optimizer_state(model, optimizer), **_random_state(rank)}
-    save(state, checkpoint_id=partial, no_dist=world == 1)
-    if rank == 0:
-        write_json(partial / "state.json", {"step": step, "world_size": world, "identity": identity})
-        if final.exists():  # written before, by the run that this one resumed
-            shutil.rmtree(final)
-        partial.rename(final)
-        for old in checkpoints_in(folder)[:-keep]:
-            shutil.rmtree(old)
-    _barrier()
-    return final
+
+    step: int
+    path: Path
+    blocked: float
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore weights, optimizer state and random state in place; the step at which it was written.
+class Checkpointer:
+    """Writes checkpoints while the training goes on; made, and `save` called, on all ranks together.
 
-    Another number of ranks, or another sharding, than the one that wrote it is fine; the random state is
-    then left as it is.
+    `save` copies the state to the host's memory and returns; a thread writes it to a hidden folder, with a process
+    group of its own, so that nothing meets the collectives of the training. When all ranks have written, rank 0
+    renames the folder and removes what is too old. There is one write at a time: a `save` waits for the one before.
+
+    Args:
+        folder: where checkpoints go, as `step-000100`. What a killed run has left there half-written is removed.
+        keep: how many checkpoints to keep.
+        identity: what a run that resumes from one must share; it stands in `state.json`.
+        layout: sizes of the parallel axes: random states are restored only under the same.
+        on_written: called in the loop's thread (in `poll`, `save` or `finish`) for each checkpoint that is complete.
 
     Raises:
-        ValueError: the checkpoint belongs to another model or optimizer.
+        RuntimeError: from `save`, `poll` and `finish`: a write has failed. The checkpoints before it are whole.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, identity: Mapping[str, Any] | None = None,
+                 layout: Mapping[str, int] | None = None, on_written: Callable[[Written], None] | None = None):
+        self._folder, self._keep, self._on_written = folder, keep, on_written
+        self._rank, world = _rank_and_world()
+        self._header = {"world_size": world, "layout": dict(layout or {}), "identity": dict(identity or {})}
+        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self._memory = HostMemory()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: tuple[Future[None], Written] | None = None
+        if self._rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for partial in folder.glob(_PARTIAL):
+                shutil.rmtree(partial)
+        if self._group is not None:
+            dist.barrier(self._group)
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Begin to write `step-<step>`; the weights may change as soon as it returns."""
+        began = time.perf_counter()
+        self.finish()
+        state = {**_model_state(model), **_optimizer_state(model, optimizer), **_random_state(self._rank)}
+        items = choose_share(state, self._group)
+        copies = self._memory.copy({item.index.fqn: state[item.index.fqn] for item in items})
+        path = self._folder / f"step-{step:06d}"
+        written = Written(step, path, time.perf_counter() - began)
+        self._writing = self._thread.submit(self._write, step, path, items, copies), written
+
+    def poll(self) -> None:
+        """Tell of a write that is over, or has failed; does not wait."""
+        if self._writing is not None and self._writing[0].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the write that is under way: its checkpoint is there when this returns."""
+        if self._writing is None:
+            return
+        (write, written), self._writing = self._writing, None
+        try:
+            write.result()
+        except (Exception, CheckpointException) as error:
+            cause = _cause(error)
+            raise RuntimeError(f"the checkpoint of step {written.step} could not be written to {self._folder} "
+                               f"({type(cause).__name__}: {cause}). Those before it are whole") from cause
+        if self._on_written is not None:
+            self._on_written(written)
+
+    def close(self) -> None:
+        """Let a write under way come to its end, whatever it is: the way out of a loop, failed or not."""
+        self._thread.shutdown()
+
+    # --- in the writer's thread -------------------------------------------------------------------
+
+    def _write(self, step: int, path: Path, items: list[WriteItem], copies: Mapping[str, Tensor]) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        save({}, storage_writer=FileSystemWriter(partial), planner=SharePlanner(items, copies),
+             process_group=self._group, no_dist=self._group is None)
+        outcome: list[Exception | None] = [None]
+        if self._rank == 0:  # all ranks have written: torch has told it so
+            try:
+                write_json(partial / "state.json", {"step": step, **self._header})
+                self._commit(partial, path)
+            except OSError as error:
+                outcome[0] = error
+        if self._group is not None:
+            dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[0] is not None:
+            raise outcome[0]
+
+    def _commit(self, partial: Path, path: Path) -> None:
+        """The whole folder gets its name; the oldest go. A folder to be removed loses its name first."""
+        doomed = checkpoints_in(self._folder)
+        if path in doomed:  # written before, by the run that this one resumed
+            doomed.remove(path)
+            _remove(path)
+        partial.rename(path)
+        for old in doomed[:len(doomed) - self._keep + 1]:
+            _remove(old)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *,
+                    layout: Mapping[str, int] | None = None, seed: int = 0) -> int:
+    """Restore weights, optimizer state and random state in place; the step at which it was written.
+
+    All ranks together. They may be more or fewer than those that wrote it, and sharded otherwise. The random
+    state is restored where `layout` and the number of ranks are those of the checkpoint; elsewhere it is
+    seeded anew from `seed`, this rank's own, and the step. Nothing is changed unless all ranks can load all.
+
+    Raises:
+        ValueError: the checkpoint belongs to another model or optimizer, or is damaged.
     """
     rank, world = _rank_and_world()
-    reader = _SafeReader(path)
-    stored = reader.read_metadata().state_dict_metadata
-    wanted = _model_state(model)
-    if missing := [name for name in wanted if name not in stored]:
-        raise ValueError(f"{path} has no {missing[0]!r} (and {len(missing) - 1} more): "
-                         "it was written for another model or adapter")
-    state: dict[str, Any] = {**wanted, **_wanted_optimizer_state(model, optimizer, stored, path)}
-    random_state = {name: value for name, value in _random_state(rank).items() if name in stored}
-    same_world = read_json(path / "state.json")["world_size"] == world
-    if same_world:
-        state |= random_state
-    load(state, storage_reader=reader, no_dist=world == 1)
+    header = read_json(path / "state.json")
+    same_layout = (header.get("world_size"), header.get("layout", {})) == (world, dict(layout or {}))
+    reader, state, problem = SafeReader(path), dict[str, Any](), None
+    stored: Mapping[str, Any] = {}
+    try:
+        if "step" not in header:
+            raise ValueError(f"{path} has no state.json: it is no checkpoint of a run")
+        metadata = reader.read_metadata()
+        stored = metadata.state_dict_metadata
+        state = {**_wanted_model_state(model, stored, path),
+                 **_wanted_optimizer_state(model, optimizer, stored, path)}
+        if same_layout:
+            state |= {name: value for name, value in _random_state(rank).items() if name in stored}
+        _check_shapes(state, stored, path)
+        reader.check_files(metadata)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        problem = error
+    _agree(problem, _model_state(model).keys(), stored, path)
+    with warnings.catch_warnings():  # each rank reads for itself; that is no lack of torch.distributed
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(state, storage_reader=reader, no_dist=True)
     _set_optimizer_state(model, optimizer, state)
-    if same_world:
+    if f"random.{rank}.cpu" in state:
         _set_random_state(rank, state)
-    return int(read_json(path / "state.json")["step"])
+    else:
+        torch.manual_seed(int(np.random.default_rng([seed, header["step"]]).integers(2**63)))
+    return int(header["step"])
+
+
+# --- what a checkpoint holds ------------------------------------------------------------------------
 
 
 def _model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -99,14 +210,43 @@ def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return state
 
 
+def _random_state(rank: int) -> dict[str, Tensor]:
+    state = {f"random.{rank}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"random.{rank}.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _parameter_of(name: str) -> str:
+    """The parameter to which an entry of the optimizer's state belongs."""
+    return name.removeprefix("optimizer.").split("|")[0]
+
+
+# --- what a rank loads ------------------------------------------------------------------------------
+
+
+def _wanted_model_state(model: nn.Module, stored: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    wanted = _model_state(model)
+    if missing := [name for name in wanted if name not in stored]:
+        raise ValueError(f"{path} has no {missing[0]!r} (and {len(missing) - 1} more): "
+                         "it was written for another model or adapter")
+    return wanted
+
+
 def _wanted_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, Any],
                             path: Path) -> dict[str, Tensor]:
-    """Tensors to load into: a rule's own states, in place; for other optimizers new ones."""
+    """Tensors to load into: a rule's own states, in place; for other optimizers new ones.
+
+    Of the stored states those of this rank's parameters: with a pipeline, others have the rest.
+    """
+    parameters = dict(model.named_parameters())
+    own = {name: meta for name, meta in stored.items()
+           if name.startswith("optimizer.") and _parameter_of(name) in parameters}
     if not isinstance(optimizer, RuleOptimizer):
-        return _empty_optimizer_state(model, stored)
+        return _empty_optimizer_state(parameters, own)
     state = _optimizer_state(model, optimizer)
-    saved = {name for name in stored if name.startswith("optimizer.")}
-    if differing := sorted(state.keys() ^ saved):
+    state.pop(_NORM, None)
+    if differing := sorted(state.keys() ^ own.keys()):
         raise ValueError(f"{path} and the optimizer differ in {differing[0]!r}: "
                          "it was written for another optimizer or rounding")
     if _NORM in stored:
@@ -115,19 +255,43 @@ def _wanted_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, 
     return state
 
 
-def _empty_optimizer_state(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, Tensor]:
+def _empty_optimizer_state(parameters: Mapping[str, Tensor], stored: Mapping[str, Any]) -> dict[str, Tensor]:
     """Laid out as their parameter where they have its shape."""
-    parameters = dict(model.named_parameters())
     state = {}
     for name, meta in stored.items():
-        if name.startswith("optimizer.") and isinstance(meta, TensorStorageMetadata):
-            parameter = parameters[name.removeprefix("optimizer.").split("|")[0]]
-            dtype = meta.properties.dtype
+        if isinstance(meta, TensorStorageMetadata):
+            parameter, dtype = parameters[_parameter_of(name)], meta.properties.dtype
             like = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             # Step counts, scalars, stay with the host, as torch's own optimizers keep them.
             other = torch.zeros(meta.size, dtype=dtype, device=parameter.device if meta.size else None)
             state[name] = like if parameter.shape == meta.size else other
     return state
+
+
+def _check_shapes(state: Mapping[str, Tensor], stored: Mapping[str, Any], path: Path) -> None:
+    for name, tensor in state.items():
+        size = getattr(stored[name], "size", None)
+        if size != tensor.shape:
+            raise ValueError(f"{name!r} is {tuple(size or ())} in {path}, and {tuple(tensor.shape)} here: "
+                             "it was written for another model or adapter")
+
+
+def _agree(problem: Exception | None, names: Any, stored: Mapping[str, Any], path: Path) -> None:
+    """Raise on all ranks what one has found; and if no rank at all has a parameter that is in the checkpoint."""
+    _, world = _rank_and_world()
+    mine = (None if problem is None else str(problem), set(names))
+    everyone: list[Any] = [mine] * world
+    if world > 1:
+        dist.all_gather_object(everyone, mine)
+    if problem is not None:
+        raise problem
+    for other, (text, _) in enumerate(everyone):
+        if text is not None:
+            raise ValueError(f"rank {other} cannot load the checkpoint: {text}")
+    saved = {name for name in stored if name.startswith("model.")}
+    if unknown := sorted(saved.difference(*(theirs for _, theirs in everyone))):
+        raise ValueError(f"the model has no {unknown[0]!r} (and {len(unknown) - 1} more), which is in {path}: "
+                         "it was written for another model or adapter")
 
 
 def _set_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -137,15 +301,7 @@ def _set_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sta
     parameters = dict(model.named_parameters())
     for name, value in state.items():
         if name.startswith("optimizer."):
-            parameter, key = name.removeprefix("optimizer.").split("|")
-            optimizer.state[parameters[parameter]][key] = value
-
-
-def _random_state(rank: int) -> dict[str, Tensor]:
-    state = {f"random.{rank}.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state[f"random.{rank}.cuda"] = torch.cuda.get_rng_state()
-    return state
+            optimizer.state[parameters[_parameter_of(name)]][name.split("|")[1]] = value
 
 
 def _set_random_state(rank: int, state: Mapping[str, Any]) -> None:
@@ -154,31 +310,20 @@ def _set_random_state(rank: int, state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state[f"random.{rank}.cuda"])
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module in _SAFE_MODULES or module.startswith(_SAFE_MODULES[0]) or (module, name) in _SAFE_NAMES:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"a checkpoint's metadata may not name {module}.{name}")
+# --- small things -----------------------------------------------------------------------------------
 
 
-class _SafeReader(FileSystemReader):
-    """Reads the metadata, which torch pickles, with nothing allowed but the classes that belong there."""
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on a rank, out of torch's account of all ranks."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        data = (Path(self.path) / ".metadata").read_bytes()
-        metadata: Metadata = _SafeUnpickler(io.BytesIO(data)).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()  # type: ignore[attr-defined]
-        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
-        return metadata
+
+def _remove(path: Path) -> None:
+    """Killed in the middle, it leaves no folder that looks like a checkpoint."""
+    hidden = path.with_name(f".{path.name}.old.partial")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

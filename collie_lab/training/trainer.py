@@ -21,7 +21,7 @@ from collie_lab.data.order import Step
 from collie_lab.folder import JsonLines, RunFolder
 from collie_lab.parallel import build_strategy
 from collie_lab.training.batch import Batch, collate
-from collie_lab.training.checkpoint import load_checkpoint, save_checkpoint
+from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoint
 from collie_lab.training.evaluate import evaluate
 from collie_lab.training.export import export_model
 from collie_lab.training.flops import peak_flops
@@ -61,6 +61,12 @@ class Trainer:
         """Train to the last step; the status: `ok`, `stopped` or `diverged`."""
         began = time.perf_counter()
         self._build()
+        with contextlib.closing(self._checkpoints):
+            status = self._loop()
+            self._finish(status, began)
+        return status
+
+    def _loop(self) -> str:
         training, status = self.experiment.training, "ok"
         for plan in itertools.islice(self._order.steps(self.step), training.steps - self.step):
             self.step += 1
@@ -68,6 +74,7 @@ class Trainer:
             self._train_step(plan)
             for callback in self.experiment.callbacks:
                 callback(self)
+            self._checkpoints.poll()
             if (verdict := self._verdict(self._meters.pull())) is not None:
                 status = verdict
                 break
@@ -75,9 +82,7 @@ class Trainer:
                 self._evaluate(self._due)
             if training.checkpoint_every and self.step % training.checkpoint_every == 0:
                 self.save_checkpoint()
-        status = self._verdict(self._meters.pull(all_=True)) or status
-        self._finish(status, began)
-        return status
+        return self._verdict(self._meters.pull(all_=True)) or status
 
     def _train_step(self, plan: Step) -> None:
         """One optimizer step: forward and backward over the micro-batches, clipping, update."""
@@ -171,10 +176,12 @@ class Trainer:
         self._stop_wish = True
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint now; on all ranks together."""
-        path = save_checkpoint(self.folder.checkpoints, self.step, self._adapted, self.optimizer,
-                               keep=self.experiment.training.keep_checkpoints, identity=self._identity())
-        self.event("checkpoint", step=self.step, path=str(path.relative_to(self.folder.path)))
+        """Take a checkpoint now, and write it while the training goes on; on all ranks together."""
+        self._checkpoints.save(self.step, self._adapted, self.optimizer)
+
+    def _tell_of_checkpoint(self, written: Written) -> None:
+        self.event("checkpoint", step=written.step, path=str(written.path.relative_to(self.folder.path)),
+                   blocked=written.blocked)
 
     def event(self, kind: str, **fields: Any) -> None:
         """A line in `events.jsonl`, from rank 0."""
@@ -210,13 +217,18 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         # Dropout differs between ranks that see other tokens; tensor-parallel ranks draw alike (`parallel.tensor`).
-        torch.manual_seed(training.seed * 1000 + self.rank // experiment.parallel.tp)
+        seed = training.seed * 1000 + self.rank // experiment.parallel.tp
+        torch.manual_seed(seed)
         self._meters = Meters(self.folder if self.rank == 0 else None, self.device,
                               experiment.parallel.world_size, peak_flops(self.device))
         self._tokenizer = Tokenizer(self.folder.path / "tokenizer")
         self._build_data()
+        layout = experiment.parallel.model_dump(include={"dp", "tp", "pp"})
+        self._checkpoints = Checkpointer(self.folder.checkpoints, keep=training.keep_checkpoints, layout=layout,
+                                         identity=self._identity(), on_written=self._tell_of_checkpoint)
         if resume := self._launch.get("resume_from"):
-            self.step = load_checkpoint(RunFolder(resume).path, self._adapted, self.optimizer)
+            self.step = load_checkpoint(RunFolder(resume).path, self._adapted, self.optimizer, layout=layout,
+                                        seed=seed)
         self._first_step = self.step
         if isinstance(self._memory, CpuMemory):
             self._memory.probe = self._heaviest_step()
@@ -305,6 +317,7 @@ class Trainer:
         training = self.experiment.training
         if status == "stopped":
             self.save_checkpoint()
+        self._checkpoints.finish()
         if training.export and status != "diverged":
             self.event("phase", text="writing the model")
             with self._averaged():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.util
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from collie_lab import cells
 from collie_lab.optim import build, parameter_groups
 from collie_lab.optim.library import Chained, block_matrices
-from collie_lab.training.checkpoint import load_checkpoint, save_checkpoint
+from collie_lab.training.checkpoint import Checkpointer, load_checkpoint
 from tests.ranks import run_ranks
 
 VOCABULARY, WIDTH, HIDDEN = 40, 32, 130
@@ -187,8 +188,9 @@ def test_resumed_equals_uninterrupted(kind: str, way: str, tmp_path: Path) -> No
     resumed = build(cell, second)
     assert all(isinstance(value, Tensor) for state in optimizer.state.values() for value in state.values())
     if way == "checkpoint":
-        path = save_checkpoint(tmp_path, 4, first, optimizer, keep=1, identity={})
-        assert load_checkpoint(path, second, resumed) == 4
+        with contextlib.closing(Checkpointer(tmp_path, keep=1)) as checkpoints:
+            checkpoints.save(4, first, optimizer)
+        assert load_checkpoint(tmp_path / "step-000004", second, resumed) == 4
     else:
         second.load_state_dict(first.state_dict())
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))

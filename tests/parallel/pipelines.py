@@ -32,6 +32,9 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "gpt_neox": {"tie_word_embeddings": False}, "phi3": {"num_key_value_heads": 2},
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
     "qwen3": {"head_dim": 16, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3_next": {"head_dim": 16, "num_key_value_heads": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+                   "linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
 }
 
 

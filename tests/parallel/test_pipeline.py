@@ -30,8 +30,6 @@ from tests.parallel.pipelines import (
 )
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.ranks
-
 
 @pytest.mark.parametrize(("costs", "first", "last", "runs", "sizes"), [
     ([1] * 8, 0, 0, 4, [2, 2, 2, 2]),
@@ -78,6 +76,7 @@ def test_level_keeps_loss_and_gradients():
         torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.ranks
 def test_two_stages():
     run_ranks(_two_stages, 2)
 
@@ -98,6 +97,7 @@ def _two_stages() -> None:
     _refusals()
 
 
+@pytest.mark.ranks
 def test_families():
     run_ranks(_families, 2)
 
@@ -120,8 +120,10 @@ def _families() -> None:
         assert found == (pytest.approx(losses, rel=1e-6) if pipeline.is_last else [0.0, 0.0]), name
     _relay("interleaved")
     _relay("zero_bubble")
+    _linear_attention()
 
 
+@pytest.mark.ranks
 def test_four_stages():
     run_ranks(_four_stages, 4)
 
@@ -130,16 +132,17 @@ def _four_stages() -> None:
     _compare(llama(), "1f1b", 5)
     _compare(llama(8), "zero_bubble", 4)
     _relay("1f1b")
-    for schedule, count in (("gpipe", 2), ("1f1b", 3), ("interleaved", 4)):
-        _sharded(schedule, count)
+    _sharded("gpipe", 2, reshard=True)
+    _sharded("1f1b", 3)
+    _sharded("interleaved", 4, reshard=True)
     _sharded("1f1b", 2, adapted=True)
     _sharded_bf16()
 
 
 def _compare(model: PreTrainedModel, schedule: str, count: int, root: nn.Module | None = None,
-             compute: Callable[[], Any] = contextlib.nullcontext) -> Pipeline:
+             compute: Callable[[], Any] = contextlib.nullcontext, flat: bool = True) -> Pipeline:
     """A step by the schedule, twice, gives loss and gradients of one process; micro-batches differ in length."""
-    batches = micro_batches(count)
+    batches = micro_batches(count, flat=flat)
     loss, expected = reference(root or model, batches, compute)
     pipeline = stages(model, schedule)
     for _ in range(2):  # the second on the same schedule object
@@ -217,6 +220,17 @@ def _refusals() -> None:
         stages(llama(1), "gpipe")
 
 
+def _linear_attention() -> None:
+    """A hybrid: layers with a state instead of keys and values, in padded rows."""
+    model = family("qwen3_next").eval()
+    with torch.no_grad():
+        tokens = _generate(model)
+    model.set_attn_implementation("sdpa")
+    _compare(model, "1f1b", 2, flat=False)
+    with torch.no_grad():
+        assert torch.equal(_generate(model), tokens)
+
+
 def _relay(schedule: str) -> None:
     model = llama(8 if schedule != "1f1b" else 4).eval()
     with torch.no_grad():
@@ -238,7 +252,7 @@ def _generate(model: PreTrainedModel, **options: Any) -> Tensor:
     return tokens
 
 
-def _sharded(schedule: str, count: int, *, adapted: bool = False) -> None:
+def _sharded(schedule: str, count: int, *, reshard: bool = False, adapted: bool = False) -> None:
     """FSDP2 over two ranks in each of two stages: the gradients are the mean over the data-parallel ranks."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     model = llama()
@@ -249,7 +263,7 @@ def _sharded(schedule: str, count: int, *, adapted: bool = False) -> None:
     mine = shares[mesh.get_local_rank("dp")]
     loss, _ = reference(root, mine)
     pipeline = stages(model, schedule, mesh.get_group("pp"))
-    _shard(model, root, mesh["dp"])
+    _shard(model, root, mesh["dp"], reshard_after_forward=reshard)
     for _ in range(2):
         found = pipeline.train(root, level(mine), SCALE)
         pipeline.sync_tied()
@@ -278,4 +292,4 @@ def _sharded_bf16() -> None:
 def _shard(model: PreTrainedModel, root: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
     for module in [*model.model.layers, root]:
         if any(True for _ in module.parameters()):
-            fully_shard(module, mesh=mesh, reshard_after_forward=False, **options)
+            fully_shard(module, mesh=mesh, **options)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from collie_lab import AdaLomo, AdamW, Adan, Experiment, Lion, Lomo, LoRA, Model, Parallel, Skills, Sophia, Training
 from collie_lab.folder import RunFolder
-from collie_lab.training.checkpoint import _SafeReader
+from collie_lab.training._safe_reader import SafeReader
 from tests.ranks import losses, run_here, run_ranks
 
 BASE = Experiment(
@@ -76,6 +76,44 @@ def test_two_ranks_resume_exactly_and_one_process_goes_on_from_their_checkpoint(
     assert losses(alone) == pytest.approx(losses(whole)[5:], abs=1e-5)
 
 
+MOVED = {
+    "adamw": BASE,
+    "adalomo": IN_BACKWARD.replace(optimizer=AdaLomo(lr=5e-3, accumulate="hold")),
+    "lora": BASE.replace(adapter=LoRA(r=4)),
+}
+
+
+def _train_moved(folder: str, resume: str | None, layout: str) -> None:
+    cell = {"pp2 tp2": Parallel(pp=2, tp=2), "dp2 zero3": Parallel(dp=2, zero=3)}[layout]
+    for arm, experiment in MOVED.items():
+        checkpoint = RunFolder(Path(resume) / arm).latest_checkpoint() if resume else None
+        run_here(experiment.replace(parallel=cell).with_("training.micro_batch_size", None), Path(folder) / arm,
+                 resume=checkpoint)
+
+
+def _exported(run: RunFolder) -> dict[str, torch.Tensor]:
+    """Of one file, or of one for each stage."""
+    files = (run.path / "model").glob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+@pytest.mark.ranks
+def test_a_run_goes_on_under_another_layout(tmp_path: Path) -> None:
+    """Begun as a pipeline of tensor-parallel ranks; ended sharded, and on one process."""
+    run_ranks(_train_moved, 4, str(tmp_path / "begun"), None, "pp2 tp2")
+    run_ranks(_train_moved, 2, str(tmp_path / "sharded"), str(tmp_path / "begun"), "dp2 zero3")
+    for arm, experiment in MOVED.items():
+        begun, plain = RunFolder(tmp_path / "begun" / arm), experiment.with_("training.micro_batch_size", None)
+        whole = losses(run_here(plain, tmp_path / "whole" / arm))
+        alone = run_here(plain, tmp_path / "alone" / arm, resume=begun.latest_checkpoint())
+        for run, expected in ((begun, whole), (RunFolder(tmp_path / "sharded" / arm), whole[5:]), (alone, whole[5:])):
+            assert losses(run) == pytest.approx(expected, abs=1e-5), arm
+        exported, direct = (_exported(run) for run in (begun, RunFolder(tmp_path / "whole" / arm)))
+        assert exported.keys() == direct.keys()
+        for name, value in direct.items():
+            torch.testing.assert_close(exported[name], value, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_stop_flag_ends_the_run_with_a_checkpoint_and_a_result(tmp_path: Path) -> None:
     def stop_at_three(trainer: object) -> None:
         if trainer.step == 3:  # type: ignore[attr-defined]
@@ -110,7 +148,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(pickle.UnpicklingError, match=r"may not name builtins\.eval"):
-        _SafeReader(tmp_path).read_metadata()
+        SafeReader(tmp_path).read_metadata()
 
 
 def test_diverging_is_a_status(tmp_path: Path) -> None:
