@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from collie_lab.cells import CellError, ExactMatch, Experiment, Instructions, Model, Problem, Skills
+from collie_lab.check_deepspeed import deepspeed_problems
 from collie_lab.check_optimizer import optimizer_problems
 from collie_lab.check_parallel import parallel_problems
 from collie_lab.data.hub import context_length, model_config
@@ -65,8 +66,8 @@ def check(experiment: Experiment) -> Report:
     problems: list[Problem] = []
     config = _collect(problems, lambda: _model(experiment.model, problems))
     problems += [*_batches(experiment), *optimizer_problems(experiment), *_adapter(experiment),
-                 *parallel_problems(experiment, config or {}), *_evaluations(experiment), *_without_effect(experiment),
-                 *_gpus(experiment)]
+                 *parallel_problems(experiment, config or {}), *deepspeed_problems(experiment),
+                 *_evaluations(experiment), *_without_effect(experiment), *_gpus(experiment)]
     _collect(problems, lambda: _data(experiment, config or {}, problems))
     return Report(problems)
 

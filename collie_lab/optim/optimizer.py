@@ -52,6 +52,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         record_norm: find the gradient norm of every step (`norm`) even where nothing is clipped.
         reduce: in backward, called with each gradient before anything else: averages it over replicas.
         engine: auto, eager, compile, native (C++, CPU) or triton (CUDA).
+        lazy: states are not made now, but by `adopt` or with the first update: for DeepSpeed, which puts flat pieces of
+            its own in the place of the parameters.
         seed: of stochastic rounding.
         stages: the ranks that train the other parameters of the same model (a pipeline): one gradient norm for all.
         copies: parameters whose gradient another of these ranks counts.
@@ -65,8 +67,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, rule: Rule, *, in_backward: bool = False, max_norm: float | None = None,
                  max_value: float | None = None, clip_by: ClipBy = "two_passes", accumulate: Accumulate | None = None,
                  rounding: str | None = None, record_norm: bool = False,
-                 reduce: Callable[[Tensor], None] | None = None, engine: str = "auto", seed: int = 0,
-                 stages: dist.ProcessGroup | None = None, copies: Collection[Tensor] = (), **hyper: Any):
+                 reduce: Callable[[Tensor], None] | None = None, engine: str = "auto", lazy: bool = False,
+                 seed: int = 0, stages: dist.ProcessGroup | None = None, copies: Collection[Tensor] = (), **hyper: Any):
         self.rule, self.in_backward = rule, in_backward
         self.norm: Tensor | None = None
         self._max_norm, self._max_value, self._clip_by = max_norm, max_value, clip_by
@@ -81,7 +83,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._norms: list[tuple[Tensor, Slot]] = []
         self._scale: Tensor | None = None
         self._stages, self._copies = stages, {id(parameter) for parameter in copies}
-        self._engine, self._engines = engine, dict[torch.device, Engine]()
+        self._engine, self._engines, self._lazy = engine, dict[torch.device, Engine](), lazy
         self._hessian_tokens = 0
         self._since_refresh = 0
         self._check_options()
@@ -119,7 +121,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for parameter, name in zip(group["params"], names, strict=True):
             # By name where there is one: the same on the stages of a pipeline, which have some parameters each.
             self._numbers[parameter] = len(self._numbers) if name is None else zlib.crc32(name.encode())
-            if parameter.requires_grad:  # what is frozen takes no memory
+            if parameter.requires_grad and not self._lazy:  # what is frozen takes no memory
                 self._add(parameter, len(self.param_groups) - 1)
 
     def _add(self, parameter: Tensor, group: int) -> Slot:
@@ -129,7 +131,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         release(parameter)
         if parameter.device not in self._engines:
             self._engines[parameter.device] = choose_engine(self._engine, parameter.device)
-        slot, entries = make_slot(parameter, self.rule, self._rounding, index=self._numbers[parameter], group=group,
+        index = self._numbers.setdefault(parameter, len(self._numbers))
+        slot, entries = make_slot(parameter, self.rule, self._rounding, index=index, group=group,
                                   engine=self._engines[parameter.device])
         self._slots[parameter] = slot
         self.state[parameter].update(entries)
@@ -150,8 +153,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         ready = [(parameter, index) for index, group in enumerate(self.param_groups) for parameter in group["params"]
                  if parameter.grad is not None]
         if not self.in_backward:
-            self._update_all([(parameter, self._slots.get(parameter) or self._add(parameter, index),
-                               local_gradient(parameter)) for parameter, index in ready])
+            self._update_all([(parameter, self.adopt(parameter, index), local_gradient(parameter))
+                              for parameter, index in ready])
         else:
             self._take_leftovers([parameter for parameter, _ in ready])
             if self._norms:
@@ -160,6 +163,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._fired.clear()
         self._warn_if_stale()
         return loss
+
+    def adopt(self, parameter: Tensor, group: int) -> Slot:
+        """What is kept of a parameter of that group; made now where it is new."""
+        slot = self._slots.get(parameter) or self._add(parameter, group)
+        slot.group = group  # DeepSpeed steps through the groups one by one, each as if it were the only one
+        return slot
 
     def _take_leftovers(self, parameters: list[Tensor]) -> None:
         """With `hold`: parameters (experts) that got gradients from earlier micro-batches, but not from the last."""

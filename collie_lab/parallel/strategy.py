@@ -6,13 +6,14 @@ Losses arrive here as sums over tokens, scaled so that the mean over the data-pa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -111,6 +112,19 @@ class Strategy:
     def whole(self, model: nn.Module) -> Iterator[None]:
         """The context in which every data-parallel rank may call the model a different number of times."""
         yield
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A parameter or buffer whole, in the host's memory; all ranks that hold a piece of it together."""
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+    def snapshot(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Model and optimizer as checkpoints keep them: parameters whole or DTensors, with a state for each."""
+        return model, optimizer
+
+    def load(self, read: Callable[[nn.Module, torch.optim.Optimizer], int], model: nn.Module,
+             optimizer: torch.optim.Optimizer) -> int:
+        """What `read` returns, which puts a checkpoint into a model and an optimizer as `snapshot` gives them."""
+        return read(model, optimizer)
 
 
 class TorchStrategy(Strategy):
@@ -216,6 +230,10 @@ class TorchStrategy(Strategy):
 
 def build_strategy(cell: Parallel, device: torch.device, precision: str) -> Strategy:
     """The strategy of a layout; the process group exists already where there are several ranks."""
+    if cell.engine == "deepspeed":
+        from collie_lab.parallel.deepspeed import DeepSpeed
+
+        return DeepSpeed(cell, device, precision)
     if cell.world_size == 1:
         return Strategy(cell, device, precision)
     return TorchStrategy(cell, device, precision)

@@ -10,30 +10,33 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from collie_lab.data import Tokenizer
 from collie_lab.folder import RunFolder, write_json
+from collie_lab.parallel import Strategy
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 __all__ = ["export_model"]
 
+Gather = Callable[[Tensor], Tensor]
+
 # The largest file. A rank holds no more of the whole than that and one block.
 _FILE_BYTES = 4 * 10**9
 
 
-def export_model(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, folder: RunFolder) -> None:
+def export_model(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, folder: RunFolder, strategy: Strategy
+                 ) -> None:
     """Write `model` and the run's tokenizer to `<run>/model`; on all ranks together, each has its part of the names.
 
     `model` is a transformers model, or peft's wrapper of one. The ranks of a DTensor's mesh must have the same names
@@ -47,9 +50,9 @@ def export_model(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, folde
         _set_special_tokens(model, tokenizer)
     _barrier()
     if isinstance(model, PreTrainedModel):
-        _write_model(model, partial, rank)
+        _write_model(model, partial, rank, strategy.gather)
     else:
-        _write_adapter(model, partial, rank)
+        _write_adapter(model, partial, rank, strategy.gather)
     if rank == 0:
         shutil.copytree(tokenizer.folder, partial, dirs_exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)
@@ -63,13 +66,13 @@ def _set_special_tokens(model: Any, tokenizer: Tokenizer) -> None:
                                        pad_token_id=tokenizer.pad_id)
 
 
-def _write_adapter(model: PeftModel, folder: Path, rank: int) -> None:
+def _write_adapter(model: PeftModel, folder: Path, rank: int, gather: Gather) -> None:
     """What is trained, gathered on rank 0: it is small. peft finds the adapter of the layers that a rank has."""
     from peft import get_peft_model_state_dict
 
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     writers = _writers(trained)
-    mine = {name: tensor for name, tensor in _gather(trained.items()) if writers[name] == rank}
+    mine = {name: whole for name, tensor in trained.items() for whole in [gather(tensor)] if writers[name] == rank}
     parts = _on_rank_0(get_peft_model_state_dict(model, state_dict=mine))
     if rank == 0:
         model.save_pretrained(folder, state_dict=mine)
@@ -77,7 +80,7 @@ def _write_adapter(model: PeftModel, folder: Path, rank: int) -> None:
         save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _write_model(model: PreTrainedModel, folder: Path, rank: int) -> None:
+def _write_model(model: PreTrainedModel, folder: Path, rank: int, gather: Gather) -> None:
     """Every rank's files of weights; rank 0: their index and the configuration."""
     tensors = _kept(model)
     writers = _writers(tensors)
@@ -86,8 +89,9 @@ def _write_model(model: PreTrainedModel, folder: Path, rank: int) -> None:
     files = _Files(folder, rank)
     names = [name for name in tensors if name not in tied]
     for _, block in itertools.groupby(names, _block_of):
-        whole = _gather((name, tensors[name]) for name in block)
-        files.add(revert_weight_conversion(model, {name: tensor for name, tensor in whole if writers[name] == rank}))
+        whole = {name: gather(tensors[name]) for name in block}
+        files.add(revert_weight_conversion(model, {name: tensor for name, tensor in whole.items()
+                                                   if writers[name] == rank}))
     files.flush()
     parts = [part for written in _on_rank_0(files.written) for part in written]
     if rank == 0:
@@ -111,12 +115,6 @@ def _block_of(name: str) -> str:
     """The block that a name belongs to, `model.layers.3`; outside of blocks itself."""
     found = re.match(r".*?\.\d+(?=\.)", name)
     return found[0] if found else name
-
-
-def _gather(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor whole, one after the other."""
-    for name, tensor in tensors:
-        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
 class _Files:

@@ -17,7 +17,7 @@ from collie_lab._version import __version__
 
 __all__ = ["provenance"]
 
-_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
+_PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy", "deepspeed")
 
 
 def provenance(seed: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -177,7 +178,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Take a checkpoint now, and write it while the training goes on; on all ranks together."""
-        self._checkpoints.save(self.step, self._adapted, self.optimizer)
+        self._checkpoints.save(self.step, *self._strategy.snapshot(self._adapted, self.optimizer))
 
     def _tell_of_checkpoint(self, written: Written) -> None:
         self.event("checkpoint", step=written.step, path=str(written.path.relative_to(self.folder.path)),
@@ -227,8 +228,8 @@ class Trainer:
         self._checkpoints = Checkpointer(self.folder.checkpoints, keep=training.keep_checkpoints, layout=layout,
                                          identity=self._identity(), on_written=self._tell_of_checkpoint)
         if resume := self._launch.get("resume_from"):
-            self.step = load_checkpoint(RunFolder(resume).path, self._adapted, self.optimizer, layout=layout,
-                                        seed=seed)
+            read = functools.partial(load_checkpoint, RunFolder(resume).path, layout=layout, seed=seed)
+            self.step = self._strategy.load(read, self._adapted, self.optimizer)
         self._first_step = self.step
         if isinstance(self._memory, CpuMemory):
             self._memory.probe = self._heaviest_step()
@@ -321,7 +322,7 @@ class Trainer:
         if training.export and status != "diverged":
             self.event("phase", text="writing the model")
             with self._averaged():
-                export_model(self._adapted, self._tokenizer, self.folder)
+                export_model(self._adapted, self._tokenizer, self.folder, self._strategy)
         figures = self._evaluate(lambda cell: True) if status == "ok" else {}
         peak = torch.tensor(float(self._memory.peak_bytes or 0), dtype=torch.float64, device=self.device)
         if dist.is_initialized():

@@ -136,3 +136,32 @@ def test_held_gradients_of_an_expert_that_the_last_part_does_not_use() -> None:
 def test_options_that_a_library_would_ignore_are_refused() -> None:
     with pytest.raises(ValueError, match="Muon takes no max_norm"):
         optim.build(Muon(), nn.ModuleList([nn.Linear(2, 2)]), max_norm=1.0)
+
+
+def test_lazy_states_are_those_of_the_pieces_that_are_adopted() -> None:
+    """As DeepSpeed does it: a flat piece in the place of the parameters, the groups stepped through one by one."""
+    weights = [nn.Parameter(torch.full((2, 2), float(n))) for n in (1, 2)]
+    plain = RuleOptimizer([{"params": [w.detach().clone().requires_grad_()], "lr": lr} for w, lr in
+                           zip(weights, (0.1, 0.2), strict=True)], Lion(), betas=(0.9, 0.99), **PLAIN)
+    lazy = RuleOptimizer([{"params": [w], "lr": lr} for w, lr in zip(weights, (0.1, 0.2), strict=True)], Lion(),
+                         lazy=True, betas=(0.9, 0.99), **PLAIN)
+    assert not lazy.state
+    pieces = [nn.Parameter(weight.detach().flatten()) for weight in weights]
+    for index, (group, piece) in enumerate(zip(lazy.param_groups, pieces, strict=True)):
+        group["params"] = [piece]
+        lazy.adopt(piece, index)
+    assert [entries["m"].shape for entries in lazy.state.values()] == [(4,), (4,)]
+    for _ in range(2):
+        groups = lazy.param_groups
+        for group, piece in zip(groups, pieces, strict=True):
+            _steep(piece)
+            lazy.param_groups = [group]
+            lazy.step()
+            piece.grad = None
+        lazy.param_groups = groups
+        for group in plain.param_groups:
+            _steep(group["params"][0])
+        plain.step()
+        plain.zero_grad()
+    for group, piece in zip(plain.param_groups, pieces, strict=True):
+        torch.testing.assert_close(piece.detach(), group["params"][0].detach().flatten(), atol=0, rtol=0)

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from collie_lab.cells import Model
+from collie_lab.cells import Model, Parallel
 from collie_lab.data import Tokenizer, save_tokenizer
 from collie_lab.folder import RunFolder, read_json
+from collie_lab.parallel import Strategy
 from collie_lab.training import export
 from collie_lab.training.export import export_model
 from tests.ranks import run_ranks
@@ -48,7 +49,7 @@ def send(model: nn.Module, path: Path) -> Path:
         save_tokenizer(Model("llama-tiny", init="random"), run.path / "tokenizer")
     if dist.is_initialized():
         dist.barrier()
-    export_model(model, Tokenizer(run.path / "tokenizer"), run)
+    export_model(model, Tokenizer(run.path / "tokenizer"), run, Strategy(Parallel(), torch.device("cpu"), "fp32"))
     assert (run.path / "model").is_dir()  # on every rank
     return run.path / "model"
 
