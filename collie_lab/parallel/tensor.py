@@ -285,27 +285,32 @@ class TensorParallel:
             self.spread = self._sequence
 
     def _separate_random(self, model: PreTrainedModel, roles: dict[nn.Module, Role]) -> None:
-        """Dropout on what only this rank has draws numbers of its own; all else is alike on all ranks."""
-        for name, module in model.named_modules():
+        """Dropout on what only this rank has draws numbers of its own; all else is alike on all ranks.
+
+        The attention function of `training.packed` enters `separate_random` of the module that calls it.
+        """
+        for module in model.modules():
             if hasattr(module, "base_layer") and roles.get(module.base_layer) == "row":  # type: ignore[call-overload]
                 for dropout in module.lora_dropout.children():  # type: ignore[union-attr]
-                    dropout.forward = self._random(dropout.forward)
-            children = {roles.get(getattr(child, "base_layer", child)) for child in module.children()}
-            if "column" in children and getattr(module, "attention_dropout", None):
-                if any(isinstance(child, nn.Dropout) and child.p for child in module.children()):
-                    raise ValueError(f"dropout inside {name} is not supported with tp; set it to 0 in Model.config")
-                module.forward = self._random(module.forward)
+                    dropout.forward = self._separated(dropout.forward)
+            if "column" in {roles.get(getattr(child, "base_layer", child)) for child in module.children()}:
+                module.separate_random = self._random  # type: ignore[assignment]
 
-    def _random(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Seeded from the common numbers, so that a recomputed forward pass draws the same."""
+    def _separated(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            seed = int(torch.randint(2**40, ())) * self.size + self.rank
-            device = self._mesh.device_type
-            with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
-                torch.manual_seed(seed)
+            with self._random():
                 return forward(*args, **kwargs)
 
         return run
+
+    @contextlib.contextmanager
+    def _random(self) -> Iterator[None]:
+        """Numbers of this rank, seeded from the common ones, so that a recomputed forward pass draws the same."""
+        seed = int(torch.randint(2**40, ())) * self.size + self.rank
+        devices = [torch.cuda.current_device()] if self._mesh.device_type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            yield
 
 
 def local_piece(parameter: Tensor, shares: bool = False) -> Tensor:

@@ -109,18 +109,29 @@ def _packed_attention(module: nn.Module, query_BHTD: Tensor, key_BKTD: Tensor, v
                       **_: Any) -> tuple[Tensor, None]:
     """transformers' attention function: [1, H, T, D] queries to [1, T, H, D] outputs.
 
-    Without `packed` (generation, a model called by hand) it is plain SDPA with the mask it is given.
+    Without `packed` (generation, a model called by hand) it is plain SDPA with the mask it is given. Where other ranks
+    have other heads, dropout draws other numbers: `module.separate_random` is the context for it.
     """
+    if dropout and (separate := getattr(module, "separate_random", None)):
+        with separate():
+            return _attention(query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, packed,
+                              sliding_window), None
+    return _attention(query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, packed, sliding_window), None
+
+
+def _attention(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, attention_mask: Tensor | None,
+               scaling: float | None, dropout: float, packed: PackedLayout | None, sliding_window: int | None
+               ) -> Tensor:
     if packed is None:
         out = _sdpa(query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, sliding_window)
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2)
     parts = zip(*(x.split(packed.sizes, dim=2) for x in (query_BHTD, key_BKTD, value_BKTD)), strict=True)
     outputs = []
     for group, part in zip(packed.groups, parts, strict=True):
         q, k, v = (_rows(x, group) for x in part)
         out = _sdpa(q, k, v, None, scaling, dropout, sliding_window).transpose(1, 2).flatten(0, 1)
         outputs.append(out if group.kept is None else out.index_select(0, group.kept))
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None]
 
 
 def _rows(x_BHTD: Tensor, group: _Group) -> Tensor:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from collie_lab.cells import Experiment, Parallel
-from collie_lab.parallel import build_strategy
+from collie_lab.parallel import Strategy, build_strategy
 from collie_lab.training.batch import collate
 from collie_lab.training.model import build_model
 from tests.parallel.families import FAMILIES, documents, experiment
@@ -74,3 +75,58 @@ def test_families_equal_the_whole_model() -> None:
     run_ranks(_families, 2)
 
 
+
+
+def _generated(exp: Experiment, cell: Parallel) -> Tensor:
+    strategy = build_strategy(cell, CPU, "fp32") if cell.world_size > 1 else Strategy(cell, CPU, "fp32")
+    model, *_ = build_model(exp, CPU, strategy)
+    model.set_attn_implementation("sdpa")
+    prompt = torch.from_numpy(documents().tokens[None, :11].astype(np.int64))
+    with torch.no_grad(), strategy.whole(model):
+        tokens: Tensor = model.eval().generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    return tokens
+
+
+def _with_dropout(cell: Parallel, recompute: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of LoRA under dropout, on attention and before LoRA's first matrix."""
+    exp = experiment("llama3", lora=True)
+    assert exp.adapter is not None
+    exp = exp.replace(adapter=exp.adapter.replace(dropout=0.3), training=exp.training.replace(recompute=recompute),
+                      model=exp.model.replace(config={"attention_dropout": 0.2}))
+    strategy = build_strategy(cell, CPU, "fp32")
+    _, root, *_ = build_model(exp, CPU, strategy)
+    _set_adapter(root)
+    torch.manual_seed(7)
+    loss = root.train()(**collate(documents(), np.arange(3), CPU, flat=True, multiple=strategy.multiple).inputs)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in root.named_parameters() if p.grad is not None}
+
+
+def _generation_and_dropout() -> None:
+    torch.use_deterministic_algorithms(True)
+    for family in ("llama3", "phi3", "mixtral", "odd vocabulary"):
+        expected = _generated(experiment(family), Parallel())
+        assert torch.equal(_generated(experiment(family), Parallel(tp=2)), expected), family
+    spread = Parallel(tp=2, sequence_parallel=True)
+    assert torch.equal(_generated(experiment("llama3"), spread), _generated(experiment("llama3"), Parallel()))
+    for cell in (Parallel(tp=2), spread):
+        loss, gradients = _with_dropout(cell, "none")
+        again, recomputed = _with_dropout(cell, "full")
+        assert loss == again  # a block that runs again drops the same
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(_whole(recomputed[name]), _whole(gradient), rtol=0, atol=1e-6)
+        everyone = [torch.empty_like(loss) for _ in range(2)]
+        dist.all_gather(everyone, loss)
+        assert everyone[0] == everyone[1]  # what all ranks hold, they drop alike
+        whole = [g.redistribute(placements=[Replicate()]).to_local() for name, g in sorted(gradients.items())
+                 if isinstance(g, DTensor) and not any(p.is_shard() for p in g.placements)]
+        assert whole
+        for gradient in whole:
+            pieces = [torch.empty_like(gradient) for _ in range(2)]
+            dist.all_gather(pieces, gradient)
+            torch.testing.assert_close(pieces[0], pieces[1], rtol=0, atol=1e-7)
+
+
+@pytest.mark.ranks
+def test_generation_and_dropout() -> None:
+    run_ranks(_generation_and_dropout, 2)

@@ -49,7 +49,7 @@ ARMS = {
 }
 
 
-# Two ranks try everything; more ranks the arms that differ in what they ask of a layout.
+# Some layouts try everything; the others the arms that differ in what they ask of a layout.
 FEW = ("adamw", "lion", "adalomo", "lomo", "lora")
 LAYOUTS = {
     "dp2": Parallel(dp=2),
@@ -73,7 +73,7 @@ LAYOUTS = {
 
 
 def _arms(layout: str) -> list[str]:
-    return [name for name in ARMS if LAYOUTS[layout].world_size == 2 or name in FEW]
+    return [name for name in ARMS if layout in ("dp2", "dp2 zero3", "tp2", "pp2 1f1b") or name in FEW]
 
 
 def _train_all(folder: str, layout: str) -> None:
