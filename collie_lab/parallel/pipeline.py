@@ -174,7 +174,7 @@ class Pipeline:
         if self._cached is None or self._cached[0] != key:
             hidden = torch.empty(shape, dtype=self._dtype, device="meta", requires_grad=True)
             loss = torch.empty(1, device="meta", requires_grad=True)
-            stages = [PipelineStage(
+            stages = [_TorchStage(
                 _Stage(functools.partial(self._run, index)), index, len(self._rank_of_run), self._device, hidden,
                 hidden if index < len(self._rank_of_run) - 1 else loss, group=self._group,
                 dw_builder=None if self._linears is None else self._linears.take,
@@ -309,6 +309,13 @@ class _Step:
             self.root.set_is_last_backward(last)
             self.root.set_reshard_after_backward(last)
             self.root.set_requires_gradient_sync(last)
+
+
+class _TorchStage(PipelineStage):
+    """torch's, which before 2.13 greets its neighbours first, and where that is the same rank, gloo fails."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
 class _Stage(nn.Module):
