@@ -33,6 +33,7 @@ from collie_lab.cells import (
     LoRA,
     Model,
     Muon,
+    Nodes,
     Optimizer,
     Parallel,
     Perplexity,
@@ -59,7 +60,7 @@ _LAZY = {
 __all__ = [
     "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell", "CellError", "Data",
     "Evaluation", "ExactMatch", "Experiment", "GaLore", "Instructions", "Lion", "LoRA", "Lomo", "Model", "Muon",
-    "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens", "RankError", "Results", "Run", "SGD",
+    "Nodes", "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens", "RankError", "Results", "Run", "SGD",
     "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text", "Training", "__version__", "attach",
     "compare", "figure", "optim", "runs",
 ]

@@ -2,9 +2,9 @@
 
     runs/<name>-<id>/  experiment.yaml  launch.json  status.json  metrics.jsonl  events.jsonl  result.json
                        env.json  logs/rank-N.{out,err}  logs/launcher.log  errors/rank-N.json
-                       checkpoints/  model/  stop
+                       checkpoints/  model/  stop  nodes/N.json (with several machines)
 
-`status.json` belongs to the parent (the supervisor), everything else to the ranks. A JSON file is written
+`status.json` and `nodes/` belong to the parents (the supervisors), everything else to the ranks. A JSON file is written
 whole or not at all; a JSONL file grows by whole lines, so a reader may follow it while it is written.
 """
 
@@ -74,6 +74,14 @@ class RunFolder:
     def stop_flag(self) -> Path:
         """Its existence asks the ranks to stop after the step they are in."""
         return self.path / "stop"
+
+    def node(self, number: int) -> Path:
+        """The beacon of one machine, where there are several: its sign of life and its words to the others."""
+        return self.path / "nodes" / f"{number}.json"
+
+    def launcher_log(self, node: int = 0) -> Path:
+        """The words of the supervisor and torchrun on one machine."""
+        return self.logs / (f"launcher-{node}.log" if node else "launcher.log")
 
     def log(self, rank: int, stream: str = "out") -> Path:
         """The log of one rank; `stream` is `out` or `err`."""

@@ -22,7 +22,10 @@ import psutil
 
 from collie_lab.folder import RunFolder, write_json
 
-__all__ = ["die_with_parent", "enter"]
+__all__ = ["SUPERVISOR", "die_with_parent", "enter"]
+
+#: The variable by which a supervisor tells its ranks its pid.
+SUPERVISOR = "COLLIE_LAB_SUPERVISOR"
 
 _PR_SET_PDEATHSIG = 1
 
@@ -38,7 +41,7 @@ def enter(folder: RunFolder | str | Path) -> Iterator[None]:
     folder = folder if isinstance(folder, RunFolder) else RunFolder(folder)
     rank = int(os.environ.get("RANK", "0"))
     _redirect(folder, rank)
-    _tie_to_parent(folder)
+    _tie_to_parent()
     faulthandler.enable(all_threads=True)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -67,11 +70,11 @@ def _redirect(folder: RunFolder, rank: int) -> None:
         os.close(target)
 
 
-def _tie_to_parent(folder: RunFolder) -> None:
+def _tie_to_parent() -> None:
     """End when torchrun ends, however it ends, and have forked children (DataLoader workers) do the same."""
     die_with_parent()
-    supervisor = folder.read("status.json").get("pid")
-    if supervisor is not None and not _has_grandparent(supervisor):
+    supervisor = os.environ.get(SUPERVISOR)
+    if supervisor is not None and not _has_grandparent(int(supervisor)):
         # torchrun was gone before the line above could notice.
         print("this rank has lost the launcher that started it", file=sys.stderr)
         os._exit(1)

@@ -15,6 +15,7 @@ from collie_lab.cells.library_optimizer import (
     ScheduleFree,
 )
 from collie_lab.cells.model import SHAPES, Model
+from collie_lab.cells.nodes import Nodes
 from collie_lab.cells.optimizer import SGD, AdaLomo, AdamW, Adan, Lion, Lomo, Optimizer, RuleCell, Sophia
 from collie_lab.cells.parallel import Parallel
 from collie_lab.cells.training import Training
@@ -22,6 +23,6 @@ from collie_lab.cells.training import Training
 __all__ = [
     "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell",
     "CellError", "Data", "Evaluation", "ExactMatch", "Experiment", "GaLore", "Instructions", "LibraryOptimizer", "Lion",
-    "LoRA", "Lomo", "Model", "Muon", "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens", "RuleCell",
-    "ScheduleFree", "Skills", "Sophia", "Text", "Training",
+    "LoRA", "Lomo", "Model", "Muon", "Nodes", "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens",
+    "RuleCell", "ScheduleFree", "Skills", "Sophia", "Text", "Training",
 ]

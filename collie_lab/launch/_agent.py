@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 __all__ = ["Exit", "before_closing", "command", "exits", "started_closing"]
@@ -25,9 +26,9 @@ _REPORT = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+) \
 _CLOSING = re.compile(r"Sending process \d+ closing signal|failed \(exitcode: -?\d+\)")
 
 
-def command(module: str, world_size: int, folder: str) -> list[str]:
-    """The command that runs `module` on `world_size` ranks of this machine."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size),
+def command(module: str, ranks: int, folder: str, rendezvous: Sequence[str] = ("--standalone",)) -> list[str]:
+    """The command that runs `module` on so many ranks of this machine; `rendezvous` tells of the other machines."""
+    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks),
             "-m", module, folder]
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,12 +16,13 @@ import yaml
 
 import collie_lab
 from collie_lab import code
-from collie_lab.cells import CellError, Experiment, Problem
+from collie_lab.cells import CellError, Experiment, Nodes, Problem
 from collie_lab.check import check_resume
 from collie_lab.folder import RunFolder
+from collie_lab.launch import _several
 from collie_lab.launch.run import Run
 
-__all__ = ["environment", "launch"]
+__all__ = ["environment", "launch", "module_paths"]
 
 #: Supervisors that this process has started: kept until they have ended and are collected.
 _supervisors: list[subprocess.Popen[bytes]] = []
@@ -35,7 +36,7 @@ _FOREIGN: Final = (
 
 def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "runs",
            resume: Run | str | Path | None = None, timeout: float | None = None, grace: float = 3.0,
-           env: Mapping[str, str] | None = None, show: bool = True,
+           env: Mapping[str, str] | None = None, nodes: Nodes | None = None, show: bool = True,
            _module: str = "collie_lab.training.worker") -> Run:
     """Start an experiment in processes of its own and return its handle.
 
@@ -44,11 +45,16 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     within `grace` seconds (two steps, where a step takes longer), or at a second interrupt, it is killed.
     `resume` continues from a run's newest checkpoint, or from the given one. `timeout` ends the run after
     so many seconds, `env` adds to the environment of the ranks. The run gets a new folder in `folder`.
+    With `nodes` the ranks are shared among several machines. All of them have to see `folder`, and on each of the
+    others one runs the command that is printed. `env` is then written to the run folder, for these machines.
     """
     report = experiment.check()
     report.raise_for_errors()
     for problem in report.warnings:
         warnings.warn(str(problem), stacklevel=3)
+    world_size = experiment.parallel.world_size
+    if nodes is not None:
+        _several.check(nodes, world_size)
     checkpoint = _checkpoint(resume)
     mapping, packed = code.pack(experiment)
     run_folder = RunFolder.create(folder, experiment.name)
@@ -61,19 +67,24 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
         _prepare(experiment, run_folder)
         if checkpoint is not None:
             check_resume(experiment, run_folder.read("data/index.json").get("fingerprint", ""), Path(checkpoint))
-        world_size = experiment.parallel.world_size
+        paths = module_paths()
         run_folder.write("launch.json", {
-            "world_size": world_size, "created": time.time(), "cwd": os.getcwd(), "sys_path": _paths(),
+            "world_size": world_size, "created": time.time(), "cwd": os.getcwd(), "sys_path": paths,
             "resume_from": checkpoint, "grace": grace, "timeout": timeout, "kernel_pid": os.getpid(),
-            "module": _module,
+            "module": _module, "nodes": _several.plan(nodes, run_folder, env or {}) if nodes else None,
         })
-        process = _start_supervisor(run_folder, {**environment(world_size), **(env or {})})
+        variables = {**environment(world_size // nodes.count if nodes else world_size, paths), **(env or {})}
+        if nodes is not None:
+            variables = _several.on_network(variables, nodes.address, nodes.port, nodes.interface)
+        process = _start_supervisor(run_folder, variables)
     except BaseException:
         if process is not None:
             process.kill()
             process.wait()
         shutil.rmtree(run_folder.path, ignore_errors=True)
         raise
+    if nodes is not None:
+        print(_several.invitation(nodes, run_folder), flush=True)
     run = Run(run_folder, _process=process)
     if wait:
         _see_to_the_end(run, show)
@@ -82,18 +93,19 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     return run
 
 
-def environment(world_size: int) -> dict[str, str]:
-    """The environment of the ranks: this process's own, without what would mislead them."""
+def environment(ranks: int, paths: Sequence[str]) -> dict[str, str]:
+    """The environment of so many ranks on this machine that find modules in `paths`: this process's own, without what
+    would mislead them."""
     result = {name: value for name, value in os.environ.items()
               if name not in _FOREIGN and not name.startswith(("TORCHELASTIC_", "PET_"))}
     if result.get("MPLBACKEND", "").startswith("module://"):
         del result["MPLBACKEND"]  # the kernel's inline figures
-    result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     result.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return result | {"PYTHONPATH": os.pathsep.join(_paths()), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    return result | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
 
 
-def _paths() -> list[str]:
+def module_paths() -> list[str]:
     """Where this process finds modules, save what every interpreter finds by itself; and collie_lab."""
     own = str(Path(collie_lab.__file__).resolve().parent.parent)
     paths = [os.path.abspath(path) for path in sys.path]
@@ -125,8 +137,8 @@ def _checkpoint(resume: Run | str | Path | None) -> str | None:
 def _start_supervisor(folder: RunFolder, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start the supervisor in a session of its own, out of reach of the kernel's interrupts."""
     _supervisors[:] = [process for process in _supervisors if process.poll() is None]
-    command = [sys.executable, "-P", str(Path(__file__).with_name("_boot.py")), str(folder.path)]
-    log = folder.logs / "launcher.log"
+    command = [sys.executable, "-P", str(Path(__file__).with_name("_boot.py")), str(folder.path), "lead"]
+    log = folder.launcher_log()
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                    start_new_session=True, env=dict(env))

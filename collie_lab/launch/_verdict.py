@@ -5,35 +5,60 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from collie_lab.launch._agent import Exit
 
-__all__ = ["Facts", "Verdict", "first_failure", "how_it_ended", "judge"]
+__all__ = ["Cause", "Facts", "Report", "Verdict", "first_failure", "how_it_ended", "judge", "summary_line"]
 
-#: Why the supervisor stopped waiting: the ranks had ended, one had failed, somebody wanted the end, the ranks
-#: did not heed the stop flag, the time was up, or the kernel was gone.
-Cause = Literal["ended", "failed", "killed", "unstopped", "timeout", "orphaned"]
+#: Why a supervisor stopped waiting: the ranks had ended, one had failed, somebody wanted the end, the ranks
+#: did not heed the stop flag, the time was up, or the kernel (for node 1 and on: node 0) was gone. With several nodes
+#: also: some did not come, or node 0 wants the end.
+Cause = Literal["ended", "failed", "killed", "unstopped", "timeout", "orphaned", "absent", "dismissed"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """How one node's part of a run ended."""
+
+    cause: Cause
+    agent_code: int | None
+    """Exit code of its torchrun; None where it was not started, or could not be ended."""
+    exits: Sequence[Exit] = ()
+    """Its ranks that did not end with code 0, torchrun's first suspect first."""
+    signalled: Sequence[int] = ()
+    """Of these, the ranks that the supervisor itself ended."""
+    oom_kills: int = 0
+    """Processes that the system ended for want of memory since the start."""
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict` and JSON."""
+        return cls(**{**fields, "exits": [Exit(*exit_) for exit_ in fields["exits"]]})
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the supervisor knows at the end of a run."""
+    """What the supervisor knows at the end of a run, of all its nodes."""
 
     cause: Cause
     agent_code: int | None
-    """Exit code of torchrun; None where it could not be ended."""
+    """Exit code of torchrun, of a node where it is not 0 if there is one; None where it could not be ended."""
     exits: Sequence[Exit] = ()
     """The ranks that did not end with code 0, torchrun's first suspect first."""
     records: Sequence[Mapping[str, Any]] = ()
     """The contents of `errors/`."""
     result: Mapping[str, Any] = field(default_factory=dict)
     signalled: frozenset[int] = frozenset()
-    """Pids that the supervisor itself ended."""
+    """Ranks that the supervisors themselves ended."""
     oom_kills: int = 0
     """Processes that the system ended for want of memory since the start."""
     grace: float = 0.0
     timeout: float | None = None
+    absent: Sequence[str] = ()
+    """A sentence on every node that did not come, or was lost on the way."""
+    log: str = "launcher.log"
+    """Where torchrun's words are, of a node where it failed if there is one."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +84,17 @@ def judge(facts: Facts) -> Verdict:
         case "timeout":
             return Verdict("timeout", f"no end after {facts.timeout:g} s; "
                                       "the error logs of the ranks show what they were doing")
+        case "absent":
+            return Verdict("timeout", "; ".join(facts.absent))
     return _judge_failure(facts)
 
 
 def _judge_failure(facts: Facts) -> Verdict:
+    if facts.absent:  # the other nodes' ranks fail when the messages of a lost one stay away
+        return Verdict("error", "; ".join(facts.absent))
     rank = first_failure(facts)
     if rank is None:
-        return Verdict("error", _without_culprit(facts.agent_code))
+        return Verdict("error", _without_culprit(facts.agent_code, facts.log))
     record = next((record for record in facts.records if record["rank"] == rank), None)
     if any(record["type"] == "OutOfMemoryError" for record in facts.records):
         status = "cuda_oom"
@@ -86,7 +115,7 @@ def first_failure(facts: Facts) -> int | None:
     """
     told = sorted(facts.records, key=lambda record: int(record["time_ns"]))
     spoken = {record["rank"] for record in told}
-    silent = [exit_ for exit_ in facts.exits if exit_.rank not in spoken and exit_.pid not in facts.signalled]
+    silent = [exit_ for exit_ in facts.exits if exit_.rank not in spoken and exit_.rank not in facts.signalled]
     crashed = [exit_.rank for exit_ in silent if exit_.code not in (-signal.SIGTERM, -signal.SIGABRT)]
     ordered = [*crashed, *(int(record["rank"]) for record in told), *(exit_.rank for exit_ in silent)]
     return ordered[0] if ordered else None
@@ -117,9 +146,9 @@ def _code(facts: Facts, rank: int) -> int:
     return next((exit_.code for exit_ in facts.exits if exit_.rank == rank), 1)
 
 
-def _without_culprit(agent_code: int | None) -> str:
+def _without_culprit(agent_code: int | None, log: str) -> str:
     if agent_code == 0:
         return "the ranks ended without a result"
     if agent_code is not None and agent_code < 0:
         return f"the launcher (torchrun) was {how_it_ended(agent_code)}"
-    return "the launcher (torchrun) failed; its words are in logs/launcher.log"
+    return f"the launcher (torchrun) failed; its words are in logs/{log}"

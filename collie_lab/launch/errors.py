@@ -75,7 +75,12 @@ def _last_words(folder: RunFolder, rank: int | None) -> str:
     log = folder.log(rank, "err") if rank is not None else None
     if log is not None and log.exists():
         return read_log(log, tail=_LINES)
-    return _agent.before_closing(read_log(folder.logs / "launcher.log", tail=500))
+    return _agent.before_closing(read_log(folder.launcher_log(_node_of(folder, rank)), tail=500))
+
+
+def _node_of(folder: RunFolder, rank: int | None) -> int:
+    plan = folder.read("launch.json")
+    return rank * plan["nodes"]["count"] // plan["world_size"] if rank and plan.get("nodes") else 0
 
 
 def _readable(path: Path) -> str:

@@ -184,12 +184,15 @@ class Run:
         """What every rank is doing now: the Python stacks of all its threads, innermost frame first."""
         if not self.alive:
             return {}
-        ends: dict[int, int] = {}
-        for rank, pid in _processes.ranks(self.folder.read("status.json")["pid"]).items():
-            log = self.folder.log(rank, "err")
-            ends[rank] = log.stat().st_size if log.exists() else 0
-            with contextlib.suppress(ProcessLookupError):
+        supervisor, plan = self.folder.read("status.json")["pid"], self.folder.read("launch.json")
+        pids = _processes.ranks(supervisor)
+        ranks = range(plan["world_size"]) if plan["nodes"] else pids
+        ends = {rank: log.stat().st_size if (log := self.folder.log(rank, "err")).exists() else 0 for rank in ranks}
+        with contextlib.suppress(ProcessLookupError):
+            for pid in pids.values():
                 os.kill(pid, signal.SIGUSR1)
+            if plan["nodes"]:
+                os.kill(supervisor, signal.SIGUSR2)  # which tells the other nodes
         deadline = time.monotonic() + _STACKS_WITHIN
         texts: dict[int, str] = {}
         while time.monotonic() < deadline:

@@ -1,8 +1,8 @@
 """The supervisor: the process between the kernel and torchrun that sees a run to its end.
 
 It lives in a session of its own, so that an interrupt of the kernel does not reach the ranks; it ends
-everything below it when the kernel is gone, and is the only one to write `status.json`. It never imports
-torch and sleeps nearly all the time. Should it die itself, the system ends torchrun, and with it the ranks.
+everything below it when the kernel is gone, and is the only one to write `status.json`. It never imports torch.
+With several nodes it is node 0's: the others (`_member`) begin and end when it says so.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,73 +17,100 @@ from typing import Any
 
 import psutil
 
-from collie_lab import rank
 from collie_lab.folder import RunFolder, Tail, read_json
-from collie_lab.launch import _agent, _processes
-from collie_lab.launch._verdict import Cause, Facts, judge
+from collie_lab.launch import _nodes, _processes
+from collie_lab.launch._member import Member
+from collie_lab.launch._verdict import Cause, Facts, Report, how_it_ended, judge
+from collie_lab.launch._watch import POLL, TO_END, Watcher
 
 __all__ = ["supervise"]
 
-_POLL = 0.05
+#: Seconds that other nodes get to report, where the verdict does not need them.
+_FAREWELL = 8.0
 
 
-def supervise(path: str | Path) -> None:
-    """Start the ranks of the run folder `path`, wait, end what has to be ended, write the status."""
+def supervise(path: str | Path, joins: bool) -> int:
+    """Start the ranks of the run folder `path` on this machine, wait, end what has to be ended; the exit code.
+
+    A machine that `joins` the notebook's takes the next free number.
+    """
     folder = RunFolder(path)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited: a rank that is not ready yet survives `Run.stacks`
     _processes.adopt_orphans()
-    _Supervisor(folder).run()
+    return (_member(folder) if joins else Supervisor(folder)).run()
 
 
-class _Supervisor:
+def _member(folder: RunFolder) -> Member:
+    # Who is told to leave once it has a number must be able to say so: others wait for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, TO_END)
+    count = folder.read("launch.json")["nodes"]["count"]
+    node = _nodes.claim(folder, count)
+    if node is None:
+        sys.exit(f"cannot join {folder.path}: all {count} nodes are there already")
+    member = Member(folder, node)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_END)
+    return member
+
+
+class Supervisor(Watcher):
+    """Node 0: it also writes the status, and leads the other nodes."""
+
     def __init__(self, folder: RunFolder):
-        self._folder = folder
-        self._plan = folder.read("launch.json")
-        self._began = time.time()
-        self._oom_before = _processes.oom_kills()
-        self._kill_asked = False
+        super().__init__(folder, 0)
         self._stop_deadline: float | None = None
         self._stop_heeded = False
-        self._failed_at: float | None = None
-        self._log_offset = 0
         self._events = Tail(folder.path / "events.jsonl")
-        self._agent_code: int | None = None
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-
-    def run(self) -> None:
+        nodes = self._plan["nodes"]
+        self._beacon = _nodes.Beacon(folder, 0) if nodes else None
+        self._members = {node: _nodes.Sight(folder, node, nodes["silence"]) for node in range(1, nodes["count"])} \
+            if nodes else {}
+        if self._beacon is not None:
+            self._beacon.say(state="waiting")
+            signal.signal(signal.SIGUSR2, self._on_sigusr2)
+        self._stacks_asked, self._stacks_passed_on = 0, 0
         self._write_status("running")
-        agent = self._start_agent()
-        cause = self._watch(agent)
-        if cause == "timeout":
-            self._dump_stacks()
-        # torchrun has sent SIGTERM to the peers of a failed rank, and they have had the grace to heed it.
-        signalled = _processes.end_tree(agent, patience=0.0 if cause == "failed" else 1.0)
-        self._reap(agent)
-        self._conclude(cause, signalled)
 
-    def _start_agent(self) -> int:
-        tie = rank.die_with_parent if sys.platform == "linux" else None
-        command = _agent.command(self._plan["module"], self._plan["world_size"], str(self._folder.path))
-        # From the main thread: the kernel's signal to the child comes when the *thread* that started it ends.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=tie)
-        process.returncode = 0  # it is reaped with all other children below, not by Popen
-        return process.pid
+    # --- the beginning
 
-    def _watch(self, agent: int) -> Cause:
-        """Wait for the end, or for a reason to bring it about."""
-        while True:
-            self._reap(agent)
-            self._look_for_failure()
-            if self._agent_code is not None:
-                return "failed" if self._failed_at else "ended"
-            reason = self._reason_to_end()
-            if self._failed_at and (reason or time.monotonic() > self._failed_at + self._plan["grace"]):
-                return "failed"
-            if reason:
+    def _assemble(self) -> Cause | None:
+        told: list[int] = []
+        while missing := [node for node in self._members if not self._is_here(node)]:
+            if missing != told:
+                self._write_status("running", detail=self._invitation(missing))
+                told = missing
+            if self._folder.stop_flag.exists():
+                return "killed"
+            if reason := self._reason_to_end():
                 return reason
-            time.sleep(_POLL)
+            if self._a_member_has_failed():
+                return "failed"
+            if time.time() > self._began + self._plan["nodes"]["timeout"]:
+                return "absent"
+            time.sleep(POLL)
+        if self._beacon is not None:
+            self._beacon.say(state="running")
+            self._write_status("running")
+        return None
+
+    def _is_here(self, node: int) -> bool:
+        facts = self._members[node].look()
+        if facts.get("state") == "ended":  # it has left again: another may take its number
+            self._members[node].forget()
+            return False
+        return bool(facts)
+
+    def _invitation(self, missing: list[int]) -> str:
+        nodes = self._plan["nodes"]
+        return f"waiting for {len(missing)} of {nodes['count']} nodes: run `{nodes['command']}` there"
+
+    # --- the watch
 
     def _reason_to_end(self) -> Cause | None:
+        if self._beacon is not None:
+            self._beacon.beat()
+            if self._stacks_passed_on < self._stacks_asked:
+                self._stacks_passed_on = self._stacks_asked
+                self._beacon.say(stacks=self._stacks_asked)
         if os.getppid() != self._plan["kernel_pid"]:
             return "orphaned"
         if self._kill_asked:
@@ -93,18 +119,16 @@ class _Supervisor:
             return "timeout"
         return "unstopped" if self._stop_is_unheeded() else None
 
-    def _look_for_failure(self) -> None:
-        """Note when a rank has left an error record, or torchrun says that one has ended."""
-        if self._failed_at is None and (any(self._folder.errors.glob("rank-*.json")) or self._agent_says_so()):
-            self._failed_at = time.monotonic()
+    def _sees_failure(self) -> bool:
+        return super()._sees_failure() or self._a_member_has_failed()
 
-    def _agent_says_so(self) -> bool:
-        with self._log.open("rb") as file:
-            file.seek(self._log_offset)
-            data = file.read()
-        end = data.rfind(b"\n") + 1
-        self._log_offset += end
-        return _agent.started_closing(data[:end].decode(errors="replace"))
+    def _a_member_has_failed(self) -> bool:
+        """Whether a node is lost, or has ended otherwise than well."""
+        for sight in self._members.values():
+            facts = sight.look()
+            if facts and (sight.lost or (facts["state"] == "ended" and facts["report"]["agent_code"] != 0)):
+                return True
+        return False
 
     def _stop_is_unheeded(self) -> bool:
         """Whether the stop flag stands and the ranks have not acknowledged it in time.
@@ -119,49 +143,79 @@ class _Supervisor:
         self._stop_heeded = any(event.get("kind") in ("stopping", "ending") for event in self._events.new())
         return not self._stop_heeded and time.monotonic() > self._stop_deadline
 
-    def _dump_stacks(self) -> None:
-        for pid in _processes.ranks(os.getpid()).values():
-            os.kill(pid, signal.SIGUSR1)
-        time.sleep(0.5)
+    def _on_sigusr2(self, *_: object) -> None:
+        """Somebody wants the stacks of all ranks: `Run.stacks`, which reaches those of this node itself."""
+        self._stacks_asked += 1
 
-    def _reap(self, agent: int) -> None:
-        """Collect ended children: torchrun, and orphans that were adopted."""
-        while True:
-            try:
-                pid, state = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            if pid == agent:
-                self._agent_code = os.waitstatus_to_exitcode(state)
+    # --- the end
 
-    def _conclude(self, cause: Cause, signalled: set[int]) -> None:
-        exits = _agent.exits(self._log.read_text(encoding="utf-8", errors="replace"))
-        records = [read_json(path) for path in sorted(self._folder.errors.glob("rank-*.json"))]
+    def _announce(self, cause: Cause) -> None:
+        if self._beacon is not None:
+            self._beacon.say(state="ending", cause=cause, agent_code=self._agent_code)
+
+    def _conclude(self, report: Report) -> int:
+        reports = {0: report} | self._reports_of_members(report.cause)
+        codes = {node: theirs.agent_code if theirs else None for node, theirs in reports.items()}
+        bad = next((node for node, code in codes.items() if code != 0), 0)
+        ended = [theirs for theirs in reports.values() if theirs is not None]
+        exits = [exit_ for theirs in ended for exit_ in theirs.exits]
         verdict = judge(Facts(
-            cause=cause, agent_code=self._agent_code, exits=exits, records=records,
-            result=self._folder.read("result.json"), signalled=frozenset(signalled),
-            oom_kills=_processes.oom_kills() - self._oom_before,
+            cause=report.cause, agent_code=codes[bad], exits=exits,
+            records=[read_json(path) for path in sorted(self._folder.errors.glob("rank-*.json"))],
+            result=self._folder.read("result.json"),
+            signalled=frozenset(number for theirs in ended for number in theirs.signalled),
+            oom_kills=sum(theirs.oom_kills for theirs in ended),
             grace=self._plan["grace"], timeout=self._plan["timeout"],
+            absent=self._absent(report.cause, reports), log=self._folder.launcher_log(bad).name,
         ))
-        codes = dict.fromkeys(range(self._plan["world_size"]), 0) if self._agent_code == 0 else {}
-        codes |= {exit_.rank: exit_.code for exit_ in exits}
+        all_codes = dict.fromkeys(range(self._plan["world_size"]), 0) if codes[bad] == 0 else {}
+        all_codes |= {exit_.rank: exit_.code for exit_ in exits}
         self._write_status(verdict.status, ended=time.time(), detail=verdict.detail, rank=verdict.rank,
-                           exit_codes={str(number): code for number, code in sorted(codes.items())})
+                           exit_codes={str(number): code for number, code in sorted(all_codes.items())})
+        if self._beacon is not None:
+            self._beacon.say(state="ended", status=verdict.status, detail=verdict.detail)
+        return 0
+
+    def _reports_of_members(self, cause: Cause) -> dict[int, Report | None]:
+        """What the other nodes say of their part, once they have; None for a node that never came, or is lost."""
+        patience = None if cause in ("ended", "failed") else time.monotonic() + _FAREWELL
+        reports: dict[int, Report | None] = {}
+        while waiting := self._members.keys() - reports.keys():
+            for node in waiting:
+                facts = self._members[node].look()
+                if facts.get("state") == "ended":
+                    reports[node] = Report.from_json(facts["report"])
+                elif not facts or self._members[node].lost or (patience and time.monotonic() > patience):
+                    reports[node] = None
+            if self._beacon is not None:
+                self._beacon.beat()
+            time.sleep(POLL)
+        return dict(sorted(reports.items()))
+
+    def _absent(self, cause: Cause, reports: dict[int, Report | None]) -> list[str]:
+        """A sentence on every node that did not come, was lost, or lost its torchrun."""
+        if not self._members:
+            return []
+        sentences = []
+        for node, report in reports.items():
+            host = self._members[node].host if node else os.uname().nodename
+            name = f"node {node} ({host})" if host else f"node {node}"
+            if not host:
+                if cause == "absent":
+                    sentences.append(f"{name} did not come within {self._plan['nodes']['timeout']:g} s")
+            elif report is None:
+                sentences.append(f"{name} is gone: no sign of life for {self._plan['nodes']['silence']:g} s")
+            elif node and report.cause == "killed":
+                sentences.append(f"{name} left: somebody ended its part there")
+            elif report.cause == "ended" and (report.agent_code or 0) < 0:
+                sentences.append(f"{name}: the launcher (torchrun) was {how_it_ended(report.agent_code or 0)}")
+        return sentences
 
     def _write_status(self, status: str, **more: Any) -> None:
         self._folder.write("status.json", {
             "status": status, "pid": os.getpid(), "pid_started": psutil.Process().create_time(),
             "started": self._began, "ended": None, "exit_codes": {}, "detail": "", "rank": None, **more,
         })
-
-    def _on_sigterm(self, *_: object) -> None:
-        self._kill_asked = True
-
-    @property
-    def _log(self) -> Path:
-        return self._folder.logs / "launcher.log"
 
 
 def _step_seconds(metrics: Path) -> float:

@@ -35,7 +35,7 @@ KILLED = Exit(1, -9, 100)
     # NCCL's watchdog aborts the peers of a failed rank; torchrun and the supervisor end them.
     (Facts("failed", 1, [Exit(1, -6, 100), Exit(0, 1, 99)], [record(0)]),
      Verdict("error", "rank 0: ValueError: words", 0)),
-    (Facts("failed", 1, [KILLED, Exit(0, 1, 99)], [record(0)], signalled=frozenset({100})),
+    (Facts("failed", 1, [KILLED, Exit(0, 1, 99)], [record(0)], signalled=frozenset({1})),
      Verdict("error", "rank 0: ValueError: words", 0)),
     (Facts("failed", 1, [Exit(0, -15, 99), Exit(1, 1, 100)], [record(1)]),
      Verdict("error", "rank 1: ValueError: words", 1)),
