@@ -92,8 +92,9 @@ def generate(model: PreTrainedModel, prompts: list[NDArray[np.int32]], tokenizer
     config = GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=True, eos_token_id=tokenizer.eos_id,
                               pad_token_id=tokenizer.pad_id or 0)
     with _own_settings(model):
-        output: Tensor = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+        # Not in step with ranks that have other prompts: a sharded model is whole here (`Strategy.whole`).
+        output: Tensor = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device),
+                                        generation_config=config, synced_gpus=False)
     answers = []
     for row in output[:, width:].tolist():
         end = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)
