@@ -48,13 +48,14 @@ from collie_lab.cells import (
 
 if TYPE_CHECKING:
     from collie_lab import optim
+    from collie_lab.diagnosis import doctor
     from collie_lab.launch import RankError, Run, attach, runs
     from collie_lab.study import Results
     from collie_lab.view import compare, figure
 
 _LAZY = {
     "RankError": "launch", "Run": "launch", "attach": "launch", "runs": "launch",
-    "Results": "study", "compare": "view", "figure": "view",
+    "Results": "study", "compare": "view", "doctor": "diagnosis", "figure": "view",
 }
 
 __all__ = [
@@ -62,7 +63,7 @@ __all__ = [
     "Evaluation", "ExactMatch", "Experiment", "GaLore", "Instructions", "Lion", "LoRA", "Lomo", "Model", "Muon",
     "Nodes", "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens", "RankError", "Results", "Run", "SGD",
     "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text", "Training", "__version__", "attach",
-    "compare", "figure", "optim", "runs",
+    "compare", "doctor", "figure", "optim", "runs",
 ]
 
 
