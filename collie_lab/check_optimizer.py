@@ -77,6 +77,8 @@ def _without_effect(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]
     given = cell.model_fields_set
     if "clip_by" in given and not (cell.in_backward and training.clip_grad_norm):
         yield _warning(name, "clip_by", "without effect unless clip_grad_norm is set, in backward")
+    elif cell.clip_by == "previous_norm" and experiment.parallel.pp > 1:
+        yield _warning(name, "clip_by", "without effect in a pipeline: held gradients are clipped by their own norm")
     if cell.accumulate and not cell.in_backward:
         yield _warning(name, "accumulate", "without effect: micro-batches add up anyway outside of backward")
     elif cell.accumulate and _micro_batches(experiment) == 1:
