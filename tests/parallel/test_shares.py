@@ -67,18 +67,24 @@ def _measure(folder: str, name: str) -> None:
         seen[id(parameter)] = _local(parameter.grad).nbytes
         found["gradients"] = sum(seen.values())
 
-    run_here(EXP.replace(parallel=EXPECTED[name][0], callbacks=(look,)), Path(folder) / "run")
-    (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    run_here(EXP.replace(parallel=EXPECTED[name][0], callbacks=(look,)), Path(folder) / name)
+    (Path(folder) / name / f"held-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+def _measure_all(folder: str, names: list[str]) -> None:
+    for name in names:
+        _measure(folder, name)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", EXPECTED)
-def test_a_rank_holds_its_share(name: str, tmp_path: Path) -> None:
-    cell, elements = EXPECTED[name]
-    run_ranks(_measure, cell.world_size, str(tmp_path), name)
-    for rank, count in enumerate(elements):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found == {"weights": 4 * count, "gradients": 4 * count, "states": 8 * count}, rank
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_holds_its_share(ranks: int, tmp_path: Path) -> None:
+    names = [name for name, (cell, _) in EXPECTED.items() if cell.world_size == ranks]
+    run_ranks(_measure_all, ranks, str(tmp_path), names)
+    for name in names:
+        for rank, count in enumerate(EXPECTED[name][1]):
+            found = json.loads((tmp_path / name / f"held-{rank}.json").read_text())
+            assert found == {"weights": 4 * count, "gradients": 4 * count, "states": 8 * count}, (name, rank)
 
 
 UNEVEN = EXP.replace(training=Training(steps=4, batch_size=4, export=False),
