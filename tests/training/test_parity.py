@@ -30,7 +30,7 @@ BASE = Experiment(
     model=Model("llama-tiny", init="random", config={"num_hidden_layers": 4}),
     data=Skills(size=200, test_size=20, packing=True, max_length=96),
     training=Training(steps=STEPS, batch_size=4, clip_grad_norm=1.0, schedule="cosine", warmup=2, export=False),
-    evaluate=[Perplexity()],
+    evaluate=[Perplexity(limit=8)],
 )
 ADAMW = BASE.replace(optimizer=AdamW(lr=3e-3, weight_decay=0.1))
 ARMS = {
