@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from collie_lab.cells import Experiment
 from collie_lab.data import prepare
 from collie_lab.folder import RunFolder
+from collie_lab.rank import leave
 
 __all__ = ["losses", "run_here", "run_ranks"]
 
@@ -34,6 +35,7 @@ def _enter(rank: int, world_size: int, folder: str, function: Callable[..., Any]
         function(*args)
     finally:
         dist.destroy_process_group()
+    leave()
 
 
 def run_here(experiment: Experiment, folder: Path, resume: Path | None = None) -> RunFolder:

@@ -15,6 +15,7 @@ def main() -> None:
     folder = RunFolder(sys.argv[1])
     with rank.enter(folder):
         train(folder)
+    rank.leave()
 
 
 def train(folder: RunFolder) -> None:

@@ -145,7 +145,8 @@ def began(run: Run) -> Callable[[], bool]:
 def test_ranks_of_two_machines_reduce_over_the_cable(hosts: Hosts, mark: str) -> None:
     kernel, member, run = hosts.both("reduces")
     text, _ = member.communicate(timeout=120)
-    assert outcome(kernel)["status"] == "ok"
+    ended = outcome(kernel)
+    assert ended["status"] == "ok", ended
     assert member.returncode == 0, text
     assert text.splitlines()[-1] == f"{run.id}, node 1 of 2: ok"
     for rank in (0, 1):

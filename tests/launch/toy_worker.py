@@ -27,6 +27,13 @@ class Trainer:
             dist.init_process_group("gloo")
         dist.barrier()
 
+    def close(self) -> None:
+        """No rank may be gone while another still waits for it."""
+        dist = sys.modules.get("torch.distributed")
+        if dist is not None and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
     def say(self, name: str, record: dict[str, Any]) -> None:
         lines = JsonLines(self.folder.path / f"{name}.jsonl")
         lines.append(record)
@@ -55,6 +62,8 @@ def main() -> None:
             trainer.say("events", {"time": time.time(), "kind": "evaluation", "step": trainer.step, "perplexity": 2.5})
             folder.write("result.json", {"status": status, "steps": trainer.step, "loss": 0.5, "perplexity": 2.5,
                                          "peak_bytes": 10, "tokens_per_second": 80.0, "seconds": 0.1})
+        trainer.close()
+    rank.leave()
 
 
 if __name__ == "__main__":
