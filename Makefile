@@ -38,6 +38,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_training.py
 	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/layouts.py
 
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu

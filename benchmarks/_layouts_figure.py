@@ -43,8 +43,8 @@ def _steps(axes: Axes, layouts: dict[str, list[dict[str, float]]]) -> None:
         axes.barh(at, middle, color=colour, height=0.66)
         axes.plot([min(steps), max(steps)], [at, at], color=_INK, linewidth=1)
         axes.text(max(steps) + 0.015 * alone, at, f"{middle:.0f} ms, {middle / alone:.2f} ×", va="center", fontsize=9)
-    axes.axvline(alone / 2, color=_FAINT, linewidth=1, linestyle="--")
-    axes.text(alone / 2, -0.85, "half of one process", ha="center", fontsize=8, color=_FAINT)
+    axes.plot([alone / 2] * 2, [-0.6, len(layouts) - 0.4], color=_FAINT, linewidth=1, linestyle="--")
+    axes.text(alone / 2, -0.7, "half of one process", ha="center", fontsize=8, color=_FAINT)
     axes.set_yticks(range(len(layouts)), list(layouts))
     axes.set_ylim(len(layouts) - 0.4, -1.1)
     axes.set_xlim(0, 1.18 * max(1000 * run["step"] for runs in layouts.values() for run in runs))
@@ -60,14 +60,14 @@ def _bubble(axes: Axes, results: dict[str, Any]) -> None:
         axes.plot(counts, [100 * share for share in found.values()], marker=marker, color=colour,
                   label=schedule.replace("_", " "))
         axes.plot(counts, [100 * share for share in results["theory"][schedule].values()], color=colour,
-                  linestyle=":", linewidth=1.5)
+                  linestyle=":", linewidth=1.5, clip_on=False)  # zero bubble's lies on the axis
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 30)
     axes.set_xlabel("micro-batches a step")
     axes.set_ylabel("idle share of a rank (%)")
     axes.set_title("The pipeline's bubble, pp=2", loc="left", fontweight="bold", fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend([*handles, Line2D([], [], color=_FAINT, linestyle=":")], [*labels, "theory, messages free"],
-                frameon=False)
+                frameon=False, loc="upper right", ncols=2)
