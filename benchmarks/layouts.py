@@ -118,7 +118,8 @@ def report(results: dict[str, Any]) -> None:
         steps = [run["step"] for run in runs]
         print(f"| {name} | {1000 * statistics.median(steps):.0f} ({1000 * min(steps):.0f}–{1000 * max(steps):.0f}) | "
               f"{statistics.median(steps) / alone:.2f} | {statistics.median(run['first_step'] for run in runs):.1f} |")
-    print("\n| schedule | " + " | ".join(f"M={count}" for count in _COUNTS) + " |\n" + "|---" * (len(_COUNTS) + 1) + "|")
+    print("\n| schedule | " + " | ".join(f"M={count}" for count in _COUNTS) + " |")
+    print("|---" * (len(_COUNTS) + 1) + "|")
     for schedule, found in results["bubble"].items():
         cells = [f"{100 * found[count]:.0f}% ({100 * results['theory'][schedule][count]:.0f}%)" for count in _COUNTS]
         print(f"| {schedule} | " + " | ".join(cells) + " |")
