@@ -1,11 +1,14 @@
 """The run folder: the contract between the processes of a run and everyone who reads it.
 
     runs/<name>-<id>/  experiment.yaml  launch.json  status.json  metrics.jsonl  events.jsonl  result.json
-                       env.json  logs/rank-N.{out,err}  logs/launcher.log  errors/rank-N.json
-                       checkpoints/  model/  stop  nodes/N.json (with several machines)
+                       env.json  logs/rank-N.{out,err}  logs/launcher.log  errors/rank-N.json  errors/stacks-N.json
+                       beats/rank-N.json  checkpoints/  model/  stop  attempts/N/ (of a run that was begun again)
+                       nodes/N.json (with several machines)
 
-`status.json` and `nodes/` belong to the parents (the supervisors), everything else to the ranks. A JSON file is written
-whole or not at all; a JSONL file grows by whole lines, so a reader may follow it while it is written.
+`status.json`, `errors/stacks-N.json`, `attempts/` and `nodes/` belong to the parents (the supervisors), everything else
+to the ranks. A JSON file is written whole or not at all; those in `beats/` and `nodes/` change all the time and are
+rewritten in place: who reads one half written reads again. A JSONL file grows by whole lines, so a reader may follow it
+while it is written.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ class RunFolder:
                 path.mkdir()
                 break
         folder = cls(path)
-        for sub in (folder.logs, folder.errors, folder.checkpoints):
+        for sub in (folder.logs, folder.errors, folder.beats, folder.checkpoints):
             sub.mkdir()
         return folder
 
@@ -66,6 +69,11 @@ class RunFolder:
         return self.path / "errors"
 
     @property
+    def beats(self) -> Path:
+        """One small file for each rank, its sign of life: see `collie_lab.beat`."""
+        return self.path / "beats"
+
+    @property
     def checkpoints(self) -> Path:
         """One folder for each kept checkpoint: `step-000100`."""
         return self.path / "checkpoints"
@@ -74,6 +82,10 @@ class RunFolder:
     def stop_flag(self) -> Path:
         """Its existence asks the ranks to stop after the step they are in."""
         return self.path / "stop"
+
+    def beat(self, rank: int) -> Path:
+        """The sign of life of one rank."""
+        return self.beats / f"rank-{rank}.json"
 
     def node(self, number: int) -> Path:
         """The beacon of one machine, where there are several: its sign of life and its words to the others."""

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from collie_lab.beat import memory, read_beats
 from collie_lab.folder import RunFolder, write_json
 
 __all__ = ["SUPERVISOR", "die_with_parent", "enter", "leave"]
@@ -63,7 +64,8 @@ def leave() -> None:
     Gloo's threads now and then abort in their destructors, and a finished run would count as failed. What Python
     promises at its end is kept: threads end, exit handlers run, output is written.
     """
-    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does it: pools are told to end, threads are joined
+    # As the interpreter does it: pools are told to end, threads are joined.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -139,8 +141,10 @@ def _record(folder: RunFolder, rank: int, error: BaseException) -> None:
     inner = error.__traceback__.tb_next if error.__traceback__ else None  # the first frame is `enter` itself
     text = "".join(traceback.format_exception(type(error), error, inner))
     message = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else str(error)
+    where = read_beats(folder).get(rank, {})
     write_json(folder.errors / f"rank-{rank}.json", {
         "rank": rank, "time_ns": time_ns, "host": socket.gethostname(),
         "type": type(error).__name__, "message": message, "traceback": text,
+        **{name: where.get(name) for name in ("step", "doing", "shape")}, **memory(),
     })
     print(text, file=sys.stderr, end="", flush=True)

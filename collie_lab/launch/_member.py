@@ -43,7 +43,7 @@ class Member(Watcher):
         head = self._head.look()
         if (asked := head.get("stacks", 0)) > self._stacks_shown:
             self._stacks_shown = asked
-            self._dump_stacks()
+            self._take_stacks()
         if self._kill_asked:
             return "killed"
         if self._head.lost:

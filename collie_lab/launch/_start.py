@@ -35,7 +35,8 @@ _FOREIGN: Final = (
 
 
 def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "runs",
-           resume: Run | str | Path | None = None, timeout: float | None = None, grace: float = 3.0,
+           resume: Run | str | Path | None = None, detach: bool = False, max_restarts: int = 0,
+           timeout: float | None = None, stall_timeout: float | None = 1800.0, grace: float = 3.0,
            env: Mapping[str, str] | None = None, nodes: Nodes | None = None, show: bool = True,
            _module: str = "collie_lab.training.worker") -> Run:
     """Start an experiment in processes of its own and return its handle.
@@ -43,8 +44,12 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     With `wait` the call returns at the end and raises `RankError` if the run failed; without, at once.
     `show` draws the run as it goes. An interrupt stops the run after the step it is in; if the ranks do not heed that
     within `grace` seconds (two steps, where a step takes longer), or at a second interrupt, it is killed.
-    `resume` continues from a run's newest checkpoint, or from the given one. `timeout` ends the run after
-    so many seconds, `env` adds to the environment of the ranks. The run gets a new folder in `folder`.
+    `resume` continues from a run's newest checkpoint, or from the given one. With `detach` the run outlives this
+    process; `lab.attach(id)` finds it again. After a failure other than want of GPU memory the ranks are begun again up
+    to `max_restarts` times, from the newest checkpoint; what an attempt leaves is kept in `attempts/`.
+    `timeout` ends the run after so many seconds; `stall_timeout` ends it when a rank has shown no sign of life for so
+    long since its first step, names that rank and keeps the stacks of all (`run.stacks()`).
+    `env` adds to the environment of the ranks. The run gets a new folder in `folder`.
     With `nodes` the ranks are shared among several machines. All of them have to see `folder`, and on each of the
     others one runs the command that is printed. `env` is then written to the run folder, for these machines.
     """
@@ -55,6 +60,9 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     world_size = experiment.parallel.world_size
     if nodes is not None:
         _several.check(nodes, world_size)
+        if max_restarts:
+            raise CellError([Problem("launch", "max_restarts", "runs on several machines are not begun again by "
+                                     "themselves", "leave it out; `resume=` goes on from the newest checkpoint")])
     checkpoint = _checkpoint(resume)
     mapping, packed = code.pack(experiment)
     run_folder = RunFolder.create(folder, experiment.name)
@@ -70,8 +78,9 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
         paths = module_paths()
         run_folder.write("launch.json", {
             "world_size": world_size, "created": time.time(), "cwd": os.getcwd(), "sys_path": paths,
-            "resume_from": checkpoint, "grace": grace, "timeout": timeout, "kernel_pid": os.getpid(),
-            "module": _module, "nodes": _several.plan(nodes, run_folder, env or {}) if nodes else None,
+            "resume_from": checkpoint, "grace": grace, "timeout": timeout, "stall_timeout": stall_timeout,
+            "max_restarts": max_restarts, "kernel_pid": None if detach else os.getpid(), "module": _module,
+            "nodes": _several.plan(nodes, run_folder, env or {}) if nodes else None,
         })
         variables = {**environment(world_size // nodes.count if nodes else world_size, paths), **(env or {})}
         if nodes is not None:

@@ -11,10 +11,10 @@ from collie_lab.launch._agent import Exit
 
 __all__ = ["Cause", "Facts", "Report", "Verdict", "first_failure", "how_it_ended", "judge", "summary_line"]
 
-#: Why a supervisor stopped waiting: the ranks had ended, one had failed, somebody wanted the end, the ranks
-#: did not heed the stop flag, the time was up, or the kernel (for node 1 and on: node 0) was gone. With several nodes
-#: also: some did not come, or node 0 wants the end.
-Cause = Literal["ended", "failed", "killed", "unstopped", "timeout", "orphaned", "absent", "dismissed"]
+#: Why a supervisor stopped waiting: the ranks had ended, one had failed, one no longer moved, somebody wanted the end,
+#: the ranks did not heed the stop flag, the time was up, or the kernel (for node 1 and on: node 0) was gone. With
+#: several nodes also: some did not come, or node 0 wants the end.
+Cause = Literal["ended", "failed", "stalled", "killed", "unstopped", "timeout", "orphaned", "absent", "dismissed"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,13 @@ class Facts:
     """Ranks that the supervisors themselves ended."""
     oom_kills: int = 0
     """Processes that the system ended for want of memory since the start."""
+    beats: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """The last sign of life of every rank."""
+    suspects: Sequence[int] = ()
+    """Of ranks that no longer move, those for which the others wait; none where none stands out."""
     grace: float = 0.0
     timeout: float | None = None
+    stall_timeout: float | None = None
     absent: Sequence[str] = ()
     """A sentence on every node that did not come, or was lost on the way."""
     log: str = "launcher.log"
@@ -68,6 +73,10 @@ class Verdict:
     status: str
     detail: str = ""
     rank: int | None = None
+    peak_bytes: int | None = None
+    """Where memory ran out: how much there was in use."""
+    shape: tuple[int, int] | None = None
+    """Where memory ran out: rows and columns of the micro-batch at hand."""
 
 
 def judge(facts: Facts) -> Verdict:
@@ -83,7 +92,9 @@ def judge(facts: Facts) -> Verdict:
             return Verdict("stopped", "ended, for the kernel that had started it was gone")
         case "timeout":
             return Verdict("timeout", f"no end after {facts.timeout:g} s; "
-                                      "the error logs of the ranks show what they were doing")
+                                      "`run.stacks()` shows what the ranks were doing")
+        case "stalled":
+            return _judge_stall(facts)
         case "absent":
             return Verdict("timeout", "; ".join(facts.absent))
     return _judge_failure(facts)
@@ -96,14 +107,45 @@ def _judge_failure(facts: Facts) -> Verdict:
     if rank is None:
         return Verdict("error", _without_culprit(facts.agent_code, facts.log))
     record = next((record for record in facts.records if record["rank"] == rank), None)
-    if any(record["type"] == "OutOfMemoryError" for record in facts.records):
-        status = "cuda_oom"
-    elif record is None and facts.oom_kills and _code(facts, rank) == -signal.SIGKILL:
-        return Verdict("host_oom", f"rank {rank}: killed (SIGKILL) by the system, out of host memory", rank)
-    else:
-        status = "error"
+    if (short := next((told for told in facts.records if _is_out_of_memory(told)), None)) is not None:
+        return _out_of_memory(short, short["rank"], "out of GPU memory" if short["on_gpu"] else "out of host memory")
+    if record is None and facts.oom_kills and _code(facts, rank) == -signal.SIGKILL:
+        return _out_of_memory(facts.beats.get(rank, {}), rank, "killed (SIGKILL) by the system, out of host memory")
     ending = summary_line(record) if record else how_it_ended(_code(facts, rank))
-    return Verdict(status, f"rank {rank}: {ending}", rank)
+    return Verdict("error", f"rank {rank}: {ending}", rank)
+
+
+def _is_out_of_memory(record: Mapping[str, Any]) -> bool:
+    """torch has an exception of its own for a GPU alone."""
+    return record["type"] in ("OutOfMemoryError", "MemoryError") or \
+        "DefaultCPUAllocator: can't allocate memory" in record["message"]
+
+
+def _out_of_memory(where: Mapping[str, Any], rank: int, what: str) -> Verdict:
+    """`where`: an error record, or a beat."""
+    words = f"rank {rank}: {what}"
+    if where.get("step"):
+        words += f" in step {where['step']:,}"
+    if (shape := where.get("shape")) is not None:
+        words += f", with a micro-batch of {shape[0]:,} × {shape[1]:,} tokens"
+    if (peak := where.get("memory")) is not None:
+        words += f"; it held {peak / 1e9:.2f} GB"
+        if where.get("memory_limit"):
+            words += f" of {where['memory_limit'] / 1e9:.2f} GB"
+    status = "cuda_oom" if "GPU" in what else "host_oom"
+    return Verdict(status, words, rank, peak, tuple(shape) if shape is not None else None)
+
+
+def _judge_stall(facts: Facts) -> Verdict:
+    ranks = sorted(facts.suspects)
+    silence = f"no sign of life for {facts.stall_timeout:g} s"
+    if not ranks:
+        return Verdict("timeout", f"{silence}: the ranks wait for each other; `run.stacks()` shows where")
+    beat = facts.beats[ranks[0]]
+    doing = "" if beat["doing"] == "step" else f" ({beat['doing']})"
+    name = "rank " + str(ranks[0]) if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))
+    return Verdict("timeout", f"{name} stalled in step {beat['step']:,}{doing}: {silence}; `run.stacks()` shows where",
+                   ranks[0])
 
 
 def first_failure(facts: Facts) -> int | None:

@@ -5,7 +5,6 @@ It sleeps nearly all the time. Should it die itself, the system ends torchrun, a
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +15,8 @@ from typing import Final
 
 from collie_lab import rank
 from collie_lab.folder import RunFolder
-from collie_lab.launch import _agent, _nodes, _processes
+from collie_lab.launch import _agent, _nodes, _processes, _stacks
+from collie_lab.launch._stall import StallWatch
 from collie_lab.launch._verdict import Cause, Report
 
 __all__ = ["POLL", "TO_END", "Watcher"]
@@ -35,31 +35,40 @@ class Watcher(ABC):
         self._plan = folder.read("launch.json")
         self._began = time.time()
         self._kill_asked = False
-        self._oom_before = _processes.oom_kills()
-        self._failed_at: float | None = None
         self._log = folder.launcher_log(node)
-        self._log_offset = 0
-        self._agent_code: int | None = None
+        nodes, ranks = self._plan["nodes"], self._plan["world_size"]
+        share = ranks // nodes["count"] if nodes else ranks
+        self._ranks: Final = range(node * share, (node + 1) * share)
         for number in TO_END:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
                 signal.signal(number, self._on_signal)
 
     def run(self) -> int:
-        """See the ranks to their end; the exit code."""
+        """See the ranks to their end, as often as they are begun again; the exit code."""
+        while True:
+            if (code := self._conclude(self._attempt())) is not None:
+                return code
+
+    def _attempt(self) -> Report:
+        """The ranks, from their start to their end."""
+        self._oom_before = _processes.oom_kills()
+        self._failed_at: float | None = None
+        self._log_offset = 0
+        self._agent_code: int | None = None
+        self._stall = StallWatch(self._folder, self._ranks, self._plan["stall_timeout"])
         cause, signalled = self._assemble(), set[int]()
         if cause is None:
             agent = self._start_agent()
             cause = self._watch(agent)
             self._announce(cause)
-            if cause == "timeout":
-                self._dump_stacks()
-                time.sleep(0.5)
+            if cause in ("timeout", "stalled"):
+                _stacks.keep(self._folder, self._node, self._take_stacks())
             # torchrun has sent SIGTERM to the peers of a failed rank, and they have had the grace to heed it.
             signalled = _processes.end_tree(agent, patience=0.0 if cause == "failed" else 1.0)
             self._reap(agent)
         else:
             self._announce(cause)
-        return self._conclude(self._report(cause, signalled))
+        return self._report(cause, signalled)
 
     # --- what differs between the notebook's machine and the others
 
@@ -76,18 +85,16 @@ class Watcher(ABC):
         """Called once the end has come, before the ranks that are left are ended."""
 
     @abstractmethod
-    def _conclude(self, report: Report) -> int:
-        """Called when nothing is left; the exit code."""
+    def _conclude(self, report: Report) -> int | None:
+        """Called when nothing is left; the exit code, or None to begin again."""
 
     # --- what is the same
 
     def _start_agent(self) -> int:
         tie = rank.die_with_parent if sys.platform == "linux" else None
-        nodes, ranks = self._plan["nodes"], self._plan["world_size"]
-        place = ["--standalone"]
-        if nodes is not None:
-            place, ranks = _nodes.rendezvous(nodes, self._node, self._folder.id), ranks // nodes["count"]
-        command = _agent.command(self._plan["module"], ranks, str(self._folder.path), place)
+        nodes = self._plan["nodes"]
+        place = ["--standalone"] if nodes is None else _nodes.rendezvous(nodes, self._node, self._folder.id)
+        command = _agent.command(self._plan["module"], len(self._ranks), str(self._folder.path), place)
         with self._log.open("ab") as log:
             self._log_offset = log.tell()
             # From the main thread: the kernel's signal to the child comes when the *thread* that started it ends.
@@ -104,7 +111,7 @@ class Watcher(ABC):
                 self._failed_at = time.monotonic()
             if self._agent_code is not None:  # below 0: somebody has killed it, and what failed, failed of that
                 return "failed" if self._failed_at and self._agent_code >= 0 else "ended"
-            reason = self._reason_to_end()
+            reason = self._reason_to_end() or ("stalled" if self._stall.stalled() else None)
             if self._failed_at and (reason or time.monotonic() > self._failed_at + self._plan["grace"]):
                 return "failed"
             if reason:
@@ -123,10 +130,10 @@ class Watcher(ABC):
         self._log_offset += end
         return _agent.started_closing(data[:end].decode(errors="replace"))
 
-    def _dump_stacks(self) -> None:
-        for pid in _processes.ranks(os.getpid()).values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
+    def _take_stacks(self) -> dict[int, str]:
+        """The stacks of the ranks on this machine."""
+        pids = _processes.ranks(os.getpid())
+        return _stacks.take(self._folder, pids.values(), pids)
 
     def _reap(self, agent: int) -> None:
         """Collect ended children: torchrun, and orphans that were adopted."""

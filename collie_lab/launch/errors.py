@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from collie_lab.folder import RunFolder, read_json
-from collie_lab.launch import _agent
+from collie_lab.launch import _agent, _stacks
 from collie_lab.launch._logs import read_log
 from collie_lab.launch._verdict import how_it_ended, summary_line
 
@@ -43,9 +43,13 @@ def rank_error(folder: RunFolder, status: str) -> RankError:
     lines = {number: summary_line(record) for number, record in sorted(records.items())}
     # A rank that ended by SIGTERM did not fail: it was ended because another had.
     crashed = {number: how_it_ended(code) for number, code in codes.items() if code not in (0, -signal.SIGTERM)}
-    others = {number: text for number, text in sorted({**crashed, **lines}.items()) if number != rank}
+    stacks = _stacks.kept(folder)
+    places = {number: f"was at {place}" for number, stack in stacks.items() if (place := _stacks.innermost(stack))}
+    # Ranks with stacks were ended for a stall: none of them failed.
+    others = {number: text for number, text in sorted((places or {**crashed, **lines}).items()) if number != rank}
     detail = state.get("detail") or "the supervisor ended without a word"
-    traceback = records[rank]["traceback"] if rank in records else _last_words(folder, rank)
+    traceback = records[rank]["traceback"] if rank in records else _stacks.main(stacks[rank]) if rank in stacks \
+        else _last_words(folder, rank)
     return RankError(_message(folder, status, detail, traceback, rank, lines, others), rank, traceback, others)
 
 

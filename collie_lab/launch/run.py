@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from collie_lab.folder import RunFolder, Tail
-from collie_lab.launch import _processes
+from collie_lab.launch import _processes, _stacks
 from collie_lab.launch._logs import read_log
 from collie_lab.launch.errors import RankError, rank_error
 
@@ -24,7 +24,6 @@ __all__ = ["METRICS", "Run", "attach", "runs"]
 METRICS: Final = ("step", "time", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "memory_allocated")
 
 _SUMMARY: Final = ("loss", "perplexity", "exact_match", "peak_bytes", "tokens_per_second", "seconds")
-_STACKS_WITHIN: Final = 2.0
 _HARMLESS: Final = ("running", "ok", "stopped", "diverged")
 
 
@@ -124,6 +123,8 @@ class Run:
         if records := self._new_metrics():
             values |= {key: records[-1].get(key) for key in ("loss", "tokens_per_second")}
         values |= self.result
+        if (peak := self.folder.read("status.json").get("peak_bytes")) is not None:  # where memory ran out
+            values["peak_bytes"] = peak
         values["status"] = self.status
         return pd.Series(values, name=self.id, dtype=object)
 
@@ -181,30 +182,24 @@ class Run:
             os.kill(pid, signal.SIGKILL)
 
     def stacks(self) -> dict[int, str]:
-        """What every rank is doing now: the Python stacks of all its threads, innermost frame first."""
+        """What every rank is doing: the Python stacks of all its threads, innermost frame first.
+
+        Of a run that was ended because it took too long or stalled, what its ranks were doing then.
+        """
         if not self.alive:
-            return {}
+            return _stacks.kept(self.folder)
         supervisor, plan = self.folder.read("status.json")["pid"], self.folder.read("launch.json")
         pids = _processes.ranks(supervisor)
-        ranks = range(plan["world_size"]) if plan["nodes"] else pids
-        ends = {rank: log.stat().st_size if (log := self.folder.log(rank, "err")).exists() else 0 for rank in ranks}
-        with contextlib.suppress(ProcessLookupError):
-            for pid in pids.values():
-                os.kill(pid, signal.SIGUSR1)
-            if plan["nodes"]:
-                os.kill(supervisor, signal.SIGUSR2)  # which tells the other nodes
-        deadline = time.monotonic() + _STACKS_WITHIN
-        texts: dict[int, str] = {}
-        while time.monotonic() < deadline:
-            before = texts
-            time.sleep(0.1)
-            texts = {rank: _text_from(self.folder.log(rank, "err"), end) for rank, end in ends.items()}
-            if texts == before and all(texts.values()):
-                break
-        return texts
+        if not plan["nodes"]:
+            return _stacks.take(self.folder, pids.values(), pids)
+        return _stacks.take(self.folder, pids.values(), range(plan["world_size"]),
+                            lambda: os.kill(supervisor, signal.SIGUSR2))  # which tells the other nodes
 
     def _new_metrics(self) -> list[dict[str, Any]]:
-        self._metrics += self._metrics_tail.new()
+        for record in self._metrics_tail.new():
+            while self._metrics and self._metrics[-1]["step"] >= record["step"]:
+                self._metrics.pop()  # a run that was begun again repeats what it has lost
+            self._metrics.append(record)
         return self._metrics
 
 
@@ -224,12 +219,3 @@ def attach(id: str | Path, folder: str | Path = "runs") -> Run:
         return found[0]
     known = ", ".join(run.id for run in (found or runs(folder))[-5:]) or "none"
     raise ValueError(f"{'several runs' if found else 'no run'} in {str(folder)!r} for {str(id)!r}; there are: {known}")
-
-
-def _text_from(path: Path, offset: int) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""

@@ -7,8 +7,9 @@ With several nodes it is node 0's: the others (`_member`) begin and end when it 
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,10 +18,12 @@ from typing import Any
 
 import psutil
 
-from collie_lab.folder import RunFolder, Tail, read_json
-from collie_lab.launch import _nodes, _processes
+from collie_lab.beat import read_beats
+from collie_lab.folder import JsonLines, RunFolder, read_json
+from collie_lab.launch import _nodes, _processes, _stacks
+from collie_lab.launch._course import Course
 from collie_lab.launch._member import Member
-from collie_lab.launch._verdict import Cause, Facts, Report, how_it_ended, judge
+from collie_lab.launch._verdict import Cause, Facts, Report, Verdict, how_it_ended, judge
 from collie_lab.launch._watch import POLL, TO_END, Watcher
 
 __all__ = ["supervise"]
@@ -57,9 +60,8 @@ class Supervisor(Watcher):
 
     def __init__(self, folder: RunFolder):
         super().__init__(folder, 0)
-        self._stop_deadline: float | None = None
-        self._stop_heeded = False
-        self._events = Tail(folder.path / "events.jsonl")
+        self._course = Course(folder)
+        self._attempts = 1
         nodes = self._plan["nodes"]
         self._beacon = _nodes.Beacon(folder, 0) if nodes else None
         self._members = {node: _nodes.Sight(folder, node, nodes["silence"]) for node in range(1, nodes["count"])} \
@@ -111,13 +113,9 @@ class Supervisor(Watcher):
             if self._stacks_passed_on < self._stacks_asked:
                 self._stacks_passed_on = self._stacks_asked
                 self._beacon.say(stacks=self._stacks_asked)
-        if os.getppid() != self._plan["kernel_pid"]:
+        if self._plan["kernel_pid"] not in (None, os.getppid()):  # None: it is to outlive the kernel
             return "orphaned"
-        if self._kill_asked:
-            return "killed"
-        if self._plan["timeout"] is not None and time.time() > self._began + self._plan["timeout"]:
-            return "timeout"
-        return "unstopped" if self._stop_is_unheeded() else None
+        return "killed" if self._kill_asked else self._course.reason_to_end()
 
     def _sees_failure(self) -> bool:
         return super()._sees_failure() or self._a_member_has_failed()
@@ -130,19 +128,6 @@ class Supervisor(Watcher):
                 return True
         return False
 
-    def _stop_is_unheeded(self) -> bool:
-        """Whether the stop flag stands and the ranks have not acknowledged it in time.
-
-        The time is `grace`, or two steps where a step takes longer: ranks that make progress will heed it.
-        """
-        if self._stop_heeded or not self._folder.stop_flag.exists():
-            return False
-        if self._stop_deadline is None:
-            patience = max(self._plan["grace"], 2 * _step_seconds(self._folder.path / "metrics.jsonl"))
-            self._stop_deadline = time.monotonic() + patience
-        self._stop_heeded = any(event.get("kind") in ("stopping", "ending") for event in self._events.new())
-        return not self._stop_heeded and time.monotonic() > self._stop_deadline
-
     def _on_sigusr2(self, *_: object) -> None:
         """Somebody wants the stacks of all ranks: `Run.stacks`, which reaches those of this node itself."""
         self._stacks_asked += 1
@@ -153,28 +138,58 @@ class Supervisor(Watcher):
         if self._beacon is not None:
             self._beacon.say(state="ending", cause=cause, agent_code=self._agent_code)
 
-    def _conclude(self, report: Report) -> int:
+    def _conclude(self, report: Report) -> int | None:
         reports = {0: report} | self._reports_of_members(report.cause)
         codes = {node: theirs.agent_code if theirs else None for node, theirs in reports.items()}
         bad = next((node for node, code in codes.items() if code != 0), 0)
         ended = [theirs for theirs in reports.values() if theirs is not None]
+        cause: Cause = "stalled" if any(theirs.cause == "stalled" for theirs in ended) else report.cause
         exits = [exit_ for theirs in ended for exit_ in theirs.exits]
+        beats = read_beats(self._folder)
         verdict = judge(Facts(
-            cause=report.cause, agent_code=codes[bad], exits=exits,
+            cause=cause, agent_code=codes[bad], exits=exits,
             records=[read_json(path) for path in sorted(self._folder.errors.glob("rank-*.json"))],
             result=self._folder.read("result.json"),
             signalled=frozenset(number for theirs in ended for number in theirs.signalled),
             oom_kills=sum(theirs.oom_kills for theirs in ended),
-            grace=self._plan["grace"], timeout=self._plan["timeout"],
+            beats=beats, suspects=_stacks.suspects(beats, _stacks.kept(self._folder)) if cause == "stalled" else (),
+            grace=self._plan["grace"], timeout=self._plan["timeout"], stall_timeout=self._plan["stall_timeout"],
             absent=self._absent(report.cause, reports), log=self._folder.launcher_log(bad).name,
         ))
         all_codes = dict.fromkeys(range(self._plan["world_size"]), 0) if codes[bad] == 0 else {}
         all_codes |= {exit_.rank: exit_.code for exit_ in exits}
-        self._write_status(verdict.status, ended=time.time(), detail=verdict.detail, rank=verdict.rank,
+        self._write_status(**dataclasses.asdict(verdict), ended=time.time(),
                            exit_codes={str(number): code for number, code in sorted(all_codes.items())})
+        if self._may_begin_again(cause, verdict):
+            self._begin_again(verdict)
+            return None
         if self._beacon is not None:
             self._beacon.say(state="ended", status=verdict.status, detail=verdict.detail)
         return 0
+
+    def _may_begin_again(self, cause: Cause, verdict: Verdict) -> bool:
+        """Whether there is an attempt left, and hope: nobody wanted the end, and it was not for want of GPU memory,
+        which would be wanting again."""
+        return (self._attempts <= self._plan["max_restarts"] and cause in ("ended", "failed", "stalled")
+                and verdict.status in ("error", "host_oom", "timeout") and not self._folder.stop_flag.exists())
+
+    def _begin_again(self, verdict: Verdict) -> None:
+        """Put what the attempt has left aside, and go on from the newest checkpoint."""
+        checkpoint = self._folder.latest_checkpoint()
+        aside = self._folder.path / "attempts" / str(self._attempts)
+        aside.mkdir(parents=True)
+        shutil.copy2(self._folder.path / "status.json", aside)
+        for part in (self._folder.logs, self._folder.errors, self._folder.beats):
+            part.rename(aside / part.name)
+            part.mkdir()
+        self._attempts += 1
+        if checkpoint is not None:
+            self._folder.write("launch.json", {**self._plan, "resume_from": str(checkpoint)})
+        events = JsonLines(self._folder.path / "events.jsonl")
+        events.append({"time": time.time(), "kind": "restart", "attempt": self._attempts, "detail": verdict.detail,
+                       "step": int(checkpoint.name.removeprefix("step-")) if checkpoint else 0})
+        events.close()
+        self._write_status("running", detail=f"attempt {self._attempts}")
 
     def _reports_of_members(self, cause: Cause) -> dict[int, Report | None]:
         """What the other nodes say of their part, once they have; None for a node that never came, or is lost."""
@@ -214,17 +229,6 @@ class Supervisor(Watcher):
     def _write_status(self, status: str, **more: Any) -> None:
         self._folder.write("status.json", {
             "status": status, "pid": os.getpid(), "pid_started": psutil.Process().create_time(),
-            "started": self._began, "ended": None, "exit_codes": {}, "detail": "", "rank": None, **more,
+            "started": self._began, "ended": None, "exit_codes": {}, "detail": "", "rank": None,
+            "attempts": self._attempts, **more,
         })
-
-
-def _step_seconds(metrics: Path) -> float:
-    """How long the last step took: from the last two records; 0 where there are none yet."""
-    try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, metrics.stat().st_size - 8192))
-            lines = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return 0.0
-    times = [float(json.loads(line)["time"]) for line in lines[-2:]]
-    return times[1] - times[0] if len(times) == 2 else 0.0

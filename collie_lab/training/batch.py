@@ -28,6 +28,11 @@ class Batch:
     attended: int
     """Sum over documents of the squared length: the work of attention."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+        return tuple(self.inputs["input_ids"].shape)
+
 
 def collate(documents: Documents, indices: NDArray[np.int64], device: torch.device, *, flat: bool,
             draw: tuple[int, ...] | None = None, multiple: int = 1) -> Batch:

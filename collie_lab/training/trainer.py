@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from collie_lab import optim
+from collie_lab.beat import Beat
 from collie_lab.cells import Adan, Evaluation, Experiment, LibraryOptimizer, RuleCell, ScheduleFree, Sophia
 from collie_lab.data import Documents, Order, Tokenizer, sequence_length
 from collie_lab.data.order import Step
@@ -53,6 +54,7 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.step = 0
         self._launch = folder.read("launch.json")
+        self._beat = Beat(folder, self.rank, shared=bool(self._launch.get("nodes")))
         self._events = JsonLines(folder.path / "events.jsonl") if self.rank == 0 else None
         self._stop_wish = False
 
@@ -65,6 +67,7 @@ class Trainer:
         with contextlib.closing(self._checkpoints):
             status = self._loop()
             self._finish(status, began)
+        self._beat.close()
         return status
 
     def _loop(self) -> str:
@@ -88,6 +91,7 @@ class Trainer:
     def _train_step(self, plan: Step) -> None:
         """One optimizer step: forward and backward over the micro-batches, clipping, update."""
         began, optimizer = self._meters.mark(), self.optimizer
+        self._beat.say("step", step=self.step)
         with self._memory.step(self.step - self._first_step):
             if isinstance(optimizer, optim.RuleOptimizer) and optimizer.needs_measure:
                 # The same dropout in both passes.
@@ -116,6 +120,7 @@ class Trainer:
         batches = [collate(self._documents, documents, self.device, flat=self._flat, draw=draw,
                            multiple=self._strategy.multiple) for documents in plan.micro_batches]
         if self._strategy.pipeline is not None:
+            self._beat.say("step", shape=batches[0].shape)
             loss_sum = self._strategy.pipeline.train(self.model, level([batch.inputs for batch in batches]), scale,
                                                      self._strategy.compute)
         else:
@@ -129,6 +134,7 @@ class Trainer:
         accumulate = cell.accumulate if isinstance(cell, RuleCell) and cell.in_backward else None
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
+            self._beat.say("step", shape=batch.shape)
             with contextlib.ExitStack() as contexts:
                 contexts.enter_context(self._strategy.micro_batch(self.model, exchange=last or accumulate == "each"))
                 if accumulate == "hold" and not last:
@@ -178,6 +184,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Take a checkpoint now, and write it while the training goes on; on all ranks together."""
+        self._beat.say("checkpoint")
         self._checkpoints.save(self.step, *self._strategy.snapshot(self._adapted, self.optimizer))
 
     def _tell_of_checkpoint(self, written: Written) -> None:
@@ -275,6 +282,11 @@ class Trainer:
             self._stop_wish = True
             self.event("stopping", step=self.step)
 
+    def _tick(self) -> None:
+        """Between two batches of an evaluation."""
+        self._beat.say("evaluation")
+        self._heed_stop()
+
     def _verdict(self, figures: list[StepFigures]) -> str | None:
         """Why the run ends before its last step, or None. All ranks see the same figures."""
         if any(not math.isfinite(step.loss) for step in figures):
@@ -293,7 +305,7 @@ class Trainer:
             if due(cell):
                 with self._averaged():
                     figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy,
-                                       flat=self._flat, tick=self._heed_stop)
+                                       flat=self._flat, tick=self._tick)
                 self.event("evaluation", step=self.step, **figures)
                 found |= figures
         return found
@@ -320,6 +332,7 @@ class Trainer:
             self.save_checkpoint()
         self._checkpoints.finish()
         if training.export and status != "diverged":
+            self._beat.say("export")
             self.event("phase", text="writing the model")
             with self._averaged():
                 export_model(self._adapted, self._tokenizer, self.folder, self._strategy)

@@ -21,6 +21,7 @@ def main() -> None:
 def train(folder: RunFolder) -> None:
     """Join the other ranks, run the experiment, leave."""
     # Only here: the rank must be armed, and its output redirected, before the slow imports.
+    import gc
     import os
 
     import torch
@@ -30,6 +31,7 @@ def train(folder: RunFolder) -> None:
     from collie_lab.training.provenance import provenance
     from collie_lab.training.trainer import Trainer
 
+    gc.freeze()  # what was imported is never garbage: no collection need look at it again
     local_rank, world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

@@ -120,6 +120,21 @@ def test_nothing_outlives_the_kernel(kernel: Kernel, tmp_path: Path, mark: str, 
     assert "kernel" in run.detail
 
 
+def test_a_detached_run_outlives_a_restart(kernel: Kernel, tmp_path: Path, mark: str) -> None:
+    """The next kernel finds it and sees all of its metrics."""
+    kernel.execute("def callback(trainer):\n"
+                   "    while trainer.step == 3 and not (trainer.folder.path / 'go on').exists():\n"
+                   "        time.sleep(0.05)")
+    kernel.execute(f"toy.start({mark!r}, 'runs', callback, steps=4, ranks=1, detach=True)")
+    toy.wait_until(lambda: runs(tmp_path / "runs")[0].steps == 2)
+    kernel.manager.restart_kernel(now=False)
+    kernel.client.wait_for_ready(timeout=60)
+    kernel.execute(SETUP + "import collie_lab as lab\nrun = lab.attach('toy')\nassert run.alive\n"
+                           "(run.folder.path / 'go on').touch()\nassert run.wait(60) == 'ok'\n"
+                           "assert run.metrics['step'].tolist() == [1, 2, 3, 4]")
+    toy.assert_gone(mark)
+
+
 def test_a_failure_shows_the_cells_own_line(kernel: Kernel, tmp_path: Path, mark: str) -> None:
     """The edited local module is used as the kernel has it, and a failing line of a cell is shown."""
     (tmp_path / "helper.py").write_text("def number():\n    return 1\n")

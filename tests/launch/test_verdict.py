@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 
+from collie_lab.launch import _stacks
 from collie_lab.launch._agent import Exit, exits, started_closing
 from collie_lab.launch._logs import read_log
 from collie_lab.launch._processes import oom_kills
 from collie_lab.launch._verdict import Facts, Verdict, judge
 
 
-def record(rank: int, type_: str = "ValueError", time_ns: int = 1) -> dict[str, Any]:
-    return {"rank": rank, "type": type_, "message": "words", "time_ns": time_ns}
+def record(rank: int, type_: str = "ValueError", time_ns: int = 1, **more: Any) -> dict[str, Any]:
+    return {"rank": rank, "type": type_, "message": "words", "time_ns": time_ns, **more}
+
+
+def beat(step: int, doing: str = "step", **more: Any) -> dict[str, Any]:
+    return {"step": step, "doing": doing, "shape": None, "memory": None, "memory_limit": None, **more}
 
 
 KILLED = Exit(1, -9, 100)
@@ -27,9 +32,21 @@ KILLED = Exit(1, -9, 100)
     (Facts("ended", 0), Verdict("error", "the ranks ended without a result")),
     (Facts("ended", 1, [KILLED], oom_kills=1),
      Verdict("host_oom", "rank 1: killed (SIGKILL) by the system, out of host memory", 1)),
+    (Facts("ended", 1, [KILLED], oom_kills=1, beats={1: beat(7, shape=[1, 2048], memory=12e9, memory_limit=16e9)}),
+     Verdict("host_oom", "rank 1: killed (SIGKILL) by the system, out of host memory in step 7, with a micro-batch of "
+                         "1 × 2,048 tokens; it held 12.00 GB of 16.00 GB", 1, 12e9, (1, 2048))),
     (Facts("ended", 1, [KILLED]), Verdict("error", "rank 1: killed (SIGKILL)", 1)),
-    (Facts("ended", 1, [Exit(0, 1, 7)], [record(0, "OutOfMemoryError")]),
-     Verdict("cuda_oom", "rank 0: OutOfMemoryError: words", 0)),
+    (Facts("ended", 1, [Exit(0, 1, 7)], [record(0, "OutOfMemoryError", on_gpu=True, step=3, shape=[4, 512],
+                                                memory=79e9, memory_limit=80e9)]),
+     Verdict("cuda_oom", "rank 0: out of GPU memory in step 3, with a micro-batch of 4 × 512 tokens; "
+                         "it held 79.00 GB of 80.00 GB", 0, 79e9, (4, 512))),
+    (Facts("ended", 1, [Exit(0, 1, 7)], [record(0, "MemoryError", on_gpu=False)]),
+     Verdict("host_oom", "rank 0: out of host memory", 0)),
+    (Facts("stalled", None, suspects=[1], stall_timeout=30.0, beats={0: beat(6), 1: beat(5, "evaluation")}),
+     Verdict("timeout", "rank 1 stalled in step 5 (evaluation): no sign of life for 30 s; `run.stacks()` shows where",
+             1)),
+    (Facts("stalled", None, stall_timeout=30.0, beats={0: beat(6), 1: beat(6)}),
+     Verdict("timeout", "no sign of life for 30 s: the ranks wait for each other; `run.stacks()` shows where")),
     # A peer's exception follows from the crash, though only the exception has left a record.
     (Facts("failed", 1, [Exit(0, 1, 99), KILLED], [record(0)]), Verdict("error", "rank 1: killed (SIGKILL)", 1)),
     # NCCL's watchdog aborts the peers of a failed rank; torchrun and the supervisor end them.
@@ -66,6 +83,40 @@ Root Cause (first observed failure):
   rank      : 1 (local_rank: 1)
   exitcode  : -9 (pid: 100)
 """
+
+
+WAITS = """Current thread 0x00007f48c5687b80 (most recent call first):
+  File "/site-packages/torch/distributed/distributed_c10d.py", line 3007 in all_reduce
+  File "/site-packages/torch/distributed/c10d_logger.py", line 81 in wrapper
+  File "/home/strategy.py", line 120 in total
+  File "<frozen runpy>", line 198 in _run_module_as_main
+"""
+COMPUTES = """Thread 0x00007f48c0000000 (most recent call first):
+  File "/site-packages/torch/distributed/elastic.py", line 1 in run
+
+Current thread 0x00007f48c5687b80 (most recent call first):
+  File "/site-packages/torch/nn/functional.py", line 7 in linear
+  File "/home/cell.py", line 3 in callback
+  File "<frozen runpy>", line 198 in _run_module_as_main
+"""
+
+
+@pytest.mark.parametrize(("beats", "stacks", "found"), [
+    ({0: beat(6), 1: beat(6)}, {0: WAITS, 1: COMPUTES}, [1]),
+    ({0: beat(6), 1: beat(5)}, {0: WAITS, 1: WAITS}, [1]),
+    ({0: beat(6), 1: beat(5), 2: beat(6)}, {0: COMPUTES, 1: COMPUTES, 2: ""}, [1]),  # a rank that does not answer
+    ({0: beat(6), 1: beat(6)}, {0: WAITS, 1: WAITS}, []),
+    ({0: beat(6, "done"), 1: beat(6)}, {1: WAITS}, [1]),
+    ({0: beat(6)}, {0: COMPUTES}, [0]),
+], ids=["computes", "behind", "on GPUs", "all wait", "one is done", "alone"])
+def test_the_rank_that_the_others_wait_for(beats: dict[int, Any], stacks: dict[int, str], found: list[int]) -> None:
+    assert _stacks.suspects(beats, stacks) == found
+
+
+def test_where_a_rank_is() -> None:
+    assert _stacks.innermost(COMPUTES) == "cell.py:3 in callback"
+    assert _stacks.innermost(WAITS) == "strategy.py:120 in total"
+    assert _stacks.innermost("") == ""
 
 
 def test_torchruns_report_gives_codes_and_suspect() -> None:

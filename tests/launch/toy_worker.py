@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from collie_lab import rank
+from collie_lab.beat import Beat
 from collie_lab.code import load_experiment
 from collie_lab.folder import JsonLines, RunFolder
 
@@ -17,18 +19,28 @@ class Trainer:
         self.folder = folder
         self.rank = int(os.environ["RANK"])
         self.world_size = int(os.environ["WORLD_SIZE"])
+        self.beat = Beat(folder, self.rank)
         self.step = 0
 
     def barrier(self) -> None:
         """A collective; torch is imported only where one is wanted."""
+        if "torch" not in sys.modules:
+            self.beat.say("loading")
         import torch.distributed as dist
 
         if not dist.is_initialized():
             dist.init_process_group("gloo")
+            self.beat.say("step")
         dist.barrier()
+
+    def first_step(self) -> int:
+        """The step of the checkpoint to resume from."""
+        path = self.folder.read("launch.json")["resume_from"]
+        return int(Path(path).name.removeprefix("step-")) if path else 0
 
     def close(self) -> None:
         """No rank may be gone while another still waits for it."""
+        self.beat.close()
         dist = sys.modules.get("torch.distributed")
         if dist is not None and dist.is_initialized():
             dist.barrier()
@@ -46,7 +58,10 @@ def main() -> None:
         experiment = load_experiment(folder)
         trainer = Trainer(folder)
         status = "ok"
-        for trainer.step in range(1, experiment.training.steps + 1):
+        trainer.step = trainer.first_step()
+        while trainer.step < experiment.training.steps:
+            trainer.step += 1
+            trainer.beat.say("step", step=trainer.step, shape=(1, 8))
             for callback in experiment.callbacks:
                 callback(trainer)
             if trainer.rank == 0:

@@ -1,0 +1,41 @@
+"""Whether the ranks still move, from their beats."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+
+from collie_lab.beat import read_beats
+from collie_lab.folder import RunFolder
+
+__all__ = ["StallWatch"]
+
+_LOOK = 0.5
+
+
+class StallWatch:
+    """Watches the beats of some ranks of a run.
+
+    A rank that loads its model is not watched: that is silent and may take long. No clock of a rank
+    is used: what counts is how long a beat has been seen unchanged.
+    """
+
+    def __init__(self, folder: RunFolder, ranks: Collection[int], timeout: float | None):
+        self._folder, self._ranks, self._timeout = folder, ranks, timeout
+        self._looked = time.monotonic()
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def stalled(self) -> bool:
+        """Whether one of the ranks has shown no sign of life for the timeout."""
+        now = time.monotonic()
+        if self._timeout is None or now < self._looked + min(_LOOK, self._timeout / 4):
+            return False
+        self._looked = now
+        for rank, beat in read_beats(self._folder).items():
+            if rank not in self._ranks:
+                continue
+            if beat["doing"] in ("loading", "done"):
+                self._seen.pop(rank, None)
+            elif rank not in self._seen or self._seen[rank][0] != beat["count"]:
+                self._seen[rank] = beat["count"], now
+        return any(now > since + self._timeout for _, since in self._seen.values())
