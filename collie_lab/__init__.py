@@ -49,21 +49,21 @@ from collie_lab.cells import (
 if TYPE_CHECKING:
     from collie_lab import optim
     from collie_lab.diagnosis import doctor
-    from collie_lab.launch import RankError, Run, attach, runs
+    from collie_lab.launch import Pool, RankError, Run, attach, pull, runs
     from collie_lab.study import Results
     from collie_lab.view import compare, figure
 
 _LAZY = {
-    "RankError": "launch", "Run": "launch", "attach": "launch", "runs": "launch",
+    "Pool": "launch", "RankError": "launch", "Run": "launch", "attach": "launch", "pull": "launch", "runs": "launch",
     "Results": "study", "compare": "view", "doctor": "diagnosis", "figure": "view",
 }
 
 __all__ = [
     "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell", "CellError", "Data",
     "Evaluation", "ExactMatch", "Experiment", "GaLore", "Instructions", "Lion", "LoRA", "Lomo", "Model", "Muon",
-    "Nodes", "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens", "RankError", "Results", "Run", "SGD",
-    "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text", "Training", "__version__", "attach",
-    "compare", "doctor", "figure", "optim", "runs",
+    "Nodes", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens", "RankError", "Results", "Run",
+    "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text", "Training", "__version__", "attach",
+    "compare", "doctor", "figure", "optim", "pull", "runs",
 ]
 
 
@@ -73,6 +73,11 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"collie_lab.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'collie_lab' has no attribute {name!r}")
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext collie_lab`: the magic `%%ranks`."""
+    importlib.import_module("collie_lab.launch.magic").register(shell)
 
 
 def __dir__() -> list[str]:

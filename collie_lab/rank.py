@@ -24,7 +24,7 @@ import psutil
 from collie_lab.beat import memory, read_beats
 from collie_lab.folder import RunFolder, write_json
 
-__all__ = ["SUPERVISOR", "die_with_parent", "enter", "leave"]
+__all__ = ["SUPERVISOR", "die_with_parent", "enter", "leave", "lend", "lend_output"]
 
 #: The variable by which a supervisor tells its ranks its pid.
 SUPERVISOR = "COLLIE_LAB_SUPERVISOR"
@@ -47,15 +47,53 @@ def enter(folder: RunFolder | str | Path) -> Iterator[None]:
     faulthandler.enable(all_threads=True)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with _answering(folder, rank):
+        yield
+
+
+@contextlib.contextmanager
+def lend(folder: RunFolder) -> Iterator[None]:
+    """Within it, a rank that has entered works for another folder: its logs and errors are there."""
+    rank = int(os.environ.get("RANK", "0"))
+    with lend_output(folder.log(rank, "out"), folder.log(rank, "err")), _answering(folder, rank):
+        yield
+
+
+@contextlib.contextmanager
+def lend_output(out: Path, err: Path) -> Iterator[None]:
+    """Within it, standard output and error go to these files."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    own = os.dup(1), os.dup(2)
+    for descriptor, path in ((1, out), (2, err)):
+        _send(descriptor, path)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, before in zip((1, 2), own, strict=True):
+            os.dup2(before, descriptor)
+            os.close(before)
+
+
+@contextlib.contextmanager
+def _answering(folder: RunFolder, rank: int) -> Iterator[None]:
+    """Whatever is raised within it is recorded in the folder, and ends the process."""
     try:
         yield
     except SystemExit as leave:
-        if leave.code not in (None, 0):
+        # 0 is no failure, and what was recorded within is not told again.
+        if leave.code not in (None, 0) and not isinstance(leave, _RecordedError):
             _record(folder, rank, leave)
         raise
     except BaseException as error:
         _record(folder, rank, error)
-        raise SystemExit(1) from None
+        raise _RecordedError(1) from None
+
+
+class _RecordedError(SystemExit):
+    """The way out of a rank that has told of its failure."""
 
 
 def leave() -> None:
@@ -81,9 +119,13 @@ def die_with_parent() -> None:
 def _redirect(folder: RunFolder, rank: int) -> None:
     """Files, not pipes: whoever floods a file blocks nobody and nobody has to read it."""
     for descriptor, stream in ((1, "out"), (2, "err")):
-        target = os.open(folder.log(rank, stream), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(target, descriptor)
-        os.close(target)
+        _send(descriptor, folder.log(rank, stream))
+
+
+def _send(descriptor: int, path: Path) -> None:
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, descriptor)
+    os.close(target)
 
 
 def _tie_to_parent() -> None:
@@ -138,7 +180,9 @@ def _follow_parent(parent: int) -> None:
 def _record(folder: RunFolder, rank: int, error: BaseException) -> None:
     """Write `errors/rank-N.json`, and the traceback to the error log."""
     time_ns = time.time_ns()
-    inner = error.__traceback__.tb_next if error.__traceback__ else None  # the first frame is `enter` itself
+    inner = error.__traceback__
+    while inner is not None and inner.tb_frame.f_code.co_filename == __file__:
+        inner = inner.tb_next  # the first frames are those of this module
     text = "".join(traceback.format_exception(type(error), error, inner))
     message = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else str(error)
     where = read_beats(folder).get(rank, {})

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from collie_lab.cells import CellError, Data, Experiment, Instructions, Problem, RandomTokens, Text
+from collie_lab.data._memory import Made, key_of, recall, remember
 from collie_lab.data.documents import Documents
 from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.records import Document, Split, load_records, read_documents
@@ -85,16 +86,25 @@ class _Maker:
         self.warnings: list[str] = []
 
     def documents(self, cell: Data, split: Split) -> Documents:
+        """The documents of a split; from memory, where this process has made the same before."""
+        key = key_of(cell, split, self.tokenizer.fingerprint, self.vocabulary, self.context)
+        documents, summary, warnings = recall(key) or remember(key, self._make(cell, split))
+        self.summary |= summary
+        self.warnings += warnings
+        return documents
+
+    def _make(self, cell: Data, split: Split) -> Made:
         name = type(cell).__name__
         max_length = sequence_length(cell, self.context)
         if isinstance(cell, RandomTokens):
-            return _random_tokens(cell, split, self.vocabulary, max_length)
+            return _random_tokens(cell, split, self.vocabulary, max_length), {}, []
         chat = self.tokenizer.render_chat if self.tokenizer.chat_template else None
         records = read_documents(cell, split, chat)
         if not records:
             raise CellError([Problem(name, "holdout", "nothing is held out to evaluate on" if split == "test"
                                      else "no documents are left to train on",
                                      "change `holdout`, or give the evaluation its own `data`")])
+        warnings = []
         documents, cut = tokenize(records, self.tokenizer, max_length, cell.overlong)
         if cut and cell.overlong == "error":
             raise CellError([Problem(name, "max_length", f"{cut} of {len(records)} documents are longer than "
@@ -104,15 +114,15 @@ class _Maker:
                                      f"{max_length} tokens", "raise it")])
         if cut and cell.overlong in ("truncate", "drop"):
             verb = "truncated" if cell.overlong == "truncate" else "dropped"
-            self.warnings.append(f"{name}, {split}: {cut} of {len(records)} documents longer than "
-                                 f"{max_length} tokens were {verb}")
+            warnings.append(f"{name}, {split}: {cut} of {len(records)} documents longer than {max_length} tokens "
+                            f"were {verb}")
         if int(documents.tokens.max()) >= self.vocabulary:
             raise CellError([Problem("Model", "tokenizer", f"it makes token {documents.tokens.max()}, but the "
                                      f"model's vocabulary has {self.vocabulary}", "name the model's own tokenizer")])
-        self.summary[f"{name}, {split}"] = {
+        counts = {
             "documents": len(documents), "tokens": len(documents.tokens), "learned": int(documents.learned.sum()),
         }
-        return documents
+        return documents, {f"{name}, {split}": counts}, warnings
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_length: int,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,14 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest token id."""
         return int(self._rust.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that the folder holds."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.iterdir()):
+            digest.update(file.name.encode() + file.read_bytes())
+        return digest.hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens at either end; in parallel over the cores."""

@@ -1,4 +1,4 @@
-"""Starts the supervisor by this file's path, without the package itself: `python -P _boot.py <run folder> lead|join`.
+"""Starts the supervisor by this file's path, without the package itself: `python -P _boot.py <folder> lead|join|pool`.
 
 `import collie_lab` imports pydantic, which takes longer than all that the supervisor does before it starts
 torchrun. Empty packages stand in for it, so that only the modules the supervisor names are imported.
@@ -17,4 +17,4 @@ if __name__ == "__main__":
         package.__path__ = [str(place)]
     from collie_lab.launch.supervisor import supervise
 
-    sys.exit(supervise(sys.argv[1], joins=sys.argv[2] == "join"))
+    sys.exit(supervise(sys.argv[1], sys.argv[2]))

@@ -1,12 +1,14 @@
-"""One run under way, as its supervisor sees it: is its time up, and do its ranks heed the stop flag?"""
+"""One run under way, as its supervisor sees it: is its time up, do its ranks move, do they heed the stop flag?"""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from collie_lab.folder import RunFolder, Tail
+from collie_lab.launch._stall import StallWatch
 from collie_lab.launch._verdict import Cause
 
 __all__ = ["Course"]
@@ -15,9 +17,11 @@ __all__ = ["Course"]
 class Course:
     """Looks at a run's folder, again and again."""
 
-    def __init__(self, folder: RunFolder):
+    def __init__(self, folder: RunFolder, ranks: Collection[int]):
         self.folder, self.plan = folder, folder.read("launch.json")
         self.began = time.time()
+        self.attempts = 1
+        self._stall = StallWatch(folder, ranks, self.plan["stall_timeout"])
         self._stop_deadline: float | None = None
         self._stop_heeded = False
         self._events = Tail(folder.path / "events.jsonl")
@@ -26,7 +30,14 @@ class Course:
         """Why the ranks have to be ended now, if they have to."""
         if self.plan["timeout"] is not None and time.time() > self.began + self.plan["timeout"]:
             return "timeout"
-        return "unstopped" if self._stop_is_unheeded() else None
+        if self._stop_is_unheeded():
+            return "unstopped"
+        return "stalled" if self._stall.stalled() else None
+
+    def begin_again(self) -> None:
+        """Have it that the ranks start anew."""
+        self.attempts += 1
+        self._stall.forget()
 
     def _stop_is_unheeded(self) -> bool:
         """Whether the stop flag stands and the ranks have not acknowledged it in time.

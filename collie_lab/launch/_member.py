@@ -8,6 +8,7 @@ import time
 
 from collie_lab.folder import RunFolder
 from collie_lab.launch import _nodes
+from collie_lab.launch._stall import StallWatch
 from collie_lab.launch._verdict import Cause, Report
 from collie_lab.launch._watch import POLL, Watcher
 
@@ -24,6 +25,7 @@ class Member(Watcher):
         super().__init__(folder, node)
         self._beacon = _nodes.Beacon(folder, node)
         self._head = _nodes.Sight(folder, 0, self._plan["nodes"]["silence"])
+        self._stall = StallWatch(folder, self._ranks, self._plan["stall_timeout"])
         self._dismissed_at: float | None = None
         self._stacks_shown = 0
         self._beacon.say(state="waiting")
@@ -49,7 +51,7 @@ class Member(Watcher):
         if self._head.lost:
             return "orphaned"
         if head.get("state") not in ("ending", "ended"):
-            return None
+            return "stalled" if self._stall.stalled() else None
         if head.get("agent_code") == 0:  # all is well: our ranks have ended too, and torchrun is about to
             self._dismissed_at = self._dismissed_at or time.monotonic()
             if time.monotonic() < self._dismissed_at + self._plan["grace"]:

@@ -39,3 +39,7 @@ class StallWatch:
             elif rank not in self._seen or self._seen[rank][0] != beat["count"]:
                 self._seen[rank] = beat["count"], now
         return any(now > since + self._timeout for _, since in self._seen.values())
+
+    def forget(self) -> None:
+        """Have it that the ranks have not been seen yet."""
+        self._seen.clear()

@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any
 
 import yaml
 
-import collie_lab
 from collie_lab import code
 from collie_lab.cells import CellError, Experiment, Nodes, Problem
 from collie_lab.check import check_resume
 from collie_lab.folder import RunFolder
 from collie_lab.launch import _several
+from collie_lab.launch._supervise import environment, module_paths, start_supervisor
+from collie_lab.launch.pool import Pool
 from collie_lab.launch.run import Run
 
-__all__ = ["environment", "launch", "module_paths"]
-
-#: Supervisors that this process has started: kept until they have ended and are collected.
-_supervisors: list[subprocess.Popen[bytes]] = []
-
-#: What a torchrun around the kernel, or an earlier one in it, would tell our ranks.
-_FOREIGN: Final = (
-    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME",
-    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-)
+__all__ = ["launch"]
 
 
 def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "runs",
            resume: Run | str | Path | None = None, detach: bool = False, max_restarts: int = 0,
            timeout: float | None = None, stall_timeout: float | None = 1800.0, grace: float = 3.0,
-           env: Mapping[str, str] | None = None, nodes: Nodes | None = None, show: bool = True,
-           _module: str = "collie_lab.training.worker") -> Run:
+           env: Mapping[str, str] | None = None, pool: Pool | None = None, nodes: Nodes | None = None,
+           show: bool = True, _module: str = "collie_lab.training.worker") -> Run:
     """Start an experiment in processes of its own and return its handle.
 
     With `wait` the call returns at the end and raises `RankError` if the run failed; without, at once.
@@ -47,9 +37,10 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     `resume` continues from a run's newest checkpoint, or from the given one. With `detach` the run outlives this
     process; `lab.attach(id)` finds it again. After a failure other than want of GPU memory the ranks are begun again up
     to `max_restarts` times, from the newest checkpoint; what an attempt leaves is kept in `attempts/`.
-    `timeout` ends the run after so many seconds; `stall_timeout` ends it when a rank has shown no sign of life for so
-    long since its first step, names that rank and keeps the stacks of all (`run.stacks()`).
+    `timeout` ends the run after so many seconds; `stall_timeout` ends it when a rank that has begun to step has shown
+    no sign of life for so long, names that rank and keeps the stacks of all (`run.stacks()`).
     `env` adds to the environment of the ranks. The run gets a new folder in `folder`.
+    With a `pool` its warm ranks take the run, instead of new processes.
     With `nodes` the ranks are shared among several machines. All of them have to see `folder`, and on each of the
     others one runs the command that is printed. `env` is then written to the run folder, for these machines.
     """
@@ -58,11 +49,7 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     for problem in report.warnings:
         warnings.warn(str(problem), stacklevel=3)
     world_size = experiment.parallel.world_size
-    if nodes is not None:
-        _several.check(nodes, world_size)
-        if max_restarts:
-            raise CellError([Problem("launch", "max_restarts", "runs on several machines are not begun again by "
-                                     "themselves", "leave it out; `resume=` goes on from the newest checkpoint")])
+    _check_options(world_size, pool, nodes, detach=detach, max_restarts=max_restarts, env=env)
     checkpoint = _checkpoint(resume)
     mapping, packed = code.pack(experiment)
     run_folder = RunFolder.create(folder, experiment.name)
@@ -75,17 +62,16 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
         _prepare(experiment, run_folder)
         if checkpoint is not None:
             check_resume(experiment, run_folder.read("data/index.json").get("fingerprint", ""), Path(checkpoint))
-        paths = module_paths()
         run_folder.write("launch.json", {
-            "world_size": world_size, "created": time.time(), "cwd": os.getcwd(), "sys_path": paths,
+            "world_size": world_size, "created": time.time(), "cwd": os.getcwd(), "sys_path": module_paths(),
             "resume_from": checkpoint, "grace": grace, "timeout": timeout, "stall_timeout": stall_timeout,
             "max_restarts": max_restarts, "kernel_pid": None if detach else os.getpid(), "module": _module,
-            "nodes": _several.plan(nodes, run_folder, env or {}) if nodes else None,
+            "pooled": pool is not None, "nodes": _several.plan(nodes, run_folder, env or {}) if nodes else None,
         })
-        variables = {**environment(world_size // nodes.count if nodes else world_size, paths), **(env or {})}
-        if nodes is not None:
-            variables = _several.on_network(variables, nodes.address, nodes.port, nodes.interface)
-        process = _start_supervisor(run_folder, variables)
+        if pool is not None:
+            pool.begin(run_folder)
+        else:
+            process = start_supervisor(run_folder, "lead", _variables(world_size, nodes, env or {}))
     except BaseException:
         if process is not None:
             process.kill()
@@ -94,7 +80,7 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
         raise
     if nodes is not None:
         print(_several.invitation(nodes, run_folder), flush=True)
-    run = Run(run_folder, _process=process)
+    run = Run(run_folder, _owner=process or pool)
     if wait:
         _see_to_the_end(run, show)
     elif show:
@@ -102,23 +88,25 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     return run
 
 
-def environment(ranks: int, paths: Sequence[str]) -> dict[str, str]:
-    """The environment of so many ranks on this machine that find modules in `paths`: this process's own, without what
-    would mislead them."""
-    result = {name: value for name, value in os.environ.items()
-              if name not in _FOREIGN and not name.startswith(("TORCHELASTIC_", "PET_"))}
-    if result.get("MPLBACKEND", "").startswith("module://"):
-        del result["MPLBACKEND"]  # the kernel's inline figures
-    result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    result.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return result | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+def _check_options(world_size: int, pool: Pool | None, nodes: Nodes | None, **others: Any) -> None:
+    """Raise where a pool, or several machines, cannot do what else is asked for."""
+    if pool is not None:
+        asked = [name for name, value in {**others, "nodes": nodes}.items() if value]
+        if asked:
+            raise CellError([Problem("launch", asked[0], "a pool has processes of its own, on this machine, that end "
+                                     "with it", "leave it out, or launch without the pool")])
+        pool.check(world_size)
+    if nodes is not None:
+        _several.check(nodes, world_size)
+        if others["max_restarts"]:
+            raise CellError([Problem("launch", "max_restarts", "runs on several machines are not begun again by "
+                                     "themselves", "leave it out; `resume=` goes on from the newest checkpoint")])
 
 
-def module_paths() -> list[str]:
-    """Where this process finds modules, save what every interpreter finds by itself; and collie_lab."""
-    own = str(Path(collie_lab.__file__).resolve().parent.parent)
-    paths = [os.path.abspath(path) for path in sys.path]
-    return list(dict.fromkeys(path for path in [*paths, own] if not code.is_installed(path)))
+def _variables(world_size: int, nodes: Nodes | None, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the supervisor, and so of the ranks."""
+    variables = {**environment(world_size // nodes.count if nodes else world_size, module_paths()), **env}
+    return variables if nodes is None else _several.on_network(variables, nodes.address, nodes.port, nodes.interface)
 
 
 def _prepare(experiment: Experiment, folder: RunFolder) -> None:
@@ -141,23 +129,6 @@ def _checkpoint(resume: Run | str | Path | None) -> str | None:
                                  "give a run, its folder, or one of its checkpoints; "
                                  "`Training(checkpoint_every=...)` has a run write them")])
     return str(newest)
-
-
-def _start_supervisor(folder: RunFolder, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start the supervisor in a session of its own, out of reach of the kernel's interrupts."""
-    _supervisors[:] = [process for process in _supervisors if process.poll() is None]
-    command = [sys.executable, "-P", str(Path(__file__).with_name("_boot.py")), str(folder.path), "lead"]
-    log = folder.launcher_log()
-    with log.open("ab") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   start_new_session=True, env=dict(env))
-    _supervisors.append(process)
-    status = folder.path / "status.json"
-    while not status.exists():
-        if process.poll() is not None:
-            raise RuntimeError(f"the supervisor did not start:\n{log.read_text(encoding='utf-8', errors='replace')}")
-        time.sleep(0.005)
-    return process
 
 
 def _see_to_the_end(run: Run, show: bool) -> None:

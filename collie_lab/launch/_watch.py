@@ -16,7 +16,6 @@ from typing import Final
 from collie_lab import rank
 from collie_lab.folder import RunFolder
 from collie_lab.launch import _agent, _nodes, _processes, _stacks
-from collie_lab.launch._stall import StallWatch
 from collie_lab.launch._verdict import Cause, Report
 
 __all__ = ["POLL", "TO_END", "Watcher"]
@@ -55,20 +54,24 @@ class Watcher(ABC):
         self._failed_at: float | None = None
         self._log_offset = 0
         self._agent_code: int | None = None
-        self._stall = StallWatch(self._folder, self._ranks, self._plan["stall_timeout"])
         cause, signalled = self._assemble(), set[int]()
         if cause is None:
             agent = self._start_agent()
             cause = self._watch(agent)
             self._announce(cause)
             if cause in ("timeout", "stalled"):
-                _stacks.keep(self._folder, self._node, self._take_stacks())
+                _stacks.keep(self._subject, self._node, self._take_stacks())
             # torchrun has sent SIGTERM to the peers of a failed rank, and they have had the grace to heed it.
             signalled = _processes.end_tree(agent, patience=0.0 if cause == "failed" else 1.0)
             self._reap(agent)
         else:
             self._announce(cause)
         return self._report(cause, signalled)
+
+    @property
+    def _subject(self) -> RunFolder:
+        """The run whose errors and stacks count."""
+        return self._folder
 
     # --- what differs between the notebook's machine and the others
 
@@ -111,7 +114,7 @@ class Watcher(ABC):
                 self._failed_at = time.monotonic()
             if self._agent_code is not None:  # below 0: somebody has killed it, and what failed, failed of that
                 return "failed" if self._failed_at and self._agent_code >= 0 else "ended"
-            reason = self._reason_to_end() or ("stalled" if self._stall.stalled() else None)
+            reason = self._reason_to_end()
             if self._failed_at and (reason or time.monotonic() > self._failed_at + self._plan["grace"]):
                 return "failed"
             if reason:
@@ -120,7 +123,7 @@ class Watcher(ABC):
 
     def _sees_failure(self) -> bool:
         """Whether a rank has left an error record, or torchrun says that one has ended."""
-        return any(self._folder.errors.glob("rank-*.json")) or self._agent_says_so()
+        return any(self._subject.errors.glob("rank-*.json")) or self._agent_says_so()
 
     def _agent_says_so(self) -> bool:
         with self._log.open("rb") as file:
@@ -133,7 +136,7 @@ class Watcher(ABC):
     def _take_stacks(self) -> dict[int, str]:
         """The stacks of the ranks on this machine."""
         pids = _processes.ranks(os.getpid())
-        return _stacks.take(self._folder, pids.values(), pids)
+        return _stacks.take(self._subject, pids.values(), pids)
 
     def _reap(self, agent: int) -> None:
         """Collect ended children: torchrun, and orphans that were adopted."""

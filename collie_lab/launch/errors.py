@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from collie_lab.launch import _agent, _stacks
 from collie_lab.launch._logs import read_log
 from collie_lab.launch._verdict import how_it_ended, summary_line
 
-__all__ = ["RankError", "rank_error"]
+__all__ = ["RankError", "cell_error", "rank_error"]
 
 _LINES = 20
 
@@ -50,24 +50,41 @@ def rank_error(folder: RunFolder, status: str) -> RankError:
     detail = state.get("detail") or "the supervisor ended without a word"
     traceback = records[rank]["traceback"] if rank in records else _stacks.main(stacks[rank]) if rank in stacks \
         else _last_words(folder, rank)
-    return RankError(_message(folder, status, detail, traceback, rank, lines, others), rank, traceback, others)
+    parts = [*_account(f"{status}: {detail}", traceback, rank, lines, others), f"logs: {_readable(folder.logs)}"]
+    return RankError("\n".join(parts), rank, traceback, others)
 
 
-def _message(folder: RunFolder, status: str, detail: str, traceback: str, rank: int | None,
-             lines: dict[int, str], others: dict[int, str]) -> str:
-    """Status and culprit first, then the traceback's end, the other ranks by group, and the logs."""
-    parts = [f"{status}: {detail}"]
+def cell_error(outcomes: Mapping[int, Mapping[str, Any]], deaf: Sequence[int] = (), why: str = "") -> RankError:
+    """The error of a cell, from what its ranks tell (nothing where it went well).
+
+    `deaf` are ranks that had to be ended, for `why`; with them, all were.
+    """
+    records = {rank: outcome for rank, outcome in sorted(outcomes.items()) if outcome}
+    told = next((rank for rank, outcome in records.items() if outcome["type"] != "KeyboardInterrupt"),
+                next(iter(records), None))
+    lines = {rank: summary_line(record) for rank, record in records.items()}
+    others = {rank: text for rank, text in lines.items() if rank != told}
+    others |= dict.fromkeys(deaf, f"did not heed the interrupt ({why}), in a collective perhaps, and was ended")
+    traceback = records[told]["traceback"] if told is not None else ""
+    parts = _account(f"rank {told}: {lines[told]}" if told is not None else why, traceback, told, lines, others)
+    if deaf:
+        parts.append("all ranks were ended, and their names are lost; the next cell starts new ones")
+    return RankError("\n".join(parts), told, traceback, others)
+
+
+def _account(head: str, traceback: str, rank: int | None, lines: Mapping[int, str],
+             others: Mapping[int, str]) -> list[str]:
+    """What happened and to whom first, then the traceback's end, and the other ranks by group."""
+    parts = [head]
     if shown := traceback.rstrip().splitlines()[-_LINES:]:
         parts += ["", *("    " + line for line in shown), ""]
     groups: dict[str, list[int]] = {}
     for number, text in others.items():
         groups.setdefault(text, []).append(number)
-    same = groups.pop(lines[rank], []) if rank in lines else []
+    same = groups.pop(lines[rank], []) if rank is not None and rank in lines else []
     if same:
         parts.append(f"the same on {_names(same)}")
-    parts += [f"{_names(numbers)}: {text}" for text, numbers in groups.items()]
-    parts.append(f"logs: {_readable(folder.logs)}")
-    return "\n".join(parts)
+    return parts + [f"{_names(numbers)}: {text}" for text, numbers in groups.items()]
 
 
 def _names(ranks: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from collie_lab.folder import RunFolder
 from collie_lab.launch import _several
-from collie_lab.launch._start import environment, module_paths
+from collie_lab.launch._supervise import environment, module_paths
 
 __all__ = ["join", "main"]
 

@@ -18,6 +18,8 @@ from collie_lab.launch.errors import RankError, rank_error
 if TYPE_CHECKING:
     import pandas as pd
 
+    from collie_lab.launch.pool import Pool
+
 __all__ = ["METRICS", "Run", "attach", "runs"]
 
 #: The columns of `Run.metrics`.
@@ -34,9 +36,9 @@ class Run:
     handle on the folder of any run, also one of another kernel.
     """
 
-    def __init__(self, folder: RunFolder | str | Path, *, _process: subprocess.Popen[bytes] | None = None):
+    def __init__(self, folder: RunFolder | str | Path, *, _owner: subprocess.Popen[bytes] | Pool | None = None):
         self.folder = folder if isinstance(folder, RunFolder) else RunFolder(folder)
-        self._process = _process
+        self._owner = _owner  # a pool lives at least as long as the handles of its runs
         self._metrics: list[dict[str, Any]] = []
         self._metrics_tail = Tail(self.folder.path / "metrics.jsonl")
         self._events: list[dict[str, Any]] = []
@@ -56,10 +58,12 @@ class Run:
     @property
     def alive(self) -> bool:
         """Whether its processes have not all ended yet."""
-        if self._process is not None:
-            return self._process.poll() is None
+        if isinstance(self._owner, subprocess.Popen):
+            return self._owner.poll() is None
         state = self.folder.read("status.json")
-        return bool(state) and _processes.is_process(state["pid"], state["pid_started"])
+        if not state or (state["pooled"] and state["ended"] is not None):  # a pool outlives its runs
+            return False
+        return _processes.is_process(state["pid"], state["pid_started"])
 
     @property
     def status(self) -> str:

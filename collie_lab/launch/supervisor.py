@@ -7,23 +7,20 @@ With several nodes it is node 0's: the others (`_member`) begin and end when it 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import psutil
-
-from collie_lab.beat import read_beats
-from collie_lab.folder import JsonLines, RunFolder, read_json
-from collie_lab.launch import _nodes, _processes, _stacks
+from collie_lab.folder import JsonLines, RunFolder
+from collie_lab.launch import _nodes, _processes
+from collie_lab.launch._conclusion import conclude, write_status
 from collie_lab.launch._course import Course
+from collie_lab.launch._keeper import PoolKeeper
 from collie_lab.launch._member import Member
-from collie_lab.launch._verdict import Cause, Facts, Report, Verdict, how_it_ended, judge
+from collie_lab.launch._verdict import Cause, Report, Verdict, how_it_ended
 from collie_lab.launch._watch import POLL, TO_END, Watcher
 
 __all__ = ["supervise"]
@@ -32,15 +29,16 @@ __all__ = ["supervise"]
 _FAREWELL = 8.0
 
 
-def supervise(path: str | Path, joins: bool) -> int:
+def supervise(path: str | Path, role: str) -> int:
     """Start the ranks of the run folder `path` on this machine, wait, end what has to be ended; the exit code.
 
-    A machine that `joins` the notebook's takes the next free number.
+    `role`: `lead` a run; `join` one with a further machine, which takes the next free number; keep a `pool`.
     """
     folder = RunFolder(path)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited: a rank that is not ready yet survives `Run.stacks`
     _processes.adopt_orphans()
-    return (_member(folder) if joins else Supervisor(folder)).run()
+    watcher = _member(folder) if role == "join" else PoolKeeper(folder) if role == "pool" else Supervisor(folder)
+    return watcher.run()
 
 
 def _member(folder: RunFolder) -> Member:
@@ -60,8 +58,7 @@ class Supervisor(Watcher):
 
     def __init__(self, folder: RunFolder):
         super().__init__(folder, 0)
-        self._course = Course(folder)
-        self._attempts = 1
+        self._course = Course(folder, self._ranks)
         nodes = self._plan["nodes"]
         self._beacon = _nodes.Beacon(folder, 0) if nodes else None
         self._members = {node: _nodes.Sight(folder, node, nodes["silence"]) for node in range(1, nodes["count"])} \
@@ -70,7 +67,7 @@ class Supervisor(Watcher):
             self._beacon.say(state="waiting")
             signal.signal(signal.SIGUSR2, self._on_sigusr2)
         self._stacks_asked, self._stacks_passed_on = 0, 0
-        self._write_status("running")
+        write_status(self._course, "running")
 
     # --- the beginning
 
@@ -78,7 +75,7 @@ class Supervisor(Watcher):
         told: list[int] = []
         while missing := [node for node in self._members if not self._is_here(node)]:
             if missing != told:
-                self._write_status("running", detail=self._invitation(missing))
+                write_status(self._course, "running", detail=self._invitation(missing))
                 told = missing
             if self._folder.stop_flag.exists():
                 return "killed"
@@ -91,7 +88,7 @@ class Supervisor(Watcher):
             time.sleep(POLL)
         if self._beacon is not None:
             self._beacon.say(state="running")
-            self._write_status("running")
+            write_status(self._course, "running")
         return None
 
     def _is_here(self, node: int) -> bool:
@@ -140,26 +137,7 @@ class Supervisor(Watcher):
 
     def _conclude(self, report: Report) -> int | None:
         reports = {0: report} | self._reports_of_members(report.cause)
-        codes = {node: theirs.agent_code if theirs else None for node, theirs in reports.items()}
-        bad = next((node for node, code in codes.items() if code != 0), 0)
-        ended = [theirs for theirs in reports.values() if theirs is not None]
-        cause: Cause = "stalled" if any(theirs.cause == "stalled" for theirs in ended) else report.cause
-        exits = [exit_ for theirs in ended for exit_ in theirs.exits]
-        beats = read_beats(self._folder)
-        verdict = judge(Facts(
-            cause=cause, agent_code=codes[bad], exits=exits,
-            records=[read_json(path) for path in sorted(self._folder.errors.glob("rank-*.json"))],
-            result=self._folder.read("result.json"),
-            signalled=frozenset(number for theirs in ended for number in theirs.signalled),
-            oom_kills=sum(theirs.oom_kills for theirs in ended),
-            beats=beats, suspects=_stacks.suspects(beats, _stacks.kept(self._folder)) if cause == "stalled" else (),
-            grace=self._plan["grace"], timeout=self._plan["timeout"], stall_timeout=self._plan["stall_timeout"],
-            absent=self._absent(report.cause, reports), log=self._folder.launcher_log(bad).name,
-        ))
-        all_codes = dict.fromkeys(range(self._plan["world_size"]), 0) if codes[bad] == 0 else {}
-        all_codes |= {exit_.rank: exit_.code for exit_ in exits}
-        self._write_status(**dataclasses.asdict(verdict), ended=time.time(),
-                           exit_codes={str(number): code for number, code in sorted(all_codes.items())})
+        cause, verdict = conclude(self._course, reports, self._absent(report.cause, reports))
         if self._may_begin_again(cause, verdict):
             self._begin_again(verdict)
             return None
@@ -170,26 +148,27 @@ class Supervisor(Watcher):
     def _may_begin_again(self, cause: Cause, verdict: Verdict) -> bool:
         """Whether there is an attempt left, and hope: nobody wanted the end, and it was not for want of GPU memory,
         which would be wanting again."""
-        return (self._attempts <= self._plan["max_restarts"] and cause in ("ended", "failed", "stalled")
+        return (self._course.attempts <= self._plan["max_restarts"] and cause in ("ended", "failed", "stalled")
                 and verdict.status in ("error", "host_oom", "timeout") and not self._folder.stop_flag.exists())
 
     def _begin_again(self, verdict: Verdict) -> None:
         """Put what the attempt has left aside, and go on from the newest checkpoint."""
         checkpoint = self._folder.latest_checkpoint()
-        aside = self._folder.path / "attempts" / str(self._attempts)
+        aside = self._folder.path / "attempts" / str(self._course.attempts)
         aside.mkdir(parents=True)
         shutil.copy2(self._folder.path / "status.json", aside)
         for part in (self._folder.logs, self._folder.errors, self._folder.beats):
             part.rename(aside / part.name)
             part.mkdir()
-        self._attempts += 1
+        self._course.begin_again()
         if checkpoint is not None:
             self._folder.write("launch.json", {**self._plan, "resume_from": str(checkpoint)})
         events = JsonLines(self._folder.path / "events.jsonl")
-        events.append({"time": time.time(), "kind": "restart", "attempt": self._attempts, "detail": verdict.detail,
-                       "step": int(checkpoint.name.removeprefix("step-")) if checkpoint else 0})
+        events.append({"time": time.time(), "kind": "restart", "attempt": self._course.attempts,
+                       "step": int(checkpoint.name.removeprefix("step-")) if checkpoint else 0,
+                       "detail": verdict.detail})
         events.close()
-        self._write_status("running", detail=f"attempt {self._attempts}")
+        write_status(self._course, "running", detail=f"attempt {self._course.attempts}")
 
     def _reports_of_members(self, cause: Cause) -> dict[int, Report | None]:
         """What the other nodes say of their part, once they have; None for a node that never came, or is lost."""
@@ -225,10 +204,3 @@ class Supervisor(Watcher):
             elif report.cause == "ended" and (report.agent_code or 0) < 0:
                 sentences.append(f"{name}: the launcher (torchrun) was {how_it_ended(report.agent_code or 0)}")
         return sentences
-
-    def _write_status(self, status: str, **more: Any) -> None:
-        self._folder.write("status.json", {
-            "status": status, "pid": os.getpid(), "pid_started": psutil.Process().create_time(),
-            "started": self._began, "ended": None, "exit_codes": {}, "detail": "", "rank": None,
-            "attempts": self._attempts, **more,
-        })

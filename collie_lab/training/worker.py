@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from collie_lab import rank
 from collie_lab.folder import RunFolder
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["join", "main", "run"]
 
 
 def main() -> None:
@@ -21,31 +25,48 @@ def main() -> None:
 def train(folder: RunFolder) -> None:
     """Join the other ranks, run the experiment, leave."""
     # Only here: the rank must be armed, and its output redirected, before the slow imports.
+    import torch.distributed as dist
+
+    device = join()
+    try:
+        run(folder, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join() -> torch.device:
+    """Import what a run needs, take this rank's device, and join the other ranks, where there are any."""
     import gc
     import os
 
     import torch
     import torch.distributed as dist
 
+    import collie_lab.training.trainer  # noqa: F401
+
+    gc.freeze()  # what was imported is never garbage: no collection need look at it again
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() \
+        else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def run(folder: RunFolder, device: torch.device) -> None:
+    """Run the experiment of a folder on ranks that have joined."""
+    import os
+
     from collie_lab.code import load_experiment
     from collie_lab.training.provenance import provenance
     from collie_lab.training.trainer import Trainer
 
-    gc.freeze()  # what was imported is never garbage: no collection need look at it again
-    local_rank, world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     experiment = load_experiment(folder)
     if int(os.environ.get("RANK", "0")) == 0:
         folder.write("env.json", provenance(experiment.training.seed))
-    try:
-        Trainer(experiment, folder, device).run()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    Trainer(experiment, folder, device).run()
 
 
 if __name__ == "__main__":

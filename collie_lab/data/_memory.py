@@ -1,0 +1,51 @@
+"""What this process has tokenized last: variants of an experiment mostly train on the same documents."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Final
+
+from collie_lab.cells import Data
+from collie_lab.data.documents import Documents
+
+__all__ = ["Made", "key_of", "recall", "remember"]
+
+#: Documents, their counts and the warnings about them.
+Made = tuple[Documents, dict[str, dict[str, int]], list[str]]
+
+#: Tokens that are kept at most, of all documents together: half a GiB.
+_LIMIT: Final = 100_000_000
+
+_made: OrderedDict[str, Made] = OrderedDict()
+
+
+def key_of(cell: Data, split: str, tokenizer: str, *more: Any) -> str | None:
+    """What the documents of a data cell depend on; None where that cannot be known: its records, or a reader of them,
+    come from the notebook."""
+    fields = dict(cell)
+    if any(isinstance(value, list) or callable(value) for value in fields.values()):
+        return None
+    file = Path(fields["source"]).expanduser() if "source" in fields else None
+    if file is not None and not file.is_file():
+        return None
+    state = file.stat() if file is not None else None
+    facts = (state.st_ino, state.st_size, state.st_mtime_ns) if state is not None else ()
+    return repr((type(cell).__name__, fields, split, tokenizer, more, str(Path.cwd()), facts))
+
+
+def recall(key: str | None) -> Made | None:
+    """What was made under this key, if it is still there."""
+    if key is None or key not in _made:
+        return None
+    _made.move_to_end(key)
+    return _made[key]
+
+
+def remember(key: str | None, made: Made) -> Made:
+    """Keep what was made, and forget what was not wanted for longest."""
+    if key is not None and len(made[0].tokens) <= _LIMIT:
+        _made[key] = made
+        while sum(len(documents.tokens) for documents, *_ in _made.values()) > _LIMIT:
+            _made.popitem(last=False)
+    return made

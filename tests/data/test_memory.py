@@ -1,0 +1,81 @@
+"""Documents that this process has made before are taken again, as long as nothing they depend on has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import collie_lab as lab
+from collie_lab.data import prepare
+from collie_lab.data.documents import Documents
+from collie_lab.data.prepare import _Maker
+from collie_lab.folder import RunFolder
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The splits that are really read and tokenized."""
+    splits: list[str] = []
+    make = _Maker._make
+
+    def note(self: Any, cell: Any, split: Any) -> Any:
+        splits.append(split)
+        return make(self, cell, split)
+
+    monkeypatch.setattr(_Maker, "_make", note)
+    return splits
+
+
+def prepared(folder: Path, name: str, data: lab.Data, **fields: Any) -> tuple[Documents, dict[str, Any]]:
+    experiment = lab.Experiment(model=lab.Model("llama-tiny", init="random"), data=data, **fields)
+    run = RunFolder.create(folder, name)
+    prepare(experiment, run)
+    return Documents.load(run.path / "data" / "train"), run.read("data/index.json")
+
+
+def write(path: Path, answer: str, when: int) -> None:
+    records = [{"prompt": f"{number}?", "completion": f"{answer} {number}" * 9} for number in range(40)]
+    path.write_text(json.dumps(records))
+    os.utime(path, ns=(when, when))
+
+
+def test_a_variant_takes_what_is_there(tmp_path: Path, made: list[str]) -> None:
+    file = tmp_path / "data.json"
+    write(file, "yes", 1)
+    data = lab.Instructions(file, max_length=24)
+    first, index = prepared(tmp_path, "a", data, evaluate=[lab.Perplexity()])
+    assert made == ["train", "test"]
+    assert index["warnings"]  # of what was cut
+    again, same = prepared(tmp_path, "b", data, evaluate=[lab.Perplexity()], optimizer=lab.Lion())
+    assert made == ["train", "test"]
+    assert same == index
+    assert again.tokens.tolist() == first.tokens.tolist()
+
+
+@pytest.mark.parametrize("change", ["file", "length", "tokenizer", "callable"])
+def test_what_has_changed_is_made_anew(tmp_path: Path, made: list[str], change: str) -> None:
+    file = tmp_path / "data.json"
+    write(file, "yes", 1)
+    first, _ = prepared(tmp_path, "a", lab.Instructions(file))
+    data = lab.Instructions(file, max_length=20 if change == "length" else None)
+    fields: dict[str, Any] = {}
+    if change == "file":
+        write(file, "no!", 2)
+    if change == "callable":
+        data = lab.Instructions(lambda: [{"prompt": "1?", "completion": "no"}], holdout=0.0)
+    if change == "tokenizer":
+        other = tmp_path / "tokenizer"
+        other.mkdir()
+        for source in (next(tmp_path.glob("a-*")) / "tokenizer").iterdir():
+            (other / source.name).write_text(source.read_text().replace('"</s>"', '"<end>"'))
+        fields["model"] = lab.Model("llama-tiny", init="random", tokenizer=str(other))
+    experiment = lab.Experiment(**{"model": lab.Model("llama-tiny", init="random"), "data": data, **fields})
+    run = RunFolder.create(tmp_path, "b")
+    prepare(experiment, run)
+    assert made == ["train", "train"]
+    if change != "tokenizer":
+        assert Documents.load(run.path / "data" / "train").tokens.tolist() != first.tokens.tolist()
