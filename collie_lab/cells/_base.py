@@ -58,6 +58,14 @@ class Cell(BaseModel):
         except ValidationError as error:
             raise CellError(_problems(type(self), error)) from None
 
+    @classmethod
+    def kinds(cls) -> dict[str, type[Self]]:
+        """The cells that a slot of this type takes, by their kind: its subclasses, or itself where it has none."""
+        found: list[type[Self]] = []
+        for child in cls.__subclasses__():
+            found += [child, *child.kinds().values()]
+        return {child.kind: child for child in found if child.kind} or {cls.kind: cls}
+
     def replace(self, **changes: Any) -> Self:
         """The same cell with some fields changed; the result is validated anew."""
         fields = {name: getattr(self, name) for name in self.model_fields_set}

@@ -75,6 +75,16 @@ class Experiment(Cell):
 
         return launch(self, **options)
 
+    def to_code(self) -> str:
+        """Python source that makes an equal experiment, defaults left out: an expression `lab.Experiment(...)`.
+
+        Functions, and data in memory of more than 50 items, stand in it by a name; a comment before it says which.
+        """
+        from collie_lab.cells._source import to_source
+
+        code, held = to_source(self)
+        return (f"# defined elsewhere: {', '.join(held)}\n" if held else "") + code
+
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The experiment as YAML, defaults included; written to `path` where one is given."""
         import yaml
@@ -128,7 +138,7 @@ def _cell_from(value: Any, base: type[Cell], slot: str) -> Cell:
         raise CellError([Problem("Experiment", slot, f"a mapping is wanted, got {value!r:.60}",
                                  f"e.g. `{slot}: {{kind: ...}}`")])
     fields = dict(value)
-    kinds = {cls.kind: cls for cls in _subclasses(base) if cls.kind} or {base.kind: base}
+    kinds = base.kinds()
     kind = fields.pop("kind", next(iter(kinds)) if len(kinds) == 1 else None)
     if kind not in kinds:
         message = "`kind` is missing" if kind is None else f"unknown kind {kind!r}"
@@ -138,10 +148,3 @@ def _cell_from(value: Any, base: type[Cell], slot: str) -> Cell:
     if base is Model and "source" not in fields:
         raise CellError([Problem("Model", "source", "this field is required")])
     return kinds[kind](**fields)
-
-
-def _subclasses(base: type[Cell]) -> list[type[Cell]]:
-    found = []
-    for cls in base.__subclasses__():
-        found += [cls, *_subclasses(cls)]
-    return found

@@ -12,7 +12,7 @@ from typing import Protocol
 from collie_lab.folder import RunFolder
 from collie_lab.view.history import History
 
-__all__ = ["View", "Watched", "watch"]
+__all__ = ["View", "Watched", "attended", "watch"]
 
 
 class Watched(Protocol):
@@ -117,7 +117,7 @@ def _view_for(run: Watched, wait: bool) -> View | None:
     if _kernel() is not None:
         from collie_lab.view.panel import Panel
 
-        return Panel(run, attended=_attended(), blocking=wait)
+        return Panel(run, attended=attended(), blocking=wait)
     if not wait:
         return None
     from collie_lab.view.terminal import PlainLines, ProgressLine
@@ -132,6 +132,6 @@ def _kernel() -> object | None:
     return getattr(shell, "kernel", None)
 
 
-def _attended() -> bool:
+def attended() -> bool:
     """Whether somebody may be looking: papermill and nbconvert execute cells without a stdin, people with one."""
     return bool(getattr(_kernel(), "_allow_stdin", True))
