@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from collie_lab.cells import Data
 from collie_lab.data.documents import Documents
+from collie_lab.data.records import Style
 
 __all__ = ["Made", "key_of", "recall", "remember"]
 
-#: Documents, their counts and the warnings about them.
-Made = tuple[Documents, dict[str, dict[str, int]], list[str]]
+
+
+class Made(NamedTuple):
+    """Documents, and what there is to say of them."""
+
+    documents: Documents
+    counts: dict[str, dict[str, int]]
+    warnings: list[str]
+    style: Style
 
 #: Tokens that are kept at most, of all documents together: half a GiB.
 _LIMIT: Final = 100_000_000
@@ -44,8 +52,8 @@ def recall(key: str | None) -> Made | None:
 
 def remember(key: str | None, made: Made) -> Made:
     """Keep what was made, and forget what was not wanted for longest."""
-    if key is not None and len(made[0].tokens) <= _LIMIT:
+    if key is not None and len(made.documents.tokens) <= _LIMIT:
         _made[key] = made
-        while sum(len(documents.tokens) for documents, *_ in _made.values()) > _LIMIT:
+        while sum(len(each.documents.tokens) for each in _made.values()) > _LIMIT:
             _made.popitem(last=False)
     return made

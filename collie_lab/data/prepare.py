@@ -12,11 +12,11 @@ from collie_lab.cells import CellError, Data, Experiment, Instructions, Problem,
 from collie_lab.data._memory import Made, key_of, recall, remember
 from collie_lab.data.documents import Documents
 from collie_lab.data.hub import context_length, model_config
-from collie_lab.data.records import Document, Split, load_records, read_documents
+from collie_lab.data.records import Document, Split, Style, load_records, question, read_documents
 from collie_lab.data.tokenizer import Tokenizer, save_tokenizer
 from collie_lab.folder import RunFolder
 
-__all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "sequence_length", "tokenize"]
+__all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "question_tokens", "sequence_length", "tokenize"]
 
 #: Tokens of a sequence where neither the data cell nor the model's context says less.
 DEFAULT_MAX_LENGTH = 2048
@@ -33,6 +33,8 @@ class Prepared:
     """A hash of the training tokens."""
     summary: dict[str, dict[str, int]]
     warnings: list[str] = field(default_factory=list)
+    style: Style = "plain"
+    """What stands around what a person says, in the training documents."""
 
 
 def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
@@ -50,7 +52,7 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
     maker = _Maker(tokenizer, vocabulary, context_length(config))
 
     data = _read_once(experiment.data)
-    train = maker.documents(data, "train")
+    train, style = maker.documents(data, "train")
     train.save(folder.path / "data" / "train")
     sets: list[tuple[Data, Split]] = []
     names = []
@@ -58,9 +60,9 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
         source: tuple[Data, Split] = (data, "test") if cell.data is None else (cell.data, "all")
         if source not in sets:
             sets.append(source)
-            maker.documents(*source).save(folder.path / "data" / f"evaluation-{len(sets)}")
+            maker.documents(*source)[0].save(folder.path / "data" / f"evaluation-{len(sets)}")
         names.append(f"evaluation-{sets.index(source) + 1}")
-    prepared = Prepared(tuple(names), train.fingerprint, maker.summary, maker.warnings)
+    prepared = Prepared(tuple(names), train.fingerprint, maker.summary, maker.warnings, style)
     folder.write("data/index.json", asdict(prepared))
     return prepared
 
@@ -85,19 +87,19 @@ class _Maker:
         self.summary: dict[str, dict[str, int]] = {}
         self.warnings: list[str] = []
 
-    def documents(self, cell: Data, split: Split) -> Documents:
-        """The documents of a split; from memory, where this process has made the same before."""
+    def documents(self, cell: Data, split: Split) -> tuple[Documents, Style]:
+        """The documents of a split, and their style; from memory, where this process has made the same before."""
         key = key_of(cell, split, self.tokenizer.fingerprint, self.vocabulary, self.context)
-        documents, summary, warnings = recall(key) or remember(key, self._make(cell, split))
-        self.summary |= summary
-        self.warnings += warnings
-        return documents
+        made = recall(key) or remember(key, self._make(cell, split))
+        self.summary |= made.counts
+        self.warnings += made.warnings
+        return made.documents, made.style
 
     def _make(self, cell: Data, split: Split) -> Made:
         name = type(cell).__name__
         max_length = sequence_length(cell, self.context)
         if isinstance(cell, RandomTokens):
-            return _random_tokens(cell, split, self.vocabulary, max_length), {}, []
+            return Made(_random_tokens(cell, split, self.vocabulary, max_length), {}, [], "plain")
         chat = self.tokenizer.render_chat if self.tokenizer.chat_template else None
         records = read_documents(cell, split, chat)
         if not records:
@@ -122,7 +124,7 @@ class _Maker:
         counts = {
             "documents": len(documents), "tokens": len(documents.tokens), "learned": int(documents.learned.sum()),
         }
-        return documents, {f"{name}, {split}": counts}, warnings
+        return Made(documents, {f"{name}, {split}": counts}, warnings, records[0].style)
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_length: int,
@@ -152,6 +154,15 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_length: in
                 learned.append([False] * len(prefix) + window_mask)
                 answers.append(document.answer or "")
     return _pack_arrays(ids, learned, answers if any(item.answer is not None for item in documents) else []), cut
+
+
+def question_tokens(text: str, style: Style, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of what a person says, up to where the model is to answer, as training documents have them."""
+    document = question(text, style, tokenizer.render_chat)
+    if document.closed:
+        return tokenizer.encode_marked(document.segments)[0]
+    return tokenizer.prefix + [token for piece in tokenizer.encode([part for part, _ in document.segments])
+                               for token in piece]
 
 
 def _encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:

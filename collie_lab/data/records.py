@@ -12,9 +12,10 @@ from typing import Any, Literal, TypeVar
 from collie_lab.cells import CellError, Data, Instructions, Problem, Skills, Text
 from collie_lab.data.skills import make_skills
 
-__all__ = ["Document", "Split", "load_records", "read_documents"]
+__all__ = ["Document", "Split", "Style", "load_records", "question", "read_documents"]
 
 Split = Literal["train", "test", "all"]
+Style = Literal["plain", "line", "alpaca", "clinc", "headed", "chat"]
 Item = TypeVar("Item")
 Render = Callable[[list[dict[str, str]]], list[tuple[str, bool]]]
 """From messages to segments, by a tokenizer's chat template."""
@@ -29,6 +30,8 @@ class Document:
     """What a model should say after all but the last segment with loss."""
     closed: bool = False
     """The text has its own end mark (a chat template's); else an end-of-sequence token is added."""
+    style: Style = "plain"
+    """What stands around what a person says."""
 
 
 def read_documents(cell: Data, split: Split, render_chat: Render | None = None) -> list[Document]:
@@ -44,7 +47,7 @@ def read_documents(cell: Data, split: Split, render_chat: Render | None = None) 
         CellError: a missing or unreadable file, an empty source, a record without its field.
     """
     if isinstance(cell, Skills):
-        documents = [_pair(f"{prompt}\n", answer) for prompt, answer in make_skills(cell, split)]
+        documents = [_pair(f"{prompt}\n", answer, "line") for prompt, answer in make_skills(cell, split)]
     elif isinstance(cell, Text):
         documents = [Document(((text, True),)) for text in _split_texts(_texts(cell), cell.holdout, split)]
     elif isinstance(cell, Instructions):
@@ -57,10 +60,27 @@ def read_documents(cell: Data, split: Split, render_chat: Render | None = None) 
     return documents
 
 
-def _pair(prompt: str, answer: str) -> Document:
+def question(text: str, style: Style, render_chat: Render) -> Document:
+    """What a person says, as documents of a style have it before the answer that is to come; `closed` as theirs are."""
+    match style:
+        case "alpaca":
+            return Document(((_alpaca_prompt(text), False),))
+        case "clinc":
+            return Document(((_clinc_prompt(text), False),))
+        case "chat":
+            turn = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
+            return Document((render_chat(turn)[0],), closed=True)
+        case "headed":
+            return Document(((f"### User:\n{text}\n\n### Assistant:\n", False),))
+        case "line":
+            return Document(((f"{text}\n", False),))
+    return Document(((text, False),))
+
+
+def _pair(prompt: str, answer: str, style: Style = "plain") -> Document:
     if not (isinstance(prompt, str) and isinstance(answer, str)):
         raise TypeError("prompt and response must be text")
-    return Document(((prompt, False), (answer, True)), answer)
+    return Document(((prompt, False), (answer, True)), answer, style=style)
 
 
 # --- instructions ---------------------------------------------------------------------------------
@@ -74,7 +94,7 @@ def _instructions(cell: Instructions, split: Split, render_chat: Render | None) 
             raise _error(cell, "source", f"{cell.source}: a JSON object, not a list of records",
                          "only the CLINC format (splits `train`, `val`, `test`) is an object")
         pairs = records["train" if split == "train" else "test"]
-        return [_pair(f"Query: {text}\nIntent: ", intent.replace("_", " "))
+        return [_pair(_clinc_prompt(text), intent.replace("_", " "), "clinc")
                 for text, intent in (_clinc(cell, item, index) for index, item in enumerate(pairs))]
     if not records:
         raise _error(cell, "source", f"{_name(cell.source)} holds no records", "give it at least one")
@@ -111,7 +131,11 @@ def _reader(cell: Instructions, first: Any, render_chat: Render | None) -> Calla
 def _alpaca(record: dict[str, str]) -> Document:
     """Taori et al. 2023: instruction, optional input, output; here without the fixed preamble."""
     context = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
-    return _pair("### Instruction:\n" + record["instruction"] + f"\n\n{context}### Response:\n", record["output"])
+    return _pair(_alpaca_prompt(record["instruction"], context), record["output"], "alpaca")
+
+
+def _alpaca_prompt(instruction: str, context: str = "") -> str:
+    return f"### Instruction:\n{instruction}\n\n{context}### Response:\n"
 
 
 def _chat(record: dict[str, Any], render: Render | None) -> Document:
@@ -121,7 +145,8 @@ def _chat(record: dict[str, Any], render: Render | None) -> Document:
         raise TypeError("no message of the assistant")
     messages = messages[: answered[-1] + 1]  # what nobody answers teaches nothing
     segments = render(messages) if render else _plain_chat(messages)
-    return Document(tuple(segments), messages[-1]["content"], closed=render is not None)
+    return Document(tuple(segments), messages[-1]["content"], closed=render is not None,
+                    style="chat" if render else "headed")
 
 
 def _plain_chat(messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
@@ -131,6 +156,10 @@ def _plain_chat(messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
         segments.append((f"### {message['role'].capitalize()}:\n", False))
         segments.append((message["content"] + "\n\n", message["role"] == "assistant"))
     return segments
+
+
+def _clinc_prompt(text: str) -> str:
+    return f"Query: {text}\nIntent: "
 
 
 def _clinc(cell: Instructions, item: Any, index: int) -> tuple[str, str]:

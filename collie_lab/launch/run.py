@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from collie_lab.asks import Answer, Asks
 from collie_lab.folder import RunFolder, Tail
 from collie_lab.launch import _processes, _stacks
 from collie_lab.launch._logs import read_log
@@ -184,6 +187,43 @@ class Run:
         # The supervisor itself is stuck. With its end the system ends all below it.
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+    def ask(self, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, timeout: float | None = None,
+            on_text: Callable[[str], object] | None = None) -> Answer:
+        """Have the model, as it is now, answer between two steps; training then goes on as if nothing had been.
+
+        The prompt is put as the training data put theirs: in the template of their format, or of the model's chat.
+        `on_text` gets the answer piece by piece; by default it is printed. With a `temperature` it is drawn, else it is
+        the likeliest word by word.
+
+        Raises:
+            RuntimeError: the run has ended, or the model could not answer.
+            TimeoutError: no answer within `timeout` seconds; the question stands.
+        """
+        if max_new_tokens < 1 or temperature < 0:
+            raise ValueError("max_new_tokens is at least 1, and no temperature below 0")
+        show = on_text or functools.partial(print, end="", flush=True)
+        asks, end = Asks(self.folder), None if timeout is None else time.monotonic() + timeout
+        answer = Tail(asks.answer(asks.put({
+            "prompt": prompt, "max_new_tokens": max_new_tokens, "temperature": temperature})))
+        text = ""
+        while True:
+            alive = self.alive  # first: what was written before the end is then read
+            for record in answer.new():
+                if record.get("end"):
+                    if on_text is None:
+                        print()
+                    if record["error"]:
+                        raise RuntimeError(f"{self.id} could not answer: {record['error']}")
+                    return Answer.of(text, record["step"])
+                text += record["text"]
+                show(record["text"])
+            if not alive:
+                raise RuntimeError(f"{self.id} has ended ({self.status}) without an answer"
+                                   + (f"; its model is in {self.model_path}" if self.model_path else ""))
+            if end is not None and time.monotonic() > end:
+                raise TimeoutError(f"{self.id}: no answer after {timeout:g} s")
+            time.sleep(0.02)
 
     def stacks(self) -> dict[int, str]:
         """What every rank is doing: the Python stacks of all its threads, innermost frame first.

@@ -31,6 +31,8 @@ class StepFigures:
     step: int
     loss: float
     stop: bool
+    asked: bool
+    """Whether somebody waits for an answer of the model."""
 
 
 @dataclass
@@ -64,12 +66,11 @@ class Meters:
 
     def push(self, step: int, values: Tensor, *, lr: float, tokens: int, flops: float, memory: int | None,
              began: Any, timed: bool = True) -> None:
-        """Take one step in. `values` [4]: loss, gradient norm, stop wish, unclipped share, still on the device.
-
-        What there is not in a step is NaN.
+        """Take one step in. `values` [5], still on the device: loss, gradient norm, stop wish, question, unclipped
+        share. What there is not in a step is NaN.
         """
         if self._device.type == "cuda":
-            host = torch.empty(4, pin_memory=True)
+            host = torch.empty(5, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
         record = {"step": step, "time": time.time(), "lr": lr, "tokens": tokens, "memory_allocated": memory}
         self._pending.append(_Pending(step, values, record, flops, timed, (began, self.mark())))
@@ -89,7 +90,7 @@ class Meters:
             seconds = began.elapsed_time(ended) / 1000
         else:
             seconds = ended - began
-        loss, grad_norm, stop, unclipped = step.values.tolist()
+        loss, grad_norm, stop, asked, unclipped = step.values.tolist()
         self._seen += 1
         self._losses.append(loss)
         if step.timed and self._seen > _WARM_UP:
@@ -100,7 +101,7 @@ class Meters:
             self._lines.append({**step.record, "loss": loss, "grad_norm": grad_norm,
                                 "tokens_per_second": step.record["tokens"] / seconds,
                                 "mfu": self._mfu(step.flops, seconds)})
-        return StepFigures(step.step, loss, stop > 0)
+        return StepFigures(step.step, loss, stop > 0, asked > 0)
 
     def _mfu(self, flops: float, seconds: float) -> float | None:
         return None if self._peak is None else flops / seconds / (self._peak * self._world)

@@ -22,6 +22,7 @@ from collie_lab.data import Documents, Order, Tokenizer, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.folder import JsonLines, RunFolder
 from collie_lab.parallel import build_strategy
+from collie_lab.training.answers import Answers
 from collie_lab.training.batch import Batch, collate
 from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoint
 from collie_lab.training.evaluate import evaluate
@@ -79,9 +80,12 @@ class Trainer:
             for callback in self.experiment.callbacks:
                 callback(self)
             self._checkpoints.poll()
-            if (verdict := self._verdict(self._meters.pull())) is not None:
+            figures = self._meters.pull()
+            if (verdict := self._verdict(figures)) is not None:
                 status = verdict
                 break
+            if any(step.asked for step in figures):
+                self._answer()
             if self.step < training.steps:
                 self._evaluate(self._due)
             if training.checkpoint_every and self.step % training.checkpoint_every == 0:
@@ -102,10 +106,10 @@ class Trainer:
             grad_norm = self._update()
             unclipped = self._refresh_hessian(plan)
         # A tensor from a host number would wait for the device; a filled one does not.
-        stop = torch.full_like(loss_sum, float(self._wants_stop()))
-        values = self._strategy.total(torch.stack([self._strategy.counted(loss_sum), stop]))
+        stop, asked = (torch.full_like(loss_sum, float(flag)) for flag in (self._wants_stop(), self._answers.wanted))
+        values = self._strategy.total(torch.stack([self._strategy.counted(loss_sum), stop, asked]))
         self._meters.push(
-            self.step, torch.stack([values[0] / plan.targets, grad_norm, values[1], unclipped]),
+            self.step, torch.stack([values[0] / plan.targets, grad_norm, values[1], values[2], unclipped]),
             lr=optimizer.param_groups[0]["lr"], tokens=plan.tokens, memory=self._memory.step_bytes, began=began,
             flops=self._flops.of(plan.tokens, attended * self.experiment.parallel.dp),
             timed=not self._memory.recorded,
@@ -231,6 +235,8 @@ class Trainer:
                               experiment.parallel.world_size, peak_flops(self.device))
         self._tokenizer = Tokenizer(self.folder.path / "tokenizer")
         self._build_data()
+        self._answers = Answers(self.folder, self.rank, self._tokenizer, self.folder.read("data/index.json")["style"],
+                                training.seed)
         layout = experiment.parallel.model_dump(include={"dp", "tp", "pp"})
         self._checkpoints = Checkpointer(self.folder.checkpoints, keep=training.keep_checkpoints, layout=layout,
                                          identity=self._identity(), on_written=self._tell_of_checkpoint)
@@ -309,6 +315,11 @@ class Trainer:
                 self.event("evaluation", step=self.step, **figures)
                 found |= figures
         return found
+
+    def _answer(self) -> None:
+        """Let the model answer what it has been asked."""
+        with self._averaged():
+            self._answers.give(self.step, self._adapted, self._strategy, lambda: self._beat.say("answer"))
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

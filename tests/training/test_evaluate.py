@@ -15,7 +15,8 @@ from collie_lab.cells import Parallel
 from collie_lab.data import Documents, Tokenizer, read_documents, save_tokenizer
 from collie_lab.data.prepare import tokenize
 from collie_lab.parallel import Strategy
-from collie_lab.training.evaluate import evaluate, generate
+from collie_lab.training.evaluate import evaluate
+from collie_lab.training.generate import generate
 from collie_lab.training.model import build_model
 from tests.ranks import run_here
 
@@ -47,7 +48,7 @@ def test_stories260k_tells_its_known_story(shared: Path, tmp_path: Path) -> None
     opening = tokenizer.encode(["Once upon a time, there"])[0]
     prompts = [np.array(tokenizer.prefix), np.array(tokenizer.prefix + opening)]
     with torch.no_grad():
-        first, second = generate(model, prompts, tokenizer, 40, CPU)
+        first, second = generate(model, prompts, tokenizer, CPU, 40)
     story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
     assert first.startswith(story)
     assert ("Once upon a time, there" + " " + second.strip()).startswith(story)  # padding on the left changes nothing
@@ -58,7 +59,7 @@ def test_exact_match_counts_every_document_once(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(cell, tmp_path)
     model, *_ = build_model(Experiment(model=cell), CPU)
     prompts = [tokenizer.prefix + tokenizer.encode([text])[0] for text in ("copy ab\n", "add 1 and 2\n", "x\n")]
-    answers = generate(model.eval(), [np.array(prompt) for prompt in prompts], tokenizer, 8, CPU)
+    answers = generate(model.eval(), [np.array(prompt) for prompt in prompts], tokenizer, CPU, 8)
     offsets = np.concatenate([[0], np.cumsum([len(prompt) + 1 for prompt in prompts])])
     tokens = np.array([token for prompt in prompts for token in [*prompt, 0]], dtype=np.int32)
     documents = Documents(tokens, np.ones(len(tokens), dtype=np.bool_), offsets,
