@@ -51,11 +51,12 @@ if TYPE_CHECKING:
     from collie_lab.diagnosis import doctor
     from collie_lab.launch import RankError, Run, attach, runs
     from collie_lab.study import Results
-    from collie_lab.view import compare, figure
+    from collie_lab.view import compare, figure, watch
 
 _LAZY = {
     "RankError": "launch", "Run": "launch", "attach": "launch", "runs": "launch",
     "Results": "study", "compare": "view", "doctor": "diagnosis", "figure": "view",
+    "watch": "view",
 }
 
 __all__ = [
@@ -63,7 +64,7 @@ __all__ = [
     "Evaluation", "ExactMatch", "Experiment", "GaLore", "Instructions", "Lion", "LoRA", "Lomo", "Model", "Muon",
     "Nodes", "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens", "RankError", "Results", "Run", "SGD",
     "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text", "Training", "__version__", "attach",
-    "compare", "doctor", "figure", "optim", "runs",
+    "compare", "doctor", "figure", "optim", "runs", "watch",
 ]
 
 

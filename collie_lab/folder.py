@@ -1,7 +1,7 @@
 """The run folder: the contract between the processes of a run and everyone who reads it.
 
     runs/<name>-<id>/  experiment.yaml  launch.json  status.json  metrics.jsonl  events.jsonl  result.json
-                       env.json  logs/rank-N.{out,err}  logs/launcher.log  errors/rank-N.json
+                       env.json  logs/rank-N.{out,err}  logs/launcher.log  errors/rank-N.json  beats/rank-N.json
                        checkpoints/  model/  stop  nodes/N.json (with several machines)
 
 `status.json` and `nodes/` belong to the parents (the supervisors), everything else to the ranks. A JSON file is written
@@ -64,6 +64,15 @@ class RunFolder:
     def errors(self) -> Path:
         """One record for each rank that failed."""
         return self.path / "errors"
+
+    @property
+    def beats(self) -> Path:
+        """The latest sign of life of every rank."""
+        return self.path / "beats"
+
+    def beat(self, rank: int) -> Path:
+        """The sign of life of one rank: a small file, rewritten in place."""
+        return self.beats / f"rank-{rank}.json"
 
     @property
     def checkpoints(self) -> Path:

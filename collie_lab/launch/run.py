@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from collie_lab.folder import RunFolder, Tail
 from collie_lab.launch import _processes
-from collie_lab.launch._logs import read_log
 from collie_lab.launch.errors import RankError, rank_error
+from collie_lab.logs import read_log
 
 if TYPE_CHECKING:
     import pandas as pd
