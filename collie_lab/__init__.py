@@ -51,11 +51,12 @@ if TYPE_CHECKING:
     from collie_lab.diagnosis import doctor
     from collie_lab.launch import Pool, RankError, Run, attach, pull, runs
     from collie_lab.study import Results
-    from collie_lab.view import compare, compose, figure
+    from collie_lab.view import compare, compose, figure, watch
 
 _LAZY = {
     "Pool": "launch", "RankError": "launch", "Run": "launch", "attach": "launch", "pull": "launch", "runs": "launch",
     "Results": "study", "compare": "view", "compose": "view", "doctor": "diagnosis", "figure": "view",
+    "watch": "view",
 }
 
 __all__ = [
@@ -63,7 +64,7 @@ __all__ = [
     "Evaluation", "ExactMatch", "Experiment", "GaLore", "Instructions", "Lion", "LoRA", "Lomo", "Model", "Muon",
     "Nodes", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens", "RankError", "Results", "Run",
     "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text", "Training", "__version__", "attach",
-    "compare", "compose", "doctor", "figure", "optim", "pull", "runs",
+    "compare", "compose", "doctor", "figure", "optim", "pull", "runs", "watch",
 ]
 
 

@@ -135,7 +135,7 @@ def _alpaca(record: dict[str, str]) -> Document:
 
 
 def _alpaca_prompt(instruction: str, context: str = "") -> str:
-    return f"### Instruction:\n{instruction}\n\n{context}### Response:\n"
+    return "### Instruction:\n" + instruction + f"\n\n{context}### Response:\n"  # a TypeError for what is no text
 
 
 def _chat(record: dict[str, Any], render: Render | None) -> Document:

@@ -154,6 +154,6 @@ def _show(run: Run, wait: bool) -> None:
     from collie_lab.view import watch
 
     try:
-        watch(run, wait=wait)
+        watch(run, wait=wait, stops=True)
     except Exception as error:
         warnings.warn(f"the view of {run.id} failed: {error!r}; the run itself goes on", stacklevel=3)

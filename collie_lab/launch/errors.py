@@ -9,8 +9,8 @@ from typing import Any
 
 from collie_lab.folder import RunFolder, read_json
 from collie_lab.launch import _agent, _stacks
-from collie_lab.launch._logs import read_log
 from collie_lab.launch._verdict import how_it_ended, summary_line
+from collie_lab.logs import read_log
 
 __all__ = ["RankError", "cell_error", "rank_error"]
 

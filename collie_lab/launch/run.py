@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from collie_lab.asks import Answer, Asks
 from collie_lab.folder import RunFolder, Tail
 from collie_lab.launch import _processes, _stacks
-from collie_lab.launch._logs import read_log
 from collie_lab.launch.errors import RankError, rank_error
+from collie_lab.logs import read_log
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -224,6 +224,12 @@ class Run:
             if end is not None and time.monotonic() > end:
                 raise TimeoutError(f"{self.id}: no answer after {timeout:g} s")
             time.sleep(0.02)
+
+    def chat(self, *, max_new_tokens: int = 128, temperature: float = 0.0) -> None:
+        """Show a field in the notebook in which one talks with the model while it trains: `ask`, again and again."""
+        from collie_lab.view.chat import chat
+
+        chat(self, max_new_tokens=max_new_tokens, temperature=temperature)
 
     def stacks(self) -> dict[int, str]:
         """What every rank is doing: the Python stacks of all its threads, innermost frame first.

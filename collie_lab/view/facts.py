@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
+from collie_lab.view.beats import Trouble
 from collie_lab.view.history import Failure, History
 from collie_lab.view.units import bytes_text, count_text, duration_text, number_text, percent_text
 
-__all__ = ["STATUS_WORDS", "closing_line", "evaluation_text", "facts", "failure_title", "metric_text", "progress_text"]
+__all__ = [
+    "STATUS_WORDS", "closing_line", "evaluation_text", "facts", "failure_title", "held_out", "metric_text",
+    "peak_memory", "progress_text", "speed", "time_text", "trouble_texts",
+]
 
 #: Every status as people read it.
 STATUS_WORDS: Final[Mapping[str, str]] = {
@@ -51,21 +55,44 @@ def facts(history: History) -> dict[str, str]:
     loss = result.get("loss", history.latest("loss"))
     if loss is not None or len(history):
         found["loss"] = number_text(loss)
-    latest = {name: value for item in history.evaluations for name, value in item.values.items()}
-    for name in ("perplexity", "exact_match"):
-        if result.get(name) is not None:
-            latest[name] = result[name]
-    found |= {_label(name): text for name, text in _metric_texts(latest).items()}
-    speed = result.get("tokens_per_second") or history.recent("tokens_per_second")
-    if speed is not None:
-        found["tokens/s"] = count_text(speed)
+    found |= held_out(history)
+    if speed(history) is not None:
+        found["tokens/s"] = count_text(speed(history))
     mfu = history.recent("mfu")
     if mfu is not None:
         found["MFU"] = percent_text(mfu)
-    memory = result.get("peak_bytes") or history.peak("memory_allocated")
-    if memory is not None:
-        found["peak memory"] = bytes_text(memory)
+    if peak_memory(history) is not None:
+        found["peak memory"] = bytes_text(peak_memory(history))
     return found
+
+
+def held_out(history: History) -> dict[str, str]:
+    """The latest value of every metric by its label; those of the finished run where it has written its result."""
+    latest = {name: value for item in history.evaluations for name, value in item.values.items()}
+    for name in ("perplexity", "exact_match"):
+        if history.result.get(name) is not None:
+            latest[name] = history.result[name]
+    return {_label(name): text for name, text in _metric_texts(latest).items()}
+
+
+def speed(history: History) -> float | None:
+    """Tokens per second: of the whole run where it has ended, else of its latest steps."""
+    return history.result.get("tokens_per_second") or history.recent("tokens_per_second")
+
+
+def peak_memory(history: History) -> float | None:
+    """Bytes of the rank that needed most, as far as is known."""
+    return history.result.get("peak_bytes") or history.peak("memory_allocated")
+
+
+def time_text(history: History) -> str:
+    """`32 s left`, `3 min 02 s elapsed` where the end cannot be told, or `took 10 min 30 s`."""
+    elapsed, remaining = history.elapsed(), history.eta()
+    if remaining is not None:
+        return f"{duration_text(remaining)} left"
+    if elapsed is None:
+        return ""
+    return f"{duration_text(elapsed)} elapsed" if history.alive else f"took {duration_text(elapsed)}"
 
 
 def closing_line(history: History) -> str:
@@ -81,6 +108,35 @@ def failure_title(failure: Failure) -> str:
     ranks = ", ".join(map(str, failure.ranks))
     message = "\n".join(failure.message.strip().splitlines()[:4])
     return f"rank{'s' * (len(failure.ranks) > 1)} {ranks}: {failure.kind}" + (f": {message}" if message else "")
+
+
+def trouble_texts(troubles: Sequence[Trouble], ranks: int, limit: int = 3) -> list[str]:
+    """`rank 3: silent for 45 s in step 12, evaluation`, a line a rank; where all are silent, one line names the first.
+
+    `ranks`: how many there are; beyond `limit` the rest is only counted.
+    """
+    silent = [item for item in troubles if item.silent]
+    if len(silent) == ranks > 1:
+        first = silent[0]
+        return [f"all {ranks} ranks are silent; the first was rank {first.beat.rank}, "
+                f"{duration_text(first.silent)} ago {_place(first)}"]
+    texts = [_trouble_text(item) for item in troubles[:limit]]
+    more = len(troubles) - limit
+    return [*texts, f"and {more} more rank{'s' * (more > 1)}"] if more > 0 else texts
+
+
+def _trouble_text(trouble: Trouble) -> str:
+    if trouble.silent:
+        return f"rank {trouble.beat.rank}: silent for {duration_text(trouble.silent)} {_place(trouble)}"
+    steps = f"{trouble.behind:,} step{'s' * (trouble.behind > 1)}"
+    return f"rank {trouble.beat.rank}: still {_place(trouble)}, {steps} behind the others"
+
+
+def _place(trouble: Trouble) -> str:
+    """Where a rank is: `in step 12`, `in step 12, evaluation`, `while loading`."""
+    if trouble.beat.doing == "loading":
+        return "while loading"
+    return f"in step {trouble.beat.step:,}" + (f", {trouble.beat.doing}" if trouble.beat.doing != "step" else "")
 
 
 def _label(metric: str) -> str:

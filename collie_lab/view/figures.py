@@ -11,14 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, MaxNLocator
 
+from collie_lab.view.comparison import labelled
 from collie_lab.view.curves import value_range
-from collie_lab.view.facts import STATUS_WORDS, facts, metric_text, progress_text
+from collie_lab.view.facts import STATUS_WORDS, facts, metric_text, peak_memory, progress_text, speed
 from collie_lab.view.history import History
 from collie_lab.view.live import Watched
 from collie_lab.view.style import COLORS, MUTED, STATUS_COLORS, style
 from collie_lab.view.units import bytes_text, count_text, duration_text, number_text
 
-__all__ = ["compare", "draw_history", "figure", "png"]
+__all__ = ["compare", "draw_comparison", "draw_history", "figure", "png"]
 
 _LINE_STYLES = ("-", "--", ":", "-.")
 
@@ -132,18 +133,15 @@ def compare(runs: Sequence[Watched], labels: Sequence[str] | None = None) -> Fig
 
     `labels` names them in the same order; by default their ids.
     """
-    if not runs:
-        raise ValueError("compare: there are no runs to compare; give at least one")
-    names = list(labels) if labels is not None else [run.folder.id for run in runs]
-    if len(names) != len(runs):
-        raise ValueError(f"compare: {len(names)} labels for {len(runs)} runs; give one label a run")
+    names = labelled([run.folder.id for run in runs], labels, "compare")
     histories = [History(run.folder) for run in runs]
     for history, run in zip(histories, runs, strict=True):
         history.update(run.alive)
-    return _draw_comparison(histories, names)
+    return draw_comparison(histories, names)
 
 
-def _draw_comparison(histories: list[History], names: list[str]) -> Figure:
+def draw_comparison(histories: list[History], names: list[str]) -> Figure:
+    """The drawing step of `compare`."""
     columns = {title: values for title, values in _outcomes(histories).items() if any(v is not None for v in values)}
     with style():
         bars_height = 0.5 + 0.21 * len(names) if columns else 0.0
@@ -186,9 +184,8 @@ def _outcomes(histories: list[History]) -> dict[str, list[float | None]]:
     return {
         "held-out perplexity": [reached(history, "perplexity") for history in histories],
         "exact match": [reached(history, "exact_match") for history in histories],
-        "peak memory": [history.result.get("peak_bytes") or history.peak("memory_allocated") for history in histories],
-        "tokens per second": [history.result.get("tokens_per_second") or history.recent("tokens_per_second")
-                              for history in histories],
+        "peak memory": [peak_memory(history) for history in histories],
+        "tokens per second": [speed(history) for history in histories],
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from collie_lab.folder import RunFolder, Tail, read_json
+from collie_lab.view.beats import Beats, Trouble
 from collie_lab.view.curves import Array, Curve, curve
 
 __all__ = ["COLUMNS", "Evaluation", "Failure", "History"]
@@ -50,6 +51,7 @@ class History:
 
     def __init__(self, folder: RunFolder):
         self.folder = folder
+        self.beats = Beats(folder)
         self.evaluations: list[Evaluation] = []
         self.warnings: list[str] = []
         self.total: int | None = None
@@ -62,7 +64,8 @@ class History:
         self._status: dict[str, Any] = {}
         self._phase: tuple[float, str] = (0.0, "")
         self._stopping = False
-        self._created: float | None = None
+        self._restarted = 0.0
+        self._launch: dict[str, Any] = {}
 
     def update(self, alive: bool = True) -> bool:
         """Read what is new and say whether anything is. `alive`: whether the run's processes still exist."""
@@ -80,6 +83,7 @@ class History:
             # With no process left nothing will be added: what still says "running" has lost its supervisor.
             self.status = "lost" if self.status in ("starting", "running") else self.status
             self.result = self.folder.read("result.json")
+        self.beats.update(now=not alive)
         self._stopping = self._stopping or self.folder.stop_flag.exists()
         return any_new or before != (self.status, self._stopping)
 
@@ -108,6 +112,16 @@ class History:
             self.evaluations.append(Evaluation(record["step"], numbers))
         elif kind == "warning":
             self.warnings.append(record["text"])
+        elif kind == "restart":
+            self._take_restart(record)
+
+    def _take_restart(self, record: dict[str, Any]) -> None:
+        where = f"from step {record['step']:,}" if record.get("step") else "from the beginning"
+        reason = f", after {record['detail']}" if record.get("detail") else ""
+        self.warnings.append(f"restarted {where} (attempt {record['attempt']}){reason}")
+        self._restarted = record["time"]
+        self._phase = (record["time"], "restarting the processes")
+        self.beats.restart()
 
     def __len__(self) -> int:
         """Number of steps recorded."""
@@ -163,7 +177,7 @@ class History:
     @property
     def rate(self) -> float | None:
         """Steps a second over the latest steps, evaluations between them included."""
-        times = self._columns["time"][-_WINDOW:]
+        times = [moment for moment in self._columns["time"][-_WINDOW:] if moment > self._restarted]
         if len(times) < 2 or times[-1] <= times[0]:
             return None
         return (len(times) - 1) / (times[-1] - times[0])
@@ -177,9 +191,7 @@ class History:
 
     def elapsed(self, now: float | None = None) -> float | None:
         """Seconds from the start of the run to `now`, or to its end."""
-        if self._created is None:
-            self._created = self.folder.read("launch.json").get("created")
-        start = self._status.get("started") or self._created
+        start = self._status.get("started") or self._launched("created")
         if start is None:
             return None
         end = self._status.get("ended")
@@ -187,6 +199,22 @@ class History:
             times = self._columns["time"]
             end = (time.time() if now is None else now) if self.alive else times[-1] if times else start
         return max(float(end) - float(start), 0.0)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks; 0 where it is not known."""
+        return int(self._launched("world_size") or 0)
+
+    def _launched(self, key: str) -> Any:
+        """A word of `launch.json`, which never changes."""
+        if not self._launch:
+            self._launch = self.folder.read("launch.json")
+        return self._launch.get(key)
+
+    @property
+    def troubles(self) -> list[Trouble]:
+        """The ranks of a live run that stand out: silent for long, or behind the others."""
+        return self.beats.troubles(1 / self.rate if self.rate else None) if self.alive else []
 
     def recent(self, name: str, window: int = 20) -> float | None:
         """The mean of a column over the latest steps, missing values left out."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
-__all__ = ["COLORS", "INK", "MUTED", "STATUS_COLORS", "STYLE", "style"]
+__all__ = ["COLORS", "DARK_COLORS", "INK", "MUTED", "STATUS_COLORS", "STYLE", "style"]
 
 #: Okabe & Ito's colours, told apart with any colour vision; the order keeps neighbours far apart, and
 #: yellow, weak on white, is left out.
 COLORS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+#: The same on dark pages: brighter, and white for black.
+DARK_COLORS: Final = ("#56B4E9", "#F0954B", "#37C69A", "#E79FCB", "#F2C14E", "#B5DDF7", "#E5E7EB")
 INK: Final = "#222222"
 MUTED: Final = "#6B7280"
 _FAINT: Final = "#E5E7EB"

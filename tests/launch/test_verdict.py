@@ -9,9 +9,9 @@ import pytest
 
 from collie_lab.launch import _stacks
 from collie_lab.launch._agent import Exit, exits, started_closing
-from collie_lab.launch._logs import read_log
 from collie_lab.launch._processes import oom_kills
 from collie_lab.launch._verdict import Facts, Verdict, judge
+from collie_lab.logs import read_log
 
 
 def record(rank: int, type_: str = "ValueError", time_ns: int = 1, **more: Any) -> dict[str, Any]:

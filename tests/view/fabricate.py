@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,3 +46,13 @@ def end(folder: RunFolder, status: str = "ok", seconds: float = 60.0, detail: st
     if result:
         folder.write("result.json", {"status": status, **result})
     folder.write("status.json", {"status": status, "started": START, "ended": START + seconds, "detail": detail})
+
+
+def beat(
+    folder: RunFolder, rank: int, step: int, doing: str = "step", moment: float | None = None, **more: Any,
+) -> None:
+    """The sign of life of one rank; its count is the step unless `more` says otherwise."""
+    folder.beats.mkdir(exist_ok=True)
+    folder.beat(rank).write_text(json.dumps({
+        "rank": rank, "host": "a", "pid": rank + 1, "time": time.time() if moment is None else moment, "count": step,
+        "step": step, "doing": doing, "shape": [4, 16], "memory": None, "memory_limit": None, **more}))

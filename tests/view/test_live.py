@@ -12,6 +12,7 @@ import pytest
 
 from collie_lab.folder import RunFolder
 from collie_lab.view import live, watch
+from collie_lab.view.comparison import Comparison
 from collie_lab.view.history import History
 from tests.view.fabricate import FakeRun, append, end, record
 
@@ -26,12 +27,16 @@ class Recorder:
     def __init__(self) -> None:
         self.draws: list[int] = []
         self.last = -1
+        self.lives_on = True
 
     def open(self, history: History) -> None:
         pass
 
     def draw(self, history: History) -> None:
         self.draws.append(history.step)
+
+    def interrupted(self) -> bool:
+        return self.lives_on
 
     def close(self, history: History) -> None:
         self.last = history.step
@@ -40,8 +45,15 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     view = Recorder()
-    monkeypatch.setattr(live, "_view_for", lambda run, wait: view)
+    monkeypatch.setattr(live, "_view_for", lambda *_: view)
     return view
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_thousand_records_a_second_make_few_updates(
@@ -71,14 +83,53 @@ def test_an_interrupt_ends_the_waiting_and_not_the_picture(recorder: Recorder, f
     timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        watch(run)
+        watch(run, stops=True)
     timer.join()
     assert recorder.last == -1
     append(folder, "metrics.jsonl", [record(3)])
     end(folder, "stopped")
-    watch(run)  # joins the picture that is there
+    watch(run, stops=True)  # joins the picture that is there
     assert recorder.last == 3
     assert not live._interrupted
+
+
+@pytest.mark.parametrize("lives_on", [True, False])
+def test_who_only_watches_can_leave_and_the_run_goes_on(recorder: Recorder, folder: RunFolder, lives_on: bool) -> None:
+    recorder.lives_on = lives_on
+    append(folder, "metrics.jsonl", [record(3)])
+    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt, match="the watching has ended, the run goes on"):
+        watch(FakeRun(folder))
+    timer.join()
+    assert recorder.last == (-1 if lives_on else 3)
+    assert not folder.stop_flag.exists()
+    end(folder)
+    if lives_on:
+        _until(lambda: recorder.last == 3)
+
+
+def test_several_runs_are_watched_until_the_last_has_ended(
+    recorder: Recorder, folder: RunFolder, finished: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Comparison] = []
+    other = RunFolder.create(folder.path.parent, "other")
+    other.write("status.json", {"status": "running"})
+    monkeypatch.setattr(recorder, "open", shown.append)
+    monkeypatch.setattr(recorder, "draw", lambda comparison: end(other) if not finished.alive else None)
+    monkeypatch.setattr(recorder, "close", shown.append)
+    monkeypatch.setattr(live, "_view_for_several", lambda *_: recorder)
+    watch(finished, FakeRun(other), labels=["a", "b"])
+    assert shown[0] is shown[1]
+    assert shown[0].labels == ("a", "b")
+    assert [history.status for history in shown[0].histories] == ["ok", "ok"]
+
+
+def test_watch_says_what_is_wrong(finished: FakeRun) -> None:
+    with pytest.raises(ValueError, match="watch: there are no runs to watch"):
+        watch()
+    with pytest.raises(ValueError, match="watch: 1 labels for 2 runs"):
+        watch(finished, finished, labels=["a"])
 
 
 def test_without_waiting_it_returns_at_once(recorder: Recorder, folder: RunFolder) -> None:
@@ -86,10 +137,7 @@ def test_without_waiting_it_returns_at_once(recorder: Recorder, folder: RunFolde
     watch(run, wait=False)
     assert recorder.last == -1
     end(folder)
-    deadline = time.monotonic() + 10
-    while recorder.last == -1 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert recorder.last == 0
+    _until(lambda: recorder.last == 0)
 
 
 @pytest.mark.filterwarnings("always")

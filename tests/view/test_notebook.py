@@ -51,7 +51,8 @@ def manager() -> KernelManager:
 
 
 def test_an_executed_notebook_holds_the_final_picture_alone(manager: KernelManager, tmp_path: Path) -> None:
-    cells = [SETUP.format(root=str(ROOT), parent=str(tmp_path)), "print('before'); watch(start(60, rate=60))"]
+    cells = [SETUP.format(root=str(ROOT), parent=str(tmp_path)), "print('before'); watch(start(60, rate=60))",
+             "watch(start(30, rate=60), start(40, rate=60), labels=['a', 'b'])"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, km=manager, timeout=60).execute()
     stream, picture = notebook.cells[1].outputs
@@ -60,6 +61,9 @@ def test_an_executed_notebook_holds_the_final_picture_alone(manager: KernelManag
     assert set(picture.data) == {"text/html", "image/png", "text/plain"}
     assert "ok: step 60/60" in picture.data["text/plain"]
     assert "<svg" in picture.data["text/html"]
+    (comparison,) = notebook.cells[2].outputs
+    assert set(comparison.data) == {"text/html", "image/png", "text/plain"}
+    assert comparison.data["text/plain"].splitlines()[1].startswith("b: ok: step 40/40")
     assert "widgets" not in notebook.metadata
     nbformat.validate(notebook)
 
@@ -128,11 +132,11 @@ def test_a_person_watches_interrupts_and_presses_stop(kernel: Kernel) -> None:
     updates = _data(messages)
     assert len(updates) <= 5 * (time.monotonic() - began) + 2
     assert "image/png" in updates[-1]
-    assert [message["msg_type"] for message in messages].count("display_data") == 1
+    assert [message["msg_type"] for message in messages].count("display_data") == 3  # panel, fold, log
 
     # An interrupt reaches the caller; the panel goes on to the end of the run.
-    code = ("run = start(10_000, rate=50)\ntry: watch(run)\nexcept KeyboardInterrupt:\n"
-            "    run.stop(); watch(run); print('stopped gently')")
+    code = ("run = start(10_000, rate=50)\ntry: watch(run, stops=True)\nexcept KeyboardInterrupt:\n"
+            "    run.stop(); watch(run, stops=True); print('stopped gently')")
     messages = kernel.run(code, interrupt_on="update_display_data")
     assert _texts(messages) == "stopped gently\n"
     assert "stopped: step" in _data(messages)[-1]["text/plain"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import time
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -10,7 +11,7 @@ from collie_lab.folder import RunFolder
 from collie_lab.view.chart import Line, line_chart, nice_ticks, sparkline
 from collie_lab.view.history import History
 from collie_lab.view.page import page
-from tests.view.fabricate import FakeRun, append, end, record
+from tests.view.fabricate import START, FakeRun, append, beat, end, record
 
 
 def _page(folder: RunFolder, alive: bool) -> str:
@@ -22,7 +23,11 @@ def _page(folder: RunFolder, alive: bool) -> str:
 
 
 def _words(markup: str) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style>.*?</style>", "", markup)))
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", _body(markup)))
+
+
+def _body(markup: str) -> str:
+    return re.sub(r"<style>.*?</style>", "", markup)
 
 
 @pytest.mark.parametrize(("low", "high", "ticks"), [
@@ -55,6 +60,69 @@ def test_a_finished_run(finished: FakeRun) -> None:
     for part in (finished.folder.id, " ok ", "step 40/40", "took 1 min 00 s", "perplexity 3.000", "exact match 50.0%",
                  "tokens/s 130", "peak memory 2.00 MB", "learning rate 0.001", "held out (log perplexity)"):
         assert part in words
+
+
+def test_the_achieved_share_of_the_peak_is_shown_where_it_is_recorded(folder: RunFolder) -> None:
+    append(folder, "metrics.jsonl", [record(1, mfu=0.41), record(2, mfu=0.43)])
+    assert "MFU 42.0%" in _words(_page(folder, alive=True))
+
+
+def _meters(markup: str) -> list[float]:
+    return [float(width) for width in re.findall(r'class="meter"><div style="width:([\d.]+)%', markup)]
+
+
+def test_ranks_with_their_memory(folder: RunFolder) -> None:
+    append(folder, "metrics.jsonl", [record(7)])
+    for rank, memory in enumerate((20e9, 60e9)):
+        beat(folder, rank, 7, doing="evaluation" if rank else "step", memory=memory, memory_limit=80e9)
+    text = _page(folder, alive=True)
+    assert _meters(text) == [25.0, 75.0]
+    assert "ranks step 7 · memory up to 60.0 GB of 80.0 GB on rank 1 · alive 0 20.0 GB step 7 1 60.0 GB evaluating" \
+        in _words(text)
+    assert 'class="rank bad"' not in text
+
+
+def test_memory_without_a_limit_is_drawn_against_the_fullest_rank(folder: RunFolder) -> None:
+    for rank, memory in enumerate((1e9, None, 2e9)):
+        beat(folder, rank, 0, doing="loading", memory=memory)
+    assert _meters(_page(folder, alive=True)) == [50.0, 0.0, 100.0]
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 4), (2, 4), (8, 8), (64, 16)])
+def test_any_number_of_ranks(folder: RunFolder, count: int, columns: int) -> None:
+    folder.write("launch.json", {"world_size": count})
+    beat(folder, 0, 1, memory=1e9, memory_limit=4e9)  # the others have not started yet
+    text = _page(folder, alive=True)
+    assert _meters(text) == [25.0] + [0.0] * (count - 1)
+    assert f"repeat({columns}," in text
+    assert text.count("not started") >= count - 1
+
+
+def test_a_silent_rank_stands_out_in_words_and_colour(folder: RunFolder) -> None:
+    for rank in range(3):
+        beat(folder, rank, 12, doing="evaluation", moment=time.time() - 45 * (rank == 1))
+    text = _page(folder, alive=True)
+    assert "rank 1: silent for 45 s in step 12, evaluation" in _words(text)
+    assert re.findall(r'class="rank( bad)?"', text) == ["", " bad", ""]
+
+
+@pytest.mark.parametrize(("status", "is_shown"), [("ok", False), ("stopped", False), ("error", True), ("lost", True)])
+def test_ranks_of_a_run_that_has_ended_are_shown_if_it_failed(folder: RunFolder, status: str, is_shown: bool) -> None:
+    for rank in range(2):
+        beat(folder, rank, 12, moment=START)
+    folder.write("errors/rank-1.json", {"rank": 1, "time_ns": 1, "type": "ValueError", "message": "no"})
+    end(folder, status)
+    text = _page(folder, alive=False)
+    assert ("as they were last seen" in text) is is_shown
+    assert re.findall(r'class="rank( bad)?"', text) == (["", " bad"] if is_shown else [])
+    assert "silent" not in _words(text)
+
+
+def test_a_restart_is_told(folder: RunFolder) -> None:
+    append(folder, "events.jsonl", [{"kind": "restart", "time": START, "attempt": 2, "step": 20,
+                                     "detail": "rank 1: killed (SIGKILL)"}])
+    words = _words(_page(folder, alive=True))
+    assert "restarted from step 20 (attempt 2), after rank 1: killed (SIGKILL)" in words
 
 
 def test_before_the_first_step(folder: RunFolder) -> None:

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import io
+import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from collie_lab.folder import RunFolder
+from collie_lab.view.comparison import Comparison
 from collie_lab.view.history import History
 from collie_lab.view.live import watch
-from collie_lab.view.terminal import PlainLines, ProgressLine
-from tests.view.fabricate import START, FakeRun, append, end, record
+from collie_lab.view.terminal import PlainLines, ProgressLine, moving_lines, several_lines
+from tests.view.fabricate import START, FakeRun, append, beat, end, record
 
 
 def test_plain_lines_of_a_finished_run(finished: FakeRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +58,7 @@ def test_plain_lines_of_a_failure(folder: RunFolder, capsys: pytest.CaptureFixtu
 
 def test_the_progress_line_of_a_terminal(finished: FakeRun) -> None:
     out = io.StringIO()
-    view = ProgressLine(Console(file=out, force_terminal=True, width=120, color_system=None))
+    view = ProgressLine(moving_lines(Console(file=out, force_terminal=True, width=120, color_system=None)))
     history = History(finished.folder)
     history.update()
     view.open(history)
@@ -68,3 +71,53 @@ def test_the_progress_line_of_a_terminal(finished: FakeRun) -> None:
     assert text.count("step 20: evaluation: perplexity 4.000") == 1
     assert "ok: step 40/40 in 1 min 00 s" in text
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is visible
+
+
+def test_plain_lines_of_several_runs(
+    finished: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = RunFolder.create(tmp_path, "other")
+    end(other, "error", detail="rank 1: exit code 1")
+    watch(finished, FakeRun(other), labels=["long", "b"])
+    assert capsys.readouterr().out.splitlines() == [
+        f"long  run {finished.folder.id} in {tmp_path}",
+        f"b     run {other.id} in {tmp_path}",
+        "long    step 20: evaluation: perplexity 4.000, exact match 25.0%",
+        "long    step 40: evaluation: perplexity 3.000, exact match 50.0%",
+        "long    ok: step 40/40 in 1 min 00 s, loss 1.020, perplexity 3.000, exact match 50.0%, tokens/s 130, "
+        "peak memory 2.00 MB",
+        "b       error: step 0 in 1 min 00 s",
+        "b       rank 1: exit code 1",
+    ]
+
+
+def test_a_moving_line_for_each_of_several_runs(finished: FakeRun, folder: RunFolder, tmp_path: Path) -> None:
+    other = RunFolder.create(tmp_path, "other")
+    append(other, "metrics.jsonl", [record(7)])
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120, color_system=None)
+    view = several_lines(["long", "b"], moving_lines(console))
+    histories = History(finished.folder), History(other)
+    comparison = Comparison(("long", "b"), histories)
+    histories[0].update()
+    view.open(comparison)
+    histories[0].update(alive=False)
+    histories[1].update()
+    view.draw(comparison)  # the first has ended, the second goes on
+    assert out.getvalue().count("long    ok: step 40/40") == 1
+    assert "b     step 7" in out.getvalue()
+    histories[1].update(alive=False)
+    view.close(comparison)
+    assert out.getvalue().count("long    ok: step 40/40") == 1
+    assert "b       lost: step 7" in out.getvalue()
+
+
+def test_a_rank_that_stands_out_is_announced_once(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in range(2):
+        beat(folder, rank, 12, moment=time.time() - 45 * rank)
+    history, view = History(folder), PlainLines("a ")
+    history.update()
+    for _ in range(3):
+        view.draw(history)
+    assert capsys.readouterr().out == "a   starting the processes\n".join(
+        ["a   warning: rank 1: silent for 45 s in step 12\n", ""])
