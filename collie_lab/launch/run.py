@@ -64,7 +64,7 @@ class Run:
         if isinstance(self._owner, subprocess.Popen):
             return self._owner.poll() is None
         state = self.folder.read("status.json")
-        if not state or (state["pooled"] and state["ended"] is not None):  # a pool outlives its runs
+        if not state or (state.get("pooled") and state["ended"] is not None):  # a pool outlives its runs
             return False
         return _processes.is_process(state["pid"], state["pid_started"])
 
