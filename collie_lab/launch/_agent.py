@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 __all__ = ["Exit", "before_closing", "command", "exits", "started_closing"]
@@ -27,13 +26,10 @@ _REPORT = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+) \
 _CLOSING = re.compile(r"Sending process \d+ closing signal|failed \(exitcode: -?\d+\)")
 
 
-def command(module: str, ranks: int, folder: str, scratch: Path, rendezvous: Sequence[str]) -> list[str]:
-    """The command that runs `module` on so many ranks of this machine; `rendezvous` tells of the other machines.
-
-    `scratch` is where torchrun keeps its files: left to itself, it leaves a folder among the system's temporary ones.
-    """
+def command(module: str, ranks: int, folder: str, rendezvous: Sequence[str] = ("--standalone",)) -> list[str]:
+    """The command that runs `module` on so many ranks of this machine; `rendezvous` tells of the other machines."""
     return [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks),
-            "--log-dir", str(scratch), "-m", module, folder]
+            "-m", module, folder]
 
 
 def started_closing(log: str) -> bool:

@@ -6,7 +6,6 @@ It sleeps nearly all the time. Should it die itself, the system ends torchrun, a
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +35,6 @@ class Watcher(ABC):
         self._began = time.time()
         self._kill_asked = False
         self._log = folder.launcher_log(node)
-        self._scratch = folder.logs / f".torchrun-{node}"
         nodes, ranks = self._plan["nodes"], self._plan["world_size"]
         share = ranks // nodes["count"] if nodes else ranks
         self._ranks: Final = range(node * share, (node + 1) * share)
@@ -66,7 +64,6 @@ class Watcher(ABC):
             # torchrun has sent SIGTERM to the peers of a failed rank, and they have had the grace to heed it.
             signalled = _processes.end_tree(agent, patience=0.0 if cause == "failed" else 1.0)
             self._reap(agent)
-            shutil.rmtree(self._scratch, ignore_errors=True)
         else:
             self._announce(cause)
         return self._report(cause, signalled)
@@ -100,7 +97,7 @@ class Watcher(ABC):
         tie = rank.die_with_parent if sys.platform == "linux" else None
         nodes = self._plan["nodes"]
         place = ["--standalone"] if nodes is None else _nodes.rendezvous(nodes, self._node, self._folder.id)
-        command = _agent.command(self._plan["module"], len(self._ranks), str(self._folder.path), self._scratch, place)
+        command = _agent.command(self._plan["module"], len(self._ranks), str(self._folder.path), place)
         with self._log.open("ab") as log:
             self._log_offset = log.tell()
             # From the main thread: the kernel's signal to the child comes when the *thread* that started it ends.
