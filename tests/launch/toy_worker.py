@@ -59,6 +59,9 @@ def main() -> None:
         trainer = Trainer(folder)
         status = "ok"
         trainer.step = trainer.first_step()
+        if trainer.rank == 0:
+            trainer.say("events", {"time": time.time(), "kind": "start", "step": trainer.step,
+                                   "steps": experiment.training.steps})
         while trainer.step < experiment.training.steps:
             trainer.step += 1
             trainer.beat.say("step", step=trainer.step, shape=(1, 8))
