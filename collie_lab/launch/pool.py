@@ -171,6 +171,7 @@ class Pool:
             self._await(index, relay)
         except KeyboardInterrupt:
             self._interrupt(index, relay, "interrupted")
+            raise
         finally:
             relay.flush()
         outcomes = self._commands.outcomes(index, self.nproc)

@@ -120,6 +120,22 @@ def test_nothing_outlives_the_kernel(kernel: Kernel, tmp_path: Path, mark: str, 
     assert "kernel" in run.detail
 
 
+def test_an_interrupt_reaches_the_ranks_of_a_pool(kernel: Kernel, tmp_path: Path, mark: str) -> None:
+    """A cell in Python code is interrupted, and the names stay; one in a collective takes all ranks with it."""
+    kernel.execute(f"import collie_lab as lab\npool = lab.Pool(2, env={{toy.MARK: {mark!r}}})\npool.run('kept = 1')")
+    request = kernel.begin("pool.run('open(f\"{rank}\", \"w\").close()\\nimport time\\ntime.sleep(100)')")
+    toy.wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    kernel.manager.interrupt_kernel()
+    assert kernel.reply(request, timeout=10)["ename"] == "KeyboardInterrupt"
+    kernel.execute("assert pool.pull('kept') == 1")
+
+    request = kernel.begin("pool.run('open(f\"{rank + 2}\", \"w\").close()\\nif rank == 0: dist.barrier()')")
+    toy.wait_until(lambda: (tmp_path / "2").exists() and (tmp_path / "3").exists())
+    kernel.manager.interrupt_kernel()
+    assert kernel.reply(request, timeout=10)["ename"] == "RankError"
+    toy.assert_gone(mark, seconds=5.0)
+
+
 def test_a_detached_run_outlives_a_restart(kernel: Kernel, tmp_path: Path, mark: str) -> None:
     """The next kernel finds it and sees all of its metrics."""
     kernel.execute("def callback(trainer):\n"
