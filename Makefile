@@ -1,16 +1,17 @@
-# make venv   a virtual environment with everything, in .venv (made once; again when the requirements change)
-# make demo   the main job: notebooks/00_quickstart.ipynb, executed; results in out/quickstart
-# make test   all tests that need no GPU
-# make lint   ruff and the type checker
-# make bench  benchmarks against other libraries, side by side in one run
-# make gpu    what a machine with an NVIDIA GPU runs, with the Python that is there: make gpu PYTHON=python3
+# make venv     a virtual environment with everything, in .venv (made once; again when the requirements change)
+# make demo     the main job: notebooks/00_quickstart.ipynb, executed; results in out/quickstart
+# make test     all tests that need neither a GPU nor a browser
+# make browser  the notebooks in JupyterLab in a headless Chromium
+# make lint     ruff and the type checker
+# make bench    benchmarks against other libraries, side by side in one run
+# make gpu      what a machine with an NVIDIA GPU runs, with the Python that is there: make gpu PYTHON=python3
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo test lint bench gpu
+.PHONY: venv demo test browser lint bench gpu
 
 venv: $(STAMP)
 
@@ -28,8 +29,12 @@ demo: $(STAMP)
 	@echo && cat out/quickstart/table.md && echo && echo "notebook: out/00_quickstart.ipynb   results: out/quickstart"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not signals" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not signals and not browser" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m signals
+
+browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -m browser
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ failed, `exits` its closing report. Should their form change, a run still ends; 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -28,8 +29,9 @@ _CLOSING = re.compile(r"Sending process \d+ closing signal|failed \(exitcode: -?
 
 def command(module: str, ranks: int, folder: str, rendezvous: Sequence[str] = ("--standalone",)) -> list[str]:
     """The command that runs `module` on so many ranks of this machine; `rendezvous` tells of the other machines."""
+    # Ranks write their logs and errors to the run folder; a log directory of torchrun's own would be left in /tmp.
     return [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks),
-            "-m", module, folder]
+            "--log-dir", os.devnull, "-m", module, folder]
 
 
 def started_closing(log: str) -> bool:

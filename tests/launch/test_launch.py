@@ -51,7 +51,12 @@ def test_ten_at_once_find_ports_and_folders(tmp_path: Path, mark: str) -> None:
 
 
 def test_the_kernel_is_left_as_it_was(tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handlers, environment, directory and modules are the same; what would mislead the ranks does not reach them."""
+    """Handlers, environment, directory and modules are the same; what would mislead the ranks does not reach them.
+
+    Nor is anything left in the temporary directory.
+    """
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     for name, value in {"RANK": "7", "WORLD_SIZE": "9", "MASTER_PORT": "1", "PET_NNODES": "4",
                         "TORCHELASTIC_RUN_ID": "none", "MPLBACKEND": "module://inline"}.items():
         monkeypatch.setenv(name, value)
@@ -67,6 +72,7 @@ def test_the_kernel_is_left_as_it_was(tmp_path: Path, mark: str, monkeypatch: py
     run = toy.start(mark, tmp_path, callback, wait=True)
     assert state() == before
     assert run.logs() == "2 True False\n"
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_run_outlives_the_thread_that_launched_it(tmp_path: Path, mark: str) -> None:
