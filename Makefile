@@ -44,6 +44,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_training.py
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/layouts.py
+	$(BIN)/python benchmarks/launch.py
 
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
