@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Locator
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from tests.browser.lab import jupyterlab  # noqa: E402
+from tests.browser.lab import PANEL, Notebook, jupyterlab  # noqa: E402
 
 EXPERIMENT = """
 import collie_lab as lab
@@ -39,43 +38,54 @@ def probe(trainer):
 exp.replace(callbacks=(probe,)).launch()
 """
 COMPARISON = """
-short = exp.with_("training.steps", 150)
-optimizers = {"adamw": exp.optimizer, "lion": lab.Lion(lr=6e-4), "adalomo": lab.AdaLomo(lr=2e-2)}
-runs = [short.replace(name=name, optimizer=optimizer).launch(show=False) for name, optimizer in optimizers.items()]
-lab.compare(runs, labels=list(optimizers))
+arms = {"adamw": exp.optimizer, "lion": lab.Lion(lr=6e-4), "lomo": lab.Lomo(lr=5e-2, clip_by="previous_norm")}
+short = exp.replace(parallel=lab.Parallel(), training=exp.training.replace(steps=200))
+runs = [short.replace(name=name, optimizer=optimizer).launch(wait=False, show=False)
+        for name, optimizer in arms.items()]
+lab.watch(*runs, labels=list(arms))
 """
+
+#: CSS pixels around a panel, so that no letter touches the edge; above it is the cell's code.
+SIDE, ABOVE, BELOW = 14, 4, 8
 
 
 def main() -> None:
     """Take all pictures."""
     with jupyterlab(scale=2) as lab:
         notebook = lab.open("panel.ipynb", EXPERIMENT, RUN)
-        notebook.run_cell(0)
-        notebook.run_cell(1)
-        notebook.until("/step (2[4-9]|3).\\d\\//.test(document.querySelector('.collie')?.textContent)", seconds=600)
+        notebook.run_all()
+        notebook.until_panel("step (2[4-9]|3[0-9])[0-9]/", seconds=600)
         for theme in ("Light", "Dark"):
             notebook.theme(theme)
-            save(notebook.outputs.first, f"panel_{theme.lower()}")
+            save(notebook, f"panel_{theme.lower()}")
         notebook.theme("Light")
-        notebook.until("document.querySelector('.collie').textContent.includes('took')", seconds=600)
-        save(notebook.outputs.first, "panel_finished")
+        notebook.until_panel("took", seconds=600)
+        save(notebook, "panel_finished")
 
         notebook = lab.open("failed.ipynb", EXPERIMENT, FAILS)
         notebook.run_all()
         notebook.until_idle(seconds=600)
-        save(notebook.outputs.first, "panel_failed")
+        save(notebook, "panel_failed")
 
         notebook = lab.open("comparison.ipynb", EXPERIMENT, COMPARISON)
         notebook.run_all()
-        notebook.until_idle(seconds=1200)
-        save(notebook.outputs.first, "panel_comparison")
+        notebook.until_panel("step 1[4-9][0-9]/", seconds=600)
+        save(notebook, "panel_comparison")
 
 
-def save(output: Locator, name: str) -> None:
-    """Write what the output shows as a small PNG."""
-    output.scroll_into_view_if_needed()
-    picture = Image.open(io.BytesIO(output.screenshot())).convert("RGB")
+def save(notebook: Notebook, name: str) -> None:
+    """Write what the first panel shows as a small PNG."""
+    # In one go: a live panel is another element every moment.
+    box = notebook.page.evaluate("""(selector) => {
+        const panel = document.querySelector(selector);
+        panel.scrollIntoView({block: "nearest"});
+        return panel.getBoundingClientRect().toJSON();
+    }""", PANEL)
+    taken = notebook.page.screenshot(clip={
+        "x": box["x"] - SIDE, "y": box["y"] - ABOVE,
+        "width": box["width"] + 2 * SIDE, "height": box["height"] + ABOVE + BELOW})
     path = HERE / f"{name}.png"
+    picture = Image.open(io.BytesIO(taken)).convert("RGB")
     picture.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path.relative_to(HERE.parent)}: {path.stat().st_size / 1000:.0f} kB")
 

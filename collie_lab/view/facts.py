@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
+import collie_lab
 from collie_lab.view.beats import Trouble
 from collie_lab.view.history import Failure, History
 from collie_lab.view.units import bytes_text, count_text, duration_text, number_text, percent_text
 
 __all__ = [
     "STATUS_WORDS", "closing_line", "evaluation_text", "facts", "failure_title", "held_out", "metric_text",
-    "peak_memory", "progress_text", "speed", "time_text", "trouble_texts",
+    "peak_memory", "progress_text", "short_paths", "speed", "time_text", "trouble_texts",
 ]
 
 #: Every status as people read it.
@@ -108,6 +111,17 @@ def failure_title(failure: Failure) -> str:
     ranks = ", ".join(map(str, failure.ranks))
     message = "\n".join(failure.message.strip().splitlines()[:4])
     return f"rank{'s' * (len(failure.ranks) > 1)} {ranks}: {failure.kind}" + (f": {message}" if message else "")
+
+
+#: What a traceback's file names begin with: where packages lie, and where a kernel says that its cells do.
+_OURS: Final = re.escape(str(Path(collie_lab.__file__).parents[1]))
+_PACKAGES: Final = re.compile(rf'(?<=File ")(?:{_OURS}|[^"]*/site-packages)/')
+_CELL: Final = re.compile(r'File "[^"]*/ipykernel_\d+/\d+\.py"')
+
+
+def short_paths(traceback: str) -> str:
+    """The same traceback with the files of packages named from the package on, and a notebook's cell by that word."""
+    return _PACKAGES.sub("", _CELL.sub("A cell", traceback))
 
 
 def trouble_texts(troubles: Sequence[Trouble], ranks: int, limit: int = 3) -> list[str]:

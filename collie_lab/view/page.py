@@ -10,7 +10,7 @@ import numpy as np
 
 from collie_lab.view.chart import Line, line_chart, sparkline
 from collie_lab.view.curves import value_range
-from collie_lab.view.facts import facts, failure_title, progress_text, trouble_texts
+from collie_lab.view.facts import facts, failure_title, progress_text, short_paths, trouble_texts
 from collie_lab.view.history import History
 from collie_lab.view.ranks import ranks
 from collie_lab.view.sheet import badge, box, hint_line, progress_bar, sheet
@@ -86,11 +86,28 @@ def _boxes(history: History) -> str:
     told = trouble_texts(history.troubles, len(history.beats.latest))
     boxes = [box(text, warn=True) for text in history.warnings[-3:]]
     boxes += [box("\n".join(told), warn=True)] if told else []
-    if history.alive:
-        return "".join(boxes)
-    if history.detail and history.status not in ("ok", "stopped"):
+    return "".join(boxes if history.alive else [*boxes, *_failures(history)])
+
+
+def _failures(history: History) -> list[str]:
+    """Why the run has failed: the first error with the end of its traceback, and a line for each of the others.
+
+    These are mostly consequences: a connection that was lost. What the supervisor says of the first is not repeated.
+    """
+    failures = history.failures()
+    titles = [failure_title(failure) for failure in failures]
+    repeated = bool(titles) and _without_ranks(history.detail) == _without_ranks(titles[0])
+    boxes = []
+    if history.detail and history.status not in ("ok", "stopped") and not repeated:
         boxes.append(box(history.detail))
-    for failure in history.failures()[:3]:
-        lines = failure.traceback.strip().splitlines()[-8:]
-        boxes.append(box(failure_title(failure), code="\n".join(lines)))
-    return "".join(boxes)
+    if failures:
+        lines = short_paths(failures[0].traceback).strip().splitlines()[-8:]
+        boxes.append(box(titles[0], code="\n".join(lines)))
+    if len(titles) > 1:
+        boxes.append(box("\n".join(title.splitlines()[0] for title in titles[1:4])))
+    return boxes
+
+
+def _without_ranks(text: str) -> str:
+    """What follows `rank 1: ` in the first line."""
+    return "".join(text.splitlines()[:1]).partition(": ")[2]

@@ -24,9 +24,12 @@ from playwright.sync_api import BrowserContext, Locator, Page, TimeoutError, syn
 
 from collie_lab.folder import read_json
 
-__all__ = ["Lab", "Notebook", "jupyterlab"]
+__all__ = ["PANEL", "Lab", "Notebook", "jupyterlab"]
 
 _CONTRAST: Final = Path(__file__).with_name("contrast.js").read_text(encoding="utf-8")
+
+#: The panel of a run, or of several; a panel's log is a `.collie` too.
+PANEL: Final = ".collie:has(.head, .runs)"
 
 #: The kernel of the notebook that is open.
 _KERNEL: Final = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel"
@@ -54,7 +57,7 @@ class Notebook:
     @property
     def panels(self) -> Locator:
         """The panels of its runs, first to last."""
-        return self.outputs.locator(".collie")
+        return self.outputs.locator(PANEL)
 
     def texts(self) -> list[str]:
         """What each panel says now."""
@@ -64,9 +67,13 @@ class Notebook:
         """Keep what the panels say from now on; `self.page.evaluate("said")` gives it in order."""
         self.page.evaluate(f"""() => {{
             window.said = [];
-            const record = () => said.push(...[...document.querySelectorAll(".collie")].map({_TEXT}));
+            const record = () => said.push(...[...document.querySelectorAll("{PANEL}")].map({_TEXT}));
             new MutationObserver(record).observe(document.body, {{childList: true, subtree: true}});
         }}""")
+
+    def until_panel(self, pattern: str, seconds: float = 120.0) -> None:
+        """Wait for the first panel to say something: a regular expression of JavaScript."""
+        self.until(f"/{pattern}/.test(document.querySelector('{PANEL}')?.textContent)", seconds)
 
     def command(self, name: str, **arguments: Any) -> None:
         """Begin a command of JupyterLab, such as `notebook:run-all-cells`."""
@@ -108,10 +115,10 @@ class Notebook:
         self.until(f"document.body.dataset.jpThemeName === 'JupyterLab {theme}'")
 
     def contrasts(self) -> dict[str, float]:
-        """The least contrast of each text in the panels with its background: 1 is invisible, 21 black on white."""
+        """The least contrast of each text of ours with its background: 1 is invisible, 21 black on white."""
         found: dict[str, float] = {}
         # All at one moment: a panel that is drawn anew is another element.
-        for item in self.panels.evaluate_all(f"(panels) => panels.flatMap({_CONTRAST})"):
+        for item in self.outputs.locator(".collie").evaluate_all(f"(all) => all.flatMap({_CONTRAST})"):
             found[item["text"]] = min(item["ratio"], found.get(item["text"], 21.0))
         return found
 
@@ -178,5 +185,5 @@ def _browser(scale: float) -> Iterator[BrowserContext]:
     # Chromium refuses its sandbox to root, and in many containers to everybody. It sees our own pages alone.
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield browser.new_context(viewport={"width": 1100, "height": 900}, device_scale_factor=scale)
+        yield browser.new_context(viewport={"width": 1100, "height": 1400}, device_scale_factor=scale)
         browser.close()

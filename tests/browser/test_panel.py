@@ -28,6 +28,15 @@ exp = lab.Experiment(
 )
 """
 
+FAILS = """
+def fails(trainer):
+    print("rank", trainer.rank, "was here")
+    if trainer.rank == 1:
+        raise ValueError(f'no <word> at {trainer.step}')
+
+exp.replace(callbacks=(fails,)).launch()
+"""
+
 #: Runs that no rank works on: what the panel shows, all at once.
 FABRICATED = f"""
 import sys, time
@@ -80,7 +89,7 @@ def test_the_stop_button_ends_the_run_with_its_result(lab: Lab) -> None:
                         "run.wait(), run.result['status'], run.result['steps'] == run.steps")
     notebook.run_cell(0)
     notebook.run_cell(1)
-    notebook.until("/step [1-9]/.test(document.querySelector('.collie')?.textContent)")
+    notebook.until_panel("step [1-9]")
     button = notebook.outputs.get_by_role("button", name="Stop")
     button.click()
     notebook.run_cell(2)
@@ -95,8 +104,7 @@ def test_the_stop_button_ends_the_run_with_its_result(lab: Lab) -> None:
 
 
 def test_a_failing_rank_is_told_in_the_panel_and_raised_in_the_cell(lab: Lab) -> None:
-    fails = "def fails(trainer):\n    if trainer.rank == 1:\n        raise ValueError(f'no <word> at {trainer.step}')\n"
-    notebook = lab.open("fails.ipynb", EXPERIMENT, f"{fails}exp.replace(callbacks=(fails,)).launch()", "'reached'")
+    notebook = lab.open("fails.ipynb", EXPERIMENT, FAILS, "'reached'")
     notebook.run_all()
     notebook.until_idle()
     assert "rank 1: ValueError: no <word> at 1" in "\n".join(notebook.panels.locator(".box").all_inner_texts())
@@ -104,13 +112,18 @@ def test_a_failing_rank_is_told_in_the_panel_and_raised_in_the_cell(lab: Lab) ->
     assert "RankError: error: rank 1: ValueError: no <word> at 1" in error
     assert "raise ValueError(f'no <word> at {trainer.step}')" in error
 
+    log = notebook.outputs.locator("pre", has_text="rank 0 was here")
+    assert not log.is_visible()
+    notebook.outputs.get_by_text("log of rank 0").click()
+    assert log.is_visible()
+
 
 @pytest.mark.parametrize("theme", ["Light", "Dark"])
 def test_every_text_is_readable(lab: Lab, theme: str) -> None:
     notebook = lab.open(f"{theme}.ipynb", FABRICATED)
     notebook.theme(theme)
     notebook.run_all()
-    notebook.until("document.querySelectorAll('.collie').length === 5")
+    notebook.until_idle()
     contrasts = notebook.contrasts()
     assert {"running", "ok", "stopped", "diverged", "error", "loss", "half of the tokens are padding"} <= set(contrasts)
     assert {text: ratio for text, ratio in contrasts.items() if ratio < 4.5} == {}  # WCAG 2.1, level AA

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import html
 import re
 import time
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from collie_lab import view
 from collie_lab.folder import RunFolder
 from collie_lab.view.chart import Line, line_chart, nice_ticks, sparkline
 from collie_lab.view.history import History
@@ -153,6 +156,18 @@ def test_a_failure_is_told_escaped_and_in_red(folder: RunFolder) -> None:
     assert "rank 1: ValueError: a &lt;b&gt; &amp; c" in text
     for part in ("line 7", "rank 1: exit code 1", "half of the tokens are padding", "background:#B3261E"):
         assert part in text
+
+
+def test_the_first_failure_is_told_in_full_and_its_consequences_in_a_line(folder: RunFolder) -> None:
+    for rank, message in ((1, "no word"), (0, "the peer is gone\nGood luck")):
+        folder.write(f"errors/rank-{rank}.json", {
+            "rank": rank, "time_ns": 2 - rank, "type": "ValueError", "message": message,
+            "traceback": f'Traceback\n  File "/lib/site-packages/torch/nn.py", line 7\n  File '
+                         f'"/tmp/ipykernel_12/345.py", line {rank}\n  File "{Path(view.__file__).parent}/page.py"'})
+    end(folder, "error", detail="rank 1: ValueError: no word")
+    words = html.unescape(_words(_page(folder, alive=False)))
+    assert words.endswith('rank 1: ValueError: no word Traceback File "torch/nn.py", line 7 A cell, line 1 '
+                          'File "collie_lab/view/page.py" rank 0: ValueError: the peer is gone ')
 
 
 def test_ten_thousand_steps_stay_light(folder: RunFolder) -> None:
