@@ -54,7 +54,7 @@ def main() -> None:
     with jupyterlab(scale=2) as lab:
         notebook = lab.open("panel.ipynb", EXPERIMENT, RUN)
         notebook.run_all()
-        notebook.until_panel("step (2[4-9]|3[0-9])[0-9]\\/", seconds=600)
+        notebook.until_panel(r"step (2[4-9]|3\d)\d/", seconds=600)
         for theme in ("Light", "Dark"):
             notebook.theme(theme)
             save(notebook, f"panel_{theme.lower()}")
@@ -69,7 +69,7 @@ def main() -> None:
 
         notebook = lab.open("comparison.ipynb", EXPERIMENT, COMPARISON)
         notebook.run_all()
-        notebook.until_panel("step 1[4-9][0-9]\\/", seconds=600)
+        notebook.until_panel(r"step 1[4-9]\d/", seconds=600)
         save(notebook, "panel_comparison")
 
 

@@ -25,9 +25,11 @@ def marked(seconds: float = 0.0) -> Iterator[str]:
         yield mark
         assert_gone(mark, seconds)
     finally:
-        for process in processes(mark):
+        left = processes(mark)
+        for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(left, timeout=5)
 
 
 def processes(mark: str, variable: str = MARK) -> list[psutil.Process]:

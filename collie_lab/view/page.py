@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 import time
 from typing import Final
 
@@ -104,7 +105,7 @@ def _failures(history: History) -> list[str]:
         lines = short_paths(failures[0].traceback).strip().splitlines()[-8:]
         boxes.append(box(titles[0], code="\n".join(lines)))
     if len(titles) > 1:
-        boxes.append(box("\n".join(title.splitlines()[0] for title in titles[1:4])))
+        boxes.append(box("\n".join(textwrap.shorten(title, 140, placeholder=" …") for title in titles[1:4])))
     return boxes
 
 

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.processes import MARK, marked
-
 if TYPE_CHECKING:
     from tests.browser.lab import Lab
 
@@ -23,5 +21,5 @@ def lab() -> Iterator[Lab]:
         pytest.skip("there is no `chromium`: apt-get install chromium")
     from tests.browser.lab import jupyterlab
 
-    with marked(seconds=10) as mark, jupyterlab(**{MARK: mark}) as started:
+    with jupyterlab() as started:
         yield started

@@ -6,6 +6,7 @@ temporary folder, which goes away with them.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -23,6 +24,7 @@ import nbformat
 from playwright.sync_api import BrowserContext, Locator, Page, TimeoutError, sync_playwright
 
 from collie_lab.folder import read_json
+from tests.processes import MARK, marked
 
 __all__ = ["PANEL", "Lab", "Notebook", "jupyterlab"]
 
@@ -73,7 +75,7 @@ class Notebook:
 
     def until_panel(self, pattern: str, seconds: float = 120.0) -> None:
         """Wait for the first panel to say something: a regular expression of JavaScript."""
-        self.until(f"/{pattern}/.test(document.querySelector('{PANEL}')?.textContent)", seconds)
+        self.until(f"new RegExp({json.dumps(pattern)}).test(document.querySelector('{PANEL}')?.textContent)", seconds)
 
     def command(self, name: str, **arguments: Any) -> None:
         """Begin a command of JupyterLab, such as `notebook:run-all-cells`."""
@@ -142,8 +144,8 @@ class Lab:
 
 
 @contextmanager
-def jupyterlab(scale: float = 1.0, **env: str) -> Iterator[Lab]:
-    """Start both; `scale` is device pixels to a CSS pixel, `env` is added to the environment of every process."""
+def jupyterlab(scale: float = 1.0) -> Iterator[Lab]:
+    """Start both; `scale` is device pixels to a CSS pixel. `AssertionError` where they leave a process or a file."""
     with tempfile.TemporaryDirectory(prefix="lab-") as name:
         home = Path(name)
         places = {key: home / key.lower() for key in (
@@ -151,10 +153,12 @@ def jupyterlab(scale: float = 1.0, **env: str) -> Iterator[Lab]:
         for place in (*places.values(), home / "notebooks"):
             place.mkdir()
         token = secrets.token_hex(16)
-        variables = {**{key: str(place) for key, place in places.items()}, "JUPYTER_TOKEN": token, **env,
-                     "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}  # torch means to keep it
-        with mock.patch.dict(os.environ, variables), _server(home) as url, _browser(scale) as browser:
-            yield Lab(home / "notebooks", url, token, browser)
+        # A run ends a moment after its kernel: only then may its folder go.
+        with marked(seconds=30) as mark:
+            variables = {**{key: str(place) for key, place in places.items()}, "JUPYTER_TOKEN": token, MARK: mark,
+                         "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}  # torch means to keep it
+            with mock.patch.dict(os.environ, variables), _server(home) as url, _browser(scale) as browser:
+                yield Lab(home / "notebooks", url, token, browser)
         left = [str(path.relative_to(home)) for path in places["TMPDIR"].rglob("*")]
         assert not left, f"temporary files left behind: {left}"
 

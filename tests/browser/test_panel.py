@@ -89,7 +89,7 @@ def test_the_stop_button_ends_the_run_with_its_result(lab: Lab) -> None:
                         "run.wait(), run.result['status'], run.result['steps'] == run.steps")
     notebook.run_cell(0)
     notebook.run_cell(1)
-    notebook.until_panel("step [1-9]")
+    notebook.until_panel(r"step [1-9]\d*/")
     button = notebook.outputs.get_by_role("button", name="Stop")
     button.click()
     notebook.run_cell(2)

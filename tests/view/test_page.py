@@ -159,7 +159,7 @@ def test_a_failure_is_told_escaped_and_in_red(folder: RunFolder) -> None:
 
 
 def test_the_first_failure_is_told_in_full_and_its_consequences_in_a_line(folder: RunFolder) -> None:
-    for rank, message in ((1, "no word"), (0, "the peer is gone\nGood luck")):
+    for rank, message in ((1, "no word"), (0, "the peer is gone\n" + "so " * 60)):
         folder.write(f"errors/rank-{rank}.json", {
             "rank": rank, "time_ns": 2 - rank, "type": "ValueError", "message": message,
             "traceback": f'Traceback\n  File "/lib/site-packages/torch/nn.py", line 7\n  File '
@@ -167,7 +167,7 @@ def test_the_first_failure_is_told_in_full_and_its_consequences_in_a_line(folder
     end(folder, "error", detail="rank 1: ValueError: no word")
     words = html.unescape(_words(_page(folder, alive=False)))
     assert words.endswith('rank 1: ValueError: no word Traceback File "torch/nn.py", line 7 A cell, line 1 '
-                          'File "collie_lab/view/page.py" rank 0: ValueError: the peer is gone ')
+                          'File "collie_lab/view/page.py" rank 0: ValueError: the peer is gone' + ' so' * 34 + ' … ')
 
 
 def test_ten_thousand_steps_stay_light(folder: RunFolder) -> None:
