@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_control_c_stops_after_the_step(script: str, tmp_path: Path, mark: str) -> None:
     terminal = pexpect.spawn(sys.executable, [script, mark, "100000"], cwd=str(tmp_path), encoding="utf-8", timeout=90,
-                             dimensions=(40, 140), env={**os.environ, "TERM": "xterm"})
+                             dimensions=(40, 140), env={**os.environ, "TERM": "xterm"},
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # as a shell does
     terminal.expect(r"run toy-\S+ in ")
     terminal.expect(r"step \d+/100,000")
     terminal.expect(r"step [1-9]\d/100,000")  # the same line, later
