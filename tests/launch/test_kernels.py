@@ -48,8 +48,8 @@ class Kernel:
         assert reply["content"]["status"] == "ok", reply["content"]
 
     def begin(self, code: str) -> str:
-        """Start a cell and do not wait for it."""
-        return str(self.client.execute(code))
+        """Start a cell and do not wait for it; one that fails is not to abort those that follow."""
+        return str(self.client.execute(code, stop_on_error=False))
 
     def reply(self, request: str, timeout: float) -> dict[str, Any]:
         while (message := self.client.get_shell_msg(timeout=timeout))["parent_header"].get("msg_id") != request:
