@@ -24,6 +24,7 @@ import nbformat
 from playwright.sync_api import BrowserContext, Locator, Page, TimeoutError, sync_playwright
 
 from collie_lab.folder import read_json
+from collie_lab.rank import die_with_parent
 from tests.processes import MARK, marked
 
 __all__ = ["PANEL", "Lab", "Notebook", "jupyterlab"]
@@ -63,7 +64,7 @@ class Notebook:
 
     def texts(self) -> list[str]:
         """What each panel says now."""
-        return list(self.panels.evaluate_all(f"(panels) => panels.map({_TEXT})"))
+        return list(self.page.evaluate(f"[...document.querySelectorAll('{PANEL}')].map({_TEXT})"))
 
     def record(self) -> None:
         """Keep what the panels say from now on; `self.page.evaluate("said")` gives it in order."""
@@ -119,8 +120,8 @@ class Notebook:
     def contrasts(self) -> dict[str, float]:
         """The least contrast of each text of ours with its background: 1 is invisible, 21 black on white."""
         found: dict[str, float] = {}
-        # All at one moment: a panel that is drawn anew is another element.
-        for item in self.outputs.locator(".collie").evaluate_all(f"(all) => all.flatMap({_CONTRAST})"):
+        # Found and measured in one go: a live panel is another element every moment.
+        for item in self.page.evaluate(f"[...document.querySelectorAll('.collie')].flatMap({_CONTRAST})"):
             found[item["text"]] = min(item["ratio"], found.get(item["text"], 21.0))
         return found
 
@@ -172,7 +173,8 @@ def _server(home: Path) -> Iterator[str]:
                "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={home / 'notebooks'}"]
     log = home / "server.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                   preexec_fn=die_with_parent)  # where we are killed ourselves
     try:
         about = home / "jupyter_runtime_dir" / f"jpserver-{process.pid}.json"
         while not (info := read_json(about)):

@@ -14,7 +14,7 @@ from papermill.parameterize import parameterize_notebook
 if TYPE_CHECKING:
     from tests.browser.lab import Lab
 
-pytestmark = [pytest.mark.browser, pytest.mark.ranks]
+pytestmark = [pytest.mark.browser, pytest.mark.ranks, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "notebooks" / "00_quickstart.ipynb"
@@ -68,7 +68,7 @@ def test_the_quickstart_moves_ends_and_stays(lab: Lab) -> None:
     notebook = lab.open("quickstart.ipynb")
     notebook.record()
     notebook.run_all()
-    notebook.until_idle(seconds=240)
+    notebook.until_idle(seconds=480)
 
     running = (re.match(r"pretraining-.*?running.*?step (\d+)/60", text) for text in notebook.page.evaluate("said"))
     steps = [int(match[1]) for match in running if match]
