@@ -21,8 +21,16 @@ def pools_in_temp() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("collie-pool-*"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_temp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Other tests that run at the same time have pools too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temp")))
+        yield
+
+
 @pytest.fixture(scope="module")
-def pool() -> Iterator[lab.Pool]:
+def pool(own_temp: None) -> Iterator[lab.Pool]:
     before, mark = pools_in_temp(), uuid.uuid4().hex
     with lab.Pool(2, env={toy.MARK: mark}, grace=1.0) as made:
         yield made
