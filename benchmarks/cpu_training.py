@@ -82,19 +82,17 @@ CASES = {
 
 @dataclass
 class Clock:
-    """CPU-seconds at the end of every step, and the steps that do not count."""
+    """CPU-seconds at the end of every step."""
 
     ends: list[float] = field(default_factory=list)
-    skipped: set[int] = field(default_factory=set)
 
-    def tick(self, *, counts: bool = True) -> None:
-        if not counts:
-            self.skipped.add(len(self.ends))
+    def tick(self, *_: Any) -> None:
+        """A step has ended."""
         self.ends.append(time.process_time())
 
     def speed(self, tokens: list[int]) -> float:
         """Tokens per CPU-second, over the steps after the warm-up; `tokens` are those of every step."""
-        steps = [step for step in range(_WARM_UP, len(self.ends)) if step not in self.skipped]
+        steps = range(_WARM_UP, len(self.ends))
         seconds = sum(self.ends[step] - self.ends[step - 1] for step in steps)
         return sum(tokens[step] for step in steps) / seconds
 
@@ -105,9 +103,7 @@ class Clock:
 def run_ours(case: Case, data: Data, steps: int, seed: int, folder: Path) -> tuple[float, list[float]]:
     """Tokens per CPU-second and the loss of every step, of the loop that a rank runs."""
     clock = Clock()
-    # A recorded step is slower; the trainer leaves it out of its own speed by the same mark.
-    experiment = case.experiment(
-        data, steps, seed, lambda trainer: clock.tick(counts=not trainer._memory.recorded))
+    experiment = case.experiment(data, steps, seed, clock.tick)
     run = RunFolder.create(folder, "ours")
     prepare(experiment, run)
     Trainer(experiment, run, torch.device("cpu")).run()

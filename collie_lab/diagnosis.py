@@ -1,11 +1,12 @@
 """The doctor: does *this* model, on *this* machine, train the same under every layout?
 
-Each check is a short real run, launched like any other, whose losses are compared with those of one process on the same
-data. Silent errors of libraries, drivers and model families show here, before they show in a paper.
+Each check is a short real run, in warm ranks, whose losses are compared with those of one process on the same data.
+Silent errors of libraries, drivers and model families show here, before they show in a paper.
 """
 
 from __future__ import annotations
 
+import contextlib
 import html
 import math
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collie_lab.cells import AdamW, CellError, Experiment, LoRA, Model, Parallel, Perplexity, Problem, Skills, Training
-from collie_lab.launch import RankError, Run
+from collie_lab.launch import Pool, RankError, Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,14 +116,14 @@ def _examine(base: Experiment, ranks: int, chosen: list[str], folder: Path) -> D
     diagnosis = Diagnosis(f"{base.model.source} ({base.model.init}), {ranks} ranks, {_STEPS} steps of "
                           f"{base.training.batch_size} packed sequences, fp32")
     print(diagnosis.what)
-    launcher = _Launcher(folder)
     began, made = time.monotonic(), 0
-    for index, name in enumerate(chosen):
-        finding = _make(name, base, ranks, launcher)
-        diagnosis.findings.append(finding)
-        made += finding.result != "skipped"
-        left = (time.monotonic() - began) / max(1, made) * (len(chosen) - index - 1)
-        print(_line(finding) + (f"   (at most {math.ceil(left)} s left)" if left and made else ""), flush=True)
+    with contextlib.closing(_Launcher(folder)) as launcher:
+        for index, name in enumerate(chosen):
+            finding = _make(name, base, ranks, launcher)
+            diagnosis.findings.append(finding)
+            made += finding.result != "skipped"
+            left = (time.monotonic() - began) / max(1, made) * (len(chosen) - index - 1)
+            print(_line(finding) + (f"   (at most {math.ceil(left)} s left)" if left and made else ""), flush=True)
     return diagnosis
 
 
@@ -143,10 +144,11 @@ def _make(name: str, base: Experiment, ranks: int, launcher: _Launcher) -> Findi
 
 
 class _Launcher:
-    """Runs experiments; the same one once."""
+    """Runs experiments, the same one once, in a pool for each number of ranks."""
 
     def __init__(self, folder: Path):
         self._folder = folder
+        self._pools: dict[int, Pool] = {}
         self._done: dict[str, Run] = {}
         gpus = Path("/proc/driver/nvidia/gpus")
         self.tolerance = _GPU_TOLERANCE if gpus.is_dir() and any(gpus.iterdir()) else _TOLERANCE
@@ -157,8 +159,19 @@ class _Launcher:
         if key not in self._done:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # options without effect are no news here
-                self._done[key] = experiment.launch(show=False, folder=self._folder, resume=resume)
+                self._done[key] = experiment.launch(show=False, folder=self._folder, resume=resume,
+                                                    pool=self._pool(experiment.parallel.world_size))
         return self._done[key]
+
+    def _pool(self, ranks: int) -> Pool:
+        if ranks not in self._pools:
+            self._pools[ranks] = Pool(ranks)
+        return self._pools[ranks]
+
+    def close(self) -> None:
+        """End all ranks."""
+        for pool in self._pools.values():
+            pool.close()
 
     def compare(self, one: Experiment, other: Experiment) -> Iterator[float]:
         """Differences of the losses of all steps, and of the held-out likelihood."""

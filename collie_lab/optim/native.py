@@ -1,36 +1,29 @@
 """The CPU engine: every formula becomes a C++ loop, built in half a second, that moves every byte once.
 
 The loops are plain C behind pointers, without torch's headers, and called through ctypes: a call costs a few
-microseconds where compiled Python costs fifty. The libraries are kept in `~/.cache/collie_lab` (`XDG_CACHE_HOME`),
-named after their source, the compiler and the processor.
+microseconds where compiled Python costs fifty.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from collie_lab.compiler import build, find_compiler
 from collie_lab.optim.engine import Eager, Engine, Formula
 from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, Weight
 from collie_lab.optim.rule import Gradient, Scalars, States
 from collie_lab.optim.trace import C, operand_kind, trace
 
-__all__ = ["Loop", "Native", "find_compiler", "write_loop"]
+__all__ = ["Loop", "Native", "write_loop"]
 
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++17")
 # From so many elements on, several threads are worth their start.
 _PARALLEL = 2**16
 _CTYPES = {"float": ctypes.c_float, "double": ctypes.c_double}
@@ -211,11 +204,6 @@ def _load(operand: str, place: str) -> str:
     return f"const T o_{operand} = o_{operand}_at[{place}];"
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler of this machine."""
-    return next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
-
-
 def _loop(body: str, parameters: list[tuple[str, str]], rounding: str, weight: torch.dtype, gradient: torch.dtype
           ) -> Loop:
     """A whole file from the body of its function and the parameters (type, name) that follow the inputs."""
@@ -251,40 +239,10 @@ def _energy(dtype: torch.dtype, gradient: torch.dtype, clipped: bool) -> Any:
 
 
 def _build(loop: Loop) -> Any:
-    """The function of a loop, from the cache or from the compiler."""
-    compiler = find_compiler()
-    assert compiler is not None
-    parts = [loop.source, *_FLAGS, compiler, _compiler_version(compiler), _processor()]
-    key = hashlib.sha256("\n".join(parts).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collie_lab" / "kernels"
-    library = folder / f"{key.hexdigest()[:32]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as name:
-            file, made = Path(name) / "kernel.cpp", Path(name) / "kernel.so"
-            file.write_text(loop.source, encoding="utf-8")
-            run = subprocess.run([compiler, *_FLAGS, str(file), "-o", str(made)], capture_output=True, text=True)
-            if run.returncode:
-                raise OSError(f"{compiler} failed: {run.stderr[-500:]}")
-            made.rename(library)  # whole or not at all: ranks build at the same time
-    function = ctypes.CDLL(str(library)).run
+    function = build(loop.source, _FLAGS).run
     function.restype = None
     function.argtypes = loop.argtypes
     return function
-
-
-@functools.cache
-def _compiler_version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-
-
-@functools.cache
-def _processor() -> str:
-    """What `-march=native` depends on: a home folder may be shared by machines of different kinds."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    telling = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
-    return "\n".join(sorted(telling)) or platform.platform()
 
 
 def _clip(gradient: Gradient) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from collie_lab.optim.shards import local
+from collie_lab.training.memory import uncounted
 
 __all__ = ["HostMemory", "SharePlanner", "choose_share"]
 
@@ -92,7 +93,8 @@ class HostMemory:
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the local pieces, by name; complete when it returns, and valid until the next call."""
-        copies = {name: self._copy(name, local(tensor)) for name, tensor in tensors.items()}
+        with uncounted():
+            copies = {name: self._copy(name, local(tensor)) for name, tensor in tensors.items()}
         if self._pinned:
             torch.cuda.synchronize()
         return copies

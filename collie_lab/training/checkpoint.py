@@ -33,6 +33,7 @@ from collie_lab.folder import checkpoints_in, read_json, write_json
 from collie_lab.optim import RuleOptimizer
 from collie_lab.training._safe_reader import SafeReader
 from collie_lab.training._share import HostMemory, SharePlanner, choose_share
+from collie_lab.training.memory import uncounted
 
 __all__ = ["Checkpointer", "Written", "load_checkpoint"]
 
@@ -127,8 +128,9 @@ class Checkpointer:
 
     def _write(self, step: int, path: Path, items: list[WriteItem], copies: Mapping[str, Tensor]) -> None:
         partial = path.with_name(f".{path.name}.partial")
-        save({}, storage_writer=FileSystemWriter(partial), planner=SharePlanner(items, copies),
-             process_group=self._group, no_dist=self._group is None)
+        with uncounted():
+            save({}, storage_writer=FileSystemWriter(partial), planner=SharePlanner(items, copies),
+                 process_group=self._group, no_dist=self._group is None)
         outcome: list[Exception | None] = [None]
         if self._rank == 0:  # all ranks have written: torch has told it so
             try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from collie_lab.cells import Model
+from collie_lab.training.memory import uncounted
 
 __all__ = ["keep", "recall", "remember"]
 
@@ -61,7 +62,8 @@ def remember(model: nn.Module, cell: Model, seed: int, parameters: Mapping[str, 
     size = sum(values.nbytes for values in tensors.values()) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if size < _SHARE * psutil.virtual_memory().available:
         _key = _key_of(cell, seed, parameters)
-        _values = {name: values.to("cpu", copy=True) for name, values in tensors.items()}
+        with uncounted():
+            _values = {name: values.to("cpu", copy=True) for name, values in tensors.items()}
 
 
 def _locals(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -1,15 +1,20 @@
-"""Peak memory: the allocator's own count on a GPU, live tensor bytes on a CPU."""
+"""Peak memory: the allocator's own count on a GPU, that of an allocator in front of torch's on a CPU."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import gc
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Final
 
 import torch
 
-__all__ = ["CpuMemory", "CudaMemory", "build_memory"]
+from collie_lab.compiler import build, find_compiler
+
+__all__ = ["CpuMemory", "CudaMemory", "NoMemory", "build_memory", "uncounted"]
 
 
 class CudaMemory:
@@ -19,84 +24,142 @@ class CudaMemory:
         self._device = device
         self.peak_bytes: int | None = None
         self.step_bytes: int | None = None
-        self.recorded = False
 
     @contextlib.contextmanager
-    def step(self, step: int) -> Iterator[None]:
+    def step(self) -> Iterator[None]:
         """Around one optimizer step."""
         torch.cuda.reset_peak_memory_stats(self._device)
         yield
         self.step_bytes = torch.cuda.max_memory_allocated(self._device)
         self.peak_bytes = max(self.peak_bytes or 0, self.step_bytes)
 
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-# The name of a step among the profiler's events.
-_MARK = "collie_lab step"
-
 
 class CpuMemory:
-    """Peak bytes of live tensors, from the allocator's events as torch's profiler reports them.
+    """Bytes of live CPU tensors, whichever thread makes or frees them; costs too little to be measured.
 
-    The profiler records from before the model exists until the end of the second step, when all lasting
-    state is there; what is live then is the base. As on a GPU, the peak is that of the steps: what making
-    and sharding the model takes does not count. Later steps are recorded only where `probe` says so (the
-    one with most tokens): a recorded step is slower, so its speed is not counted.
+    As on a GPU, the peak is that of the steps: what making and sharding the model takes does not count, nor what was
+    there before (in a pool, say).
     """
 
-    WARM_UP = 2
-
     def __init__(self) -> None:
+        gc.collect()  # garbage of an earlier run in this process, freed under way, would count against this one
+        self._counter = _counter()
+        self._before: int = self._counter.live_bytes()
         self.peak_bytes: int | None = None
         self.step_bytes: int | None = None
-        self.recorded = True
-        """Whether the last step was recorded, and so slowed down."""
-        self._base = 0
-        self._profiler: torch.profiler.profile | None = None
-        self.probe: set[int] = set()
-        gc.collect()  # garbage of an earlier run in this process, freed under way, would count against this one
-        self._start()
 
     @contextlib.contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        """Around one optimizer step, counted from 1 since the start of the process."""
-        if step in self.probe and self._profiler is None:
-            self._start()
-        self.recorded = self._profiler is not None
-        with torch.profiler.record_function(_MARK) if self.recorded else contextlib.nullcontext():
-            yield
-        if self._profiler is not None and step >= self.WARM_UP:
-            self._stop()
-
-    def close(self) -> None:
-        """Stop recording, for a run that ends before its second step."""
-        if self._profiler is not None:
-            self._stop()
-
-    def _start(self) -> None:
-        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        self._profiler.start()
-
-    def _stop(self) -> None:
-        assert self._profiler is not None
-        self._profiler.stop()
-        events: Any = self._profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-        began = min((event.start_ns() for event in events if event.name() == _MARK), default=0)
-        live, peak = self._base, 0
-        for event in events:
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                if event.start_ns() >= began:
-                    peak = max(peak, live)
-        # A later recording misses the freeing of what it did not see made: only the first sets the base.
-        self._base = self._base or live
-        self._profiler = None
-        self.step_bytes = peak
-        self.peak_bytes = max(self.peak_bytes or 0, peak)
+    def step(self) -> Iterator[None]:
+        """Around one optimizer step."""
+        self._counter.reset_peak()
+        yield
+        self.step_bytes = self._counter.peak_bytes() - self._before
+        self.peak_bytes = max(self.peak_bytes or 0, self.step_bytes)
 
 
-def build_memory(device: torch.device) -> CudaMemory | CpuMemory:
+class NoMemory:
+    """Where nothing can count."""
+
+    reason: Final = "no C++ compiler was found: without one, peak memory on a CPU is not measured. Install g++ or clang"
+    peak_bytes: int | None = None
+    step_bytes: int | None = None
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one optimizer step."""
+        yield
+
+
+def build_memory(device: torch.device) -> CudaMemory | CpuMemory | NoMemory:
     """The meter of a device."""
-    return CudaMemory(device) if device.type == "cuda" else CpuMemory()
+    if device.type == "cuda":
+        return CudaMemory(device)
+    return CpuMemory() if find_compiler() else NoMemory()
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Within it, what this thread makes is not counted: where there is a GPU, it would be in the host's memory."""
+    if not _counter.cache_info().currsize:
+        yield
+        return
+    before = _counter().count(False)
+    try:
+        yield
+    finally:
+        _counter().count(before)
+
+
+# torch's own profiler sees only the threads that it was started in: what gloo's threads free, it takes for live.
+_SOURCE: Final = """
+#include <algorithm>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+#include <c10/core/CPUAllocator.h>
+
+namespace {
+std::mutex guard;
+std::unordered_map<void*, int64_t> sizes;
+int64_t live = 0, peak = 0;
+thread_local bool counts = true;
+
+void release(void* data);
+
+struct Counter final : c10::Allocator {
+  c10::Allocator* behind = c10::GetCPUAllocator();
+
+  c10::DataPtr allocate(size_t bytes) override {
+    void* data = behind->raw_allocate(bytes);
+    if (data != nullptr && counts) {
+      std::lock_guard<std::mutex> lock(guard);
+      sizes[data] = bytes;
+      live += bytes;
+      peak = std::max(peak, live);
+    }
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { behind->copy_data(to, from, bytes); }
+};
+
+Counter& counter() {
+  static Counter& one = *new Counter;  // outlives all tensors
+  return one;
+}
+
+void release(void* data) {
+  if (data == nullptr) return;
+  {
+    std::lock_guard<std::mutex> lock(guard);
+    auto found = sizes.find(data);
+    if (found != sizes.end()) {
+      live -= found->second;
+      sizes.erase(found);
+    }
+  }
+  counter().behind->raw_deallocate(data);
+}
+}  // namespace
+
+extern "C" {
+void start() { c10::SetAllocator(c10::DeviceType::CPU, &counter(), 100); }
+int64_t live_bytes() { std::lock_guard<std::mutex> lock(guard); return live; }
+int64_t peak_bytes() { std::lock_guard<std::mutex> lock(guard); return peak; }
+void reset_peak() { std::lock_guard<std::mutex> lock(guard); peak = live; }
+bool count(bool wanted) { return std::exchange(counts, wanted); }
+}
+"""
+
+
+@functools.cache
+def _counter() -> ctypes.CDLL:
+    """The allocator, in its place from now on; building it takes two seconds once."""
+    root = Path(torch.__file__).parent
+    library = build(f"// torch {torch.__version__}\n{_SOURCE}", [
+        "-O1", "-std=c++20", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"])
+    library.live_bytes.restype = library.peak_bytes.restype = ctypes.c_int64
+    library.count.restype, library.count.argtypes = ctypes.c_bool, [ctypes.c_bool]
+    library.start()
+    return library

@@ -41,7 +41,6 @@ class _Pending:
     values: Tensor
     record: dict[str, Any]
     flops: float
-    timed: bool
     marks: tuple[Any, Any]
 
 
@@ -53,7 +52,7 @@ class Meters:
         self._lines = JsonLines(folder.path / "metrics.jsonl") if folder else None
         self._pending: list[_Pending] = []
         self._losses: list[float] = []
-        self._speed: list[tuple[int, float]] = []  # tokens and seconds of the timed steps
+        self._speed: list[tuple[int, float]] = []  # tokens and seconds of the steps after the warm-up
         self._seen = 0
 
     def mark(self) -> Any:
@@ -65,7 +64,7 @@ class Meters:
         return event
 
     def push(self, step: int, values: Tensor, *, lr: float, tokens: int, flops: float, memory: int | None,
-             began: Any, timed: bool = True) -> None:
+             began: Any) -> None:
         """Take one step in. `values` [5], still on the device: loss, gradient norm, stop wish, question, unclipped
         share. What there is not in a step is NaN.
         """
@@ -73,7 +72,7 @@ class Meters:
             host = torch.empty(5, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
         record = {"step": step, "time": time.time(), "lr": lr, "tokens": tokens, "memory_allocated": memory}
-        self._pending.append(_Pending(step, values, record, flops, timed, (began, self.mark())))
+        self._pending.append(_Pending(step, values, record, flops, (began, self.mark())))
 
     def pull(self, *, all_: bool = False) -> list[StepFigures]:
         """The figures of the steps that must be finished by now: all but the last, or all."""
@@ -93,7 +92,7 @@ class Meters:
         loss, grad_norm, stop, asked, unclipped = step.values.tolist()
         self._seen += 1
         self._losses.append(loss)
-        if step.timed and self._seen > _WARM_UP:
+        if self._seen > _WARM_UP:
             self._speed.append((step.record["tokens"], seconds))
         if self._lines:
             if math.isfinite(unclipped):

@@ -28,7 +28,7 @@ from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoin
 from collie_lab.training.evaluate import evaluate
 from collie_lab.training.export import export_model
 from collie_lab.training.flops import peak_flops
-from collie_lab.training.memory import CpuMemory, build_memory
+from collie_lab.training.memory import NoMemory, build_memory
 from collie_lab.training.meters import Meters, StepFigures
 from collie_lab.training.model import build_model
 from collie_lab.training.packed import ATTENTION
@@ -96,7 +96,7 @@ class Trainer:
         """One optimizer step: forward and backward over the micro-batches, clipping, update."""
         began, optimizer = self._meters.mark(), self.optimizer
         self._beat.say("step", step=self.step)
-        with self._memory.step(self.step - self._first_step):
+        with self._memory.step():
             if isinstance(optimizer, optim.RuleOptimizer) and optimizer.needs_measure:
                 # The same dropout in both passes.
                 devices = [self.device] if self.device.type == "cuda" else []
@@ -112,7 +112,6 @@ class Trainer:
             self.step, torch.stack([values[0] / plan.targets, grad_norm, values[1], values[2], unclipped]),
             lr=optimizer.param_groups[0]["lr"], tokens=plan.tokens, memory=self._memory.step_bytes, began=began,
             flops=self._flops.of(plan.tokens, attended * self.experiment.parallel.dp),
-            timed=not self._memory.recorded,
         )
 
     def _forward_backward(self, plan: Step, draw: tuple[int, ...] | None = None) -> tuple[Tensor, int]:
@@ -206,6 +205,8 @@ class Trainer:
         """Everything the loop uses, from the cells."""
         experiment, training = self.experiment, self.experiment.training
         self._memory = build_memory(self.device)
+        if isinstance(self._memory, NoMemory):
+            self.event("warning", text=self._memory.reason)
         self.event("phase", text="loading the model")
         self._strategy = build_strategy(experiment.parallel, self.device, training.precision)
         with warnings.catch_warnings(record=True) as caught:
@@ -243,9 +244,6 @@ class Trainer:
         if resume := self._launch.get("resume_from"):
             read = functools.partial(load_checkpoint, RunFolder(resume).path, layout=layout, seed=seed)
             self.step = self._strategy.load(read, self._adapted, self.optimizer)
-        self._first_step = self.step
-        if isinstance(self._memory, CpuMemory):
-            self._memory.probe = self._heaviest_step()
         self.event("start", step=self.step, steps=training.steps, world_size=experiment.parallel.world_size,
                    device=str(self.device.type), **self._counts)
 
@@ -265,12 +263,6 @@ class Trainer:
             dp_rank=self._strategy.place.dp, dp_size=parallel.dp,
             packing=sequence_length(data, context) if data.packing else None,
         )
-
-    def _heaviest_step(self) -> set[int]:
-        """The step with most tokens among the first thousand to come, counted from the first; one for all ranks."""
-        count = min(1000, self.experiment.training.steps - self.step)
-        sizes = [plan.tokens for plan in itertools.islice(self._order.steps(self.step), count)]
-        return {sizes.index(max(sizes)) + 1} if sizes else set()
 
     def _identity(self) -> dict[str, Any]:
         """What a run must share with the one it resumes."""
@@ -337,7 +329,6 @@ class Trainer:
     def _finish(self, status: str, began: float) -> None:
         """Keep what was trained (checkpoint, model) before anything else can fail; evaluate; write the result."""
         self.event("ending", step=self.step)
-        self._memory.close()
         training = self.experiment.training
         if status == "stopped":
             self.save_checkpoint()
@@ -356,7 +347,7 @@ class Trainer:
             if status == "diverged":
                 summary["loss"] = None
             self.folder.write("result.json", {
-                "status": status, "steps": self.step, **summary, **figures, "peak_bytes": int(peak.item()),
+                "status": status, "steps": self.step, **summary, **figures, "peak_bytes": int(peak.item()) or None,
                 "seconds": time.perf_counter() - began, "world_size": self.experiment.parallel.world_size,
                 **self._counts,
             })
