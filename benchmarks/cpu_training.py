@@ -24,7 +24,6 @@ import itertools
 import json
 import logging
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -38,6 +37,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
 
 import torch
 import transformers
+from _results import keep, machine
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
@@ -45,7 +45,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, Trai
 from collie_lab.cells import SHAPES, AdamW, Data, Experiment, Instructions, Model, Skills, Training
 from collie_lab.data import Documents, Order, prepare
 from collie_lab.folder import RunFolder, Tail
-from collie_lab.training.provenance import provenance
 from collie_lab.training.trainer import Trainer
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -274,8 +273,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    environment = {**provenance(0), "cpu": _cpu()}
-    print(json.dumps(environment, indent=1))
+    print(json.dumps(machine(), indent=1))
     results: dict[str, Any] = {}
     for name in options.models:
         case, repeats = CASES[name], options.repeats
@@ -284,16 +282,7 @@ def main() -> None:
         data = choose_data(options.data, options.shared, case.max_length)
         with tempfile.TemporaryDirectory() as folder:
             results[name] = {"data": data.kind, **compare(case, data, repeats, Path(folder))}
-    if options.json:
-        options.json.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n",
-                                encoding="utf-8")
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-                platform.processor())
+    keep(options.json, f"cpu_training.py --repeats {options.repeats}", results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,9 +25,10 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
 
+from _results import keep
+
 import collie_lab as lab
 from collie_lab.folder import RunFolder, Tail
-from collie_lab.training.provenance import provenance
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PARTS = ("logs", "errors", "beats", "checkpoints")
@@ -158,11 +158,7 @@ def main() -> None:
         return
     found = measure(options.repeats, options.ranks)
     report(arms(found))
-    content = {"command": f"python benchmarks/launch.py --repeats {options.repeats} --ranks {options.ranks}",
-               "environment": {**provenance(0), "cpu": platform.processor() or platform.machine(),
-                               "cores": os.cpu_count()}, "results": found}
-    if options.json:
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    keep(options.json, f"launch.py --repeats {options.repeats} --ranks {options.ranks}", found)
     if options.figure:
         from _launch_figure import draw
 

@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -28,9 +27,10 @@ from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
 
+from _results import keep
+
 import collie_lab as lab
 from collie_lab.folder import Tail
-from collie_lab.training.provenance import provenance
 
 _ROOT = Path(__file__).resolve().parents[1]
 MODEL = lab.Model("llama-5m", init="random", config={"num_hidden_layers": 8})
@@ -70,9 +70,6 @@ def _experiment(parallel: lab.Parallel, batch_size: int, steps: int, callback: C
 
 def _note_clocks(trainer: Any) -> None:
     """After every step, on every rank: the wall clock and the CPU time."""
-    import json
-    import time
-
     with (trainer.folder.path / f"clock-{trainer.rank}.jsonl").open("a") as file:
         file.write(json.dumps([time.time(), time.process_time()]) + "\n")
 
@@ -135,11 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     results = measure(options.repeats, options.steps)
     report(results)
-    content = {"command": f"python benchmarks/layouts.py --repeats {options.repeats} --steps {options.steps}",
-               "environment": {**provenance(0), "cpu": platform.processor() or platform.machine(),
-                               "cores": os.cpu_count()}, "results": results}
-    if options.json:
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    keep(options.json, f"layouts.py --repeats {options.repeats} --steps {options.steps}", results)
     if options.figure:
         from _layouts_figure import draw
 

@@ -25,7 +25,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -39,10 +38,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from _optimizers_arms import CASES, Arm, Case, agreement, bytes_of_library, library_arms, our_arms, shapes
+from _results import machine
 from torch import Tensor, nn
 
 from collie_lab.cells import SHAPES
-from collie_lab.training.provenance import provenance
 
 _AGREE_WITHIN = 1e-3  # of the movement; fp32 weights resolve about 1e-5 of it
 _PACKAGES = ("pytorch_optimizer", "torch-optimi", "triton")
@@ -281,7 +280,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     options.model = options.model or ("quick" if options.quick else "llama-1b" if gpu else "50m")
     options.repeats = options.repeats or (1 if options.quick else 7)
     options.steps = options.steps or (1 if options.quick else 10 if gpu else 3)
-    environment = {**provenance(0), "device": str(device), "cpu": _cpu(), "libraries": dict(map(_version, _PACKAGES))}
+    environment = {**machine(), "device": str(device), "libraries": dict(map(_version, _PACKAGES))}
     print(json.dumps(environment, indent=1))
     return {"environment": environment, "results": measure(options, device)}
 
@@ -291,13 +290,6 @@ def _version(package: str) -> tuple[str, str | None]:
         return package, version(package)
     except PackageNotFoundError:
         return package, None
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-                platform.processor())
 
 
 if __name__ == "__main__":

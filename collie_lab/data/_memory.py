@@ -13,7 +13,6 @@ from collie_lab.data.records import Style
 __all__ = ["Made", "key_of", "recall", "remember"]
 
 
-
 class Made(NamedTuple):
     """Documents, and what there is to say of them."""
 
@@ -21,6 +20,7 @@ class Made(NamedTuple):
     counts: dict[str, dict[str, int]]
     warnings: list[str]
     style: Style
+
 
 #: Tokens that are kept at most, of all documents together: half a GiB.
 _LIMIT: Final = 100_000_000

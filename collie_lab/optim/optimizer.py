@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from collie_lab.optim._checks import check_names, check_options
 from collie_lab.optim.clip import clip_coefficient, gradient_norms
 from collie_lab.optim.engine import Engine, choose_engine
-from collie_lab.optim.rounding import ROUNDINGS, Weight, noise_key
+from collie_lab.optim.rounding import Weight, noise_key
 from collie_lab.optim.rule import Gradient, Rule
 from collie_lab.optim.rules import SophiaG
 from collie_lab.optim.shards import global_norm, local, local_gradient
@@ -86,24 +87,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._engine, self._engines, self._lazy = engine, dict[torch.device, Engine](), lazy
         self._hessian_tokens = 0
         self._since_refresh = 0
-        self._check_options()
-        _check_names(rule, hyper, "", required=True)
+        check_options(rule, rounding=self._rounding, accumulate=self._accumulate, max_norm=max_norm,
+                      max_value=max_value)
+        check_names(rule, hyper, "", required=True)
         super().__init__(params, hyper)
         if not self._numbers:
             raise ValueError("there is no parameter to train")
-
-    def _check_options(self) -> None:
-        if self._rounding not in ROUNDINGS:
-            raise ValueError(f"unknown rounding {self._rounding!r}: one of {', '.join(ROUNDINGS)}")
-        if self._accumulate == "each" and not self.rule.linear:
-            raise ValueError(f"{type(self.rule).__name__} is not linear in the gradient: updates with parts of it "
-                             'would move the weights several times too far. accumulate="hold", or in_backward=False')
-        if self._accumulate and self._max_norm is not None:
-            raise ValueError("the norm of an accumulated gradient is known only when all of it is there: "
-                             "clip by value, or in_backward=False")
-        if self._accumulate == "each" and self._max_value is not None:
-            raise ValueError("the clipped parts of a gradient do not add up to the clipped whole: "
-                             'accumulate="hold", or in_backward=False')
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -113,8 +102,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             TypeError: an unknown hyper-parameter.
             ValueError: a parameter that cannot be trained here.
         """
-        _check_names(self.rule, {name: value for name, value in param_group.items()
-                                 if name not in ("params", "initial_lr", "param_names")}, " in a group", required=False)
+        check_names(self.rule, {name: value for name, value in param_group.items()
+                                if name not in ("params", "initial_lr", "param_names")}, " in a group", required=False)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         names = group.get("param_names", [None] * len(group["params"]))
@@ -392,15 +381,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the saved states are {sorted(saved)}, those of this optimizer {sorted(state)}")
         for name, value in state.items():
             value.copy_(saved[name])
-
-
-def _check_names(rule: Rule, names: dict[str, Any], where: str, *, required: bool) -> None:
-    known = ("lr", "weight_decay", *rule.hyper)
-    if unknown := [name for name in names if name not in known]:
-        raise TypeError(f"{type(rule).__name__} has no hyper-parameter {unknown[0]!r}{where}; "
-                        f"it has {', '.join(known)}")
-    if required and (missing := [name for name in known if name not in names]):
-        raise TypeError(f"{type(rule).__name__} needs {missing[0]!r}")
 
 
 def _replicated() -> bool:

@@ -166,7 +166,7 @@ def hangs_here(trainer: Any) -> None:
 
 
 def test_stacks_of_a_hang_and_a_timeout(tmp_path: Path, mark: str) -> None:
-    run = toy.start(mark, tmp_path, hangs_here, timeout=10.0)
+    run = toy.start(mark, tmp_path, hangs_here, timeout=20.0)
     run.stacks()  # harmless while the ranks are not ready
     toy.wait_until(lambda: all((run.folder.path / f"hangs-{rank}").exists() for rank in (0, 1)))
     stacks = run.stacks()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from ipywidgets import Widget
 from collie_lab.folder import RunFolder
 from collie_lab.view import chat as module
 from collie_lab.view.chat import chat
+from tests.processes import wait_until
 from tests.view.displays import Displays
 from tests.view.fabricate import FakeRun, append, end, record
 
@@ -56,13 +56,6 @@ def displays(monkeypatch: pytest.MonkeyPatch) -> Displays:
     return made
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_conversation(folder: RunFolder, displays: Displays) -> None:
     append(folder, "metrics.jsonl", [record(12)])
     before, run = set(Widget.widgets), Talker(folder)
@@ -70,25 +63,25 @@ def test_a_conversation(folder: RunFolder, displays: Displays) -> None:
     talk = Chat(displays)
 
     talk.say("  hello <i> ")
-    _until(lambda: "a &lt;b&gt;" in talk.talk["text/html"])
+    wait_until(lambda: "a &lt;b&gt;" in talk.talk["text/html"])
     assert "hello &lt;i&gt;" in talk.talk["text/html"]
     assert (talk.field.disabled, talk.button.disabled, talk.field.value) == (True, True, "")
     talk.say("not now")
     run.go_on.set()
-    _until(lambda: not talk.field.disabled)
+    wait_until(lambda: not talk.field.disabled)
     assert talk.talk["text/plain"] == "you: hello <i>\nmodel (step 12): a <b> c"
 
     talk.field.value = "too long"
     talk.button.click()
-    _until(lambda: len(run.asked) == 2 and not talk.field.disabled)
+    wait_until(lambda: len(run.asked) == 2 and not talk.field.disabled)
     assert "the prompt has &lt;5,012&gt; tokens" in talk.talk["text/html"]
     talk.say("   ")
     assert run.asked == [("hello <i>", {"max_new_tokens": 7, "temperature": 0.0}),
                          ("too long", {"max_new_tokens": 7, "temperature": 0.0})]
 
     end(folder)
-    _until(lambda: isinstance(displays.shown[1], dict))
-    _until(lambda: set(Widget.widgets) == before)
+    wait_until(lambda: isinstance(displays.shown[1], dict))
+    wait_until(lambda: set(Widget.widgets) == before)
     assert "has ended" in displays.shown[1]["text/plain"]
     assert "live" not in talk.talk["text/html"].replace(".live", "")
     assert talk.talk["text/plain"].endswith("you: too long\nerror: the prompt has <5,012> tokens")

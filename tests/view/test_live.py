@@ -14,6 +14,7 @@ from collie_lab.folder import RunFolder
 from collie_lab.view import live, watch
 from collie_lab.view.comparison import Comparison
 from collie_lab.view.history import History
+from tests.processes import wait_until
 from tests.view.fabricate import FakeRun, append, end, record
 
 pytestmark = pytest.mark.signals
@@ -47,13 +48,6 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     view = Recorder()
     monkeypatch.setattr(live, "_view_for", lambda *_: view)
     return view
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_thousand_records_a_second_make_few_updates(
@@ -106,7 +100,7 @@ def test_who_only_watches_can_leave_and_the_run_goes_on(recorder: Recorder, fold
     assert not folder.stop_flag.exists()
     end(folder)
     if lives_on:
-        _until(lambda: recorder.last == 3)
+        wait_until(lambda: recorder.last == 3)
 
 
 def test_several_runs_are_watched_until_the_last_has_ended(
@@ -137,7 +131,7 @@ def test_without_waiting_it_returns_at_once(recorder: Recorder, folder: RunFolde
     watch(run, wait=False)
     assert recorder.last == -1
     end(folder)
-    _until(lambda: recorder.last == 0)
+    wait_until(lambda: recorder.last == 0)
 
 
 @pytest.mark.filterwarnings("always")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html
 import re
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -162,8 +163,9 @@ def test_the_first_failure_is_told_in_full_and_its_consequences_in_a_line(folder
     for rank, message in ((1, "no word"), (0, "the peer is gone\n" + "so " * 60)):
         folder.write(f"errors/rank-{rank}.json", {
             "rank": rank, "time_ns": 2 - rank, "type": "ValueError", "message": message,
-            "traceback": f'Traceback\n  File "/lib/site-packages/torch/nn.py", line 7\n  File '
-                         f'"/tmp/ipykernel_12/345.py", line {rank}\n  File "{Path(view.__file__).parent}/page.py"'})
+            "traceback": 'Traceback\n  File "/lib/site-packages/torch/nn.py", line 7\n  File '
+                         f'"{tempfile.gettempdir()}/ipykernel_12/345.py", line {rank}\n  File '
+                         f'"{Path(view.__file__).parent}/page.py"'})
     end(folder, "error", detail="rank 1: ValueError: no word")
     words = html.unescape(_words(_page(folder, alive=False)))
     assert words.endswith('rank 1: ValueError: no word Traceback File "torch/nn.py", line 7 A cell, line 1 '
