@@ -29,7 +29,7 @@ demo: $(STAMP)
 	@echo && cat out/quickstart/table.md && echo && echo "notebook: out/00_quickstart.ipynb   results: out/quickstart"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not signals and not browser" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not signals and not browser" -n 3 --dist loadfile
 	$(BIN)/python -m pytest -m signals
 
 browser: $(STAMP)

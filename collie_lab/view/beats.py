@@ -36,6 +36,8 @@ class Beat:
     memory: float | None
     limit: float | None
     process: tuple[str, int]
+    on_gpu: bool = False
+    """Whether the memory is a GPU's, or what the process holds of the host's."""
 
 
 @dataclass(frozen=True)
@@ -130,4 +132,4 @@ class Beats:
 def _beat(record: dict[str, Any]) -> Beat:
     return Beat(int(record["rank"]), int(record["step"] or 0), str(record["doing"]), float(record["time"]),
                 int(record["count"]), record.get("memory"), record.get("memory_limit"),
-                (str(record.get("host", "")), int(record.get("pid") or 0)))
+                (str(record.get("host", "")), int(record.get("pid") or 0)), bool(record.get("on_gpu")))

@@ -56,16 +56,31 @@ def _loss(history: History, points: int) -> str:
     key = ["<span>loss</span>"]
     if curve.is_smoothed:
         lines = [Line(curve.x, curve.raw, "raw"), Line(curve.smooth_x, curve.smooth, "smooth"), *lines]
-        key += ['<span class="quiet"><i class="raw"></i>of each step</span>',
-                '<span class="quiet"><i></i>smoothed</span>']
+        key += [_key('<i class="raw"></i>', "of each step"), _key("<i></i>", "smoothed")]
     else:
         lone = len(history) == 1
         lines = [Line(curve.x, curve.raw, "lone" if lone else "smooth", dots=lone), *lines]
-        key.append('<span class="quiet"><i></i>of each step</span>')
+        key.append(_key("<i></i>", "of each step"))
     if len(steps):
-        key.append('<span class="quiet"><i class="dot"></i>held out (log perplexity)</span>')
-    drawn = line_chart(lines, history.span, value_range(curve.raw, curve.smooth, held_out), note)
+        key.append(_key('<i class="dot"></i>', "held out (log perplexity)"))
+    drawn = line_chart(lines, _reach(history), value_range(curve.raw, curve.smooth, held_out), note)
     return f'<div class="key">{"".join(key) if not note else "&nbsp;"}</div>{drawn}'
+
+
+def _reach(history: History) -> tuple[int, int]:
+    """The steps of the axis: all there will be, or so long as few are done, a half, a quarter, ... of them.
+
+    A long run's first steps would be a stroke at the left. The axis grows by doubling, when it is half full.
+    """
+    first, last = history.span
+    while history.alive and last - first > max(4 * (history.step - first), 20):
+        last = first + (last - first + 1) // 2
+    return first, last
+
+
+def _key(mark: str, words: str) -> str:
+    """A mark in its full colour, and quiet words."""
+    return f'<span>{mark}<span class="quiet">{words}</span></span>'
 
 
 def _tiles(history: History) -> str:

@@ -36,10 +36,10 @@ def ranks(history: History) -> str:
 
 
 def _standing_out(history: History) -> set[int]:
-    """Live ranks that are in trouble; of a run that has failed, the ranks that failed."""
+    """Live ranks that are in trouble; of a run that has failed, the ranks that failed first: others are its victims."""
     if history.alive:
         return {trouble.beat.rank for trouble in history.troubles}
-    return {rank for failure in history.failures() for rank in failure.ranks}
+    return {rank for failure in history.failures()[:1] for rank in failure.ranks}
 
 
 def _summary(history: History) -> str:
@@ -51,7 +51,7 @@ def _summary(history: History) -> str:
     if memory:
         full = max(memory, key=lambda beat: beat.memory or 0.0)
         whose = f" on rank {full.rank}" if len(memory) > 1 else ""
-        words.append(f"memory up to {_memory_text(full)}{whose}")
+        words.append(f"{'memory' if full.on_gpu else 'process memory'} up to {_memory_text(full)}{whose}")
     if history.alive:
         silence = max(history.beats.silence(beat.rank) for beat in latest)
         words.append("alive" if silence < _FRESH else f"the quietest spoke {duration_text(silence)} ago")

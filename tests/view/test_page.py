@@ -14,7 +14,7 @@ from collie_lab import view
 from collie_lab.folder import RunFolder
 from collie_lab.view.chart import Line, line_chart, nice_ticks, sparkline
 from collie_lab.view.history import History
-from collie_lab.view.page import page
+from collie_lab.view.page import _reach, page
 from tests.view.fabricate import START, FakeRun, append, beat, end, record
 
 
@@ -78,12 +78,28 @@ def _meters(markup: str) -> list[float]:
 def test_ranks_with_their_memory(folder: RunFolder) -> None:
     append(folder, "metrics.jsonl", [record(7)])
     for rank, memory in enumerate((20e9, 60e9)):
-        beat(folder, rank, 7, doing="evaluation" if rank else "step", memory=memory, memory_limit=80e9)
+        beat(folder, rank, 7, doing="evaluation" if rank else "step", memory=memory, memory_limit=80e9, on_gpu=True)
     text = _page(folder, alive=True)
     assert _meters(text) == [25.0, 75.0]
     assert "ranks step 7 · memory up to 60.0 GB of 80.0 GB on rank 1 · alive 0 20.0 GB step 7 1 60.0 GB evaluating" \
         in _words(text)
     assert 'class="rank bad"' not in text
+
+
+def test_the_memory_of_a_process_is_called_so(folder: RunFolder) -> None:
+    beat(folder, 0, 3, memory=2e9, memory_limit=4e9)
+    assert "ranks step 3 · process memory up to 2.0 GB of 4.0 GB · alive" in _words(_page(folder, alive=True))
+
+
+@pytest.mark.parametrize(("step", "end"), [(1, 16), (8, 32), (15, 32), (16, 63), (249, 500), (250, 1000)])
+def test_the_axis_of_a_long_run_grows_by_doubling(folder: RunFolder, step: int, end: int) -> None:
+    append(folder, "events.jsonl", [{"time": 0, "kind": "start", "steps": 1000, "step": 0, "world_size": 1}])
+    append(folder, "metrics.jsonl", (record(at) for at in range(1, step + 1)))
+    history = History(folder)
+    history.update(alive=True)
+    assert _reach(history) == (0, end)
+    history.update(alive=False)
+    assert _reach(history) == (0, 1000)
 
 
 def test_memory_without_a_limit_is_drawn_against_the_fullest_rank(folder: RunFolder) -> None:
