@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -198,3 +199,24 @@ def test_nothing_outlives_the_supervisor_or_torchrun(tmp_path: Path, mark: str, 
     toy.assert_gone(mark)
     assert run.status == ("lost" if victim == "supervisor" else "error")
     assert ("without a word" if victim == "supervisor" else "the launcher (torchrun) was killed") in str(run.error)
+
+
+def test_another_torchrun_is_left_alone(tmp_path: Path, mark: str) -> None:
+    """One that the same user has started by hand, before ours is killed."""
+    (tmp_path / "other.py").write_text("import os, pathlib, time\n"
+                                       "pathlib.Path('up-' + os.environ['RANK']).touch()\ntime.sleep(100)\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--log-dir",
+               str(tmp_path / "log"), "other.py"]
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True) as other:
+        try:
+            run = toy.start(mark, tmp_path, hangs_here)
+            toy.wait_until(lambda: all((tmp_path / f"up-{rank}").exists() for rank in (0, 1)))
+            toy.wait_until(lambda: all((run.folder.path / f"hangs-{rank}").exists() for rank in (0, 1)))
+            family = psutil.Process(other.pid).children(recursive=True)
+            run.kill()
+            toy.assert_gone(mark)
+            assert len(family) == 2
+            assert other.poll() is None
+            assert all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+        finally:
+            other.terminate()

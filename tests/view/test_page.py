@@ -88,7 +88,7 @@ def test_ranks_with_their_memory(folder: RunFolder) -> None:
 
 def test_the_memory_of_a_process_is_called_so(folder: RunFolder) -> None:
     beat(folder, 0, 3, memory=2e9, memory_limit=4e9)
-    assert "ranks step 3 · process memory up to 2.0 GB of 4.0 GB · alive" in _words(_page(folder, alive=True))
+    assert "ranks step 3 · process memory up to 2.00 GB of 4.00 GB" in _words(_page(folder, alive=True))
 
 
 @pytest.mark.parametrize(("step", "end"), [(1, 16), (8, 32), (15, 32), (16, 63), (249, 500), (250, 1000)])
