@@ -58,11 +58,13 @@ class CpuMemory:
 
 
 class NoMemory:
-    """Where nothing can count."""
+    """Where nothing can count, and why."""
 
-    reason: Final = "no C++ compiler was found: without one, peak memory on a CPU is not measured. Install g++ or clang"
     peak_bytes: int | None = None
     step_bytes: int | None = None
+
+    def __init__(self, reason: str):
+        self.reason = f"peak memory is not measured: {reason}"
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -74,7 +76,12 @@ def build_memory(device: torch.device) -> CudaMemory | CpuMemory | NoMemory:
     """The meter of a device."""
     if device.type == "cuda":
         return CudaMemory(device)
-    return CpuMemory() if find_compiler() else NoMemory()
+    if find_compiler() is None:
+        return NoMemory("on a CPU that takes a C++ compiler, and none was found. Install g++ or clang")
+    try:
+        return CpuMemory()
+    except OSError as error:  # a compiler that is too old, say
+        return NoMemory(str(error))
 
 
 @contextlib.contextmanager

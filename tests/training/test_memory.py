@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from pathlib import Path
 
@@ -59,11 +60,23 @@ def test_a_steps_peak_is_that_of_the_profiler() -> None:
     assert meter.peak_bytes == peak > 90_000
 
 
-def test_without_a_compiler_nothing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "find_compiler", lambda: None)
+@functools.cache
+def _refused() -> None:
+    raise OSError("g++ failed: unknown option -std=c++20")
+
+
+@pytest.mark.parametrize(("attribute", "value", "words"), [
+    ("find_compiler", lambda: None, "that takes a C++ compiler, and none was found"),
+    ("_counter", _refused, "g++ failed: unknown option"),
+])
+def test_without_a_compiler_nothing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, attribute: str,
+                                            value: object, words: str) -> None:
+    monkeypatch.setattr(memory, attribute, value)
     assert isinstance(build_memory(torch.device("cpu")), NoMemory)
     experiment = Experiment(model=Model("llama-tiny", init="random"), data=Skills(size=20, test_size=4),
-                            optimizer=AdamW(), training=Training(steps=2, batch_size=2, export=False))
+                            optimizer=AdamW(), training=Training(steps=2, batch_size=2, checkpoint_every=1))
     run = run_here(experiment, tmp_path / "run")
     assert run.read("result.json")["peak_bytes"] is None
-    assert "no C++ compiler was found" in (run.path / "events.jsonl").read_text(encoding="utf-8")
+    told = (run.path / "events.jsonl").read_text(encoding="utf-8")
+    assert "peak memory is not measured" in told
+    assert words in told
