@@ -37,5 +37,5 @@ def test_on_generated_data() -> None:
 
 @pytest.mark.ranks
 def test_on_a_trained_model_and_real_data(shared: Path) -> None:
-    _check(_execute(model=str(shared / "models/stories260k"), data=str(shared / "data/alpaca-subsets/claude_t45.json"),
-                    ranks=1, steps=6, batch_size=8, answers=8))
+    _check(_execute(model=str(shared / "models/stories260k"), data=str(shared / "data/clinc150/data_full.json"),
+                    steps=6, batch_size=8, answers=8))

@@ -63,25 +63,25 @@ def test_a_conversation(folder: RunFolder, displays: Displays) -> None:
     talk = Chat(displays)
 
     talk.say("  hello <i> ")
-    wait_until(lambda: "a &lt;b&gt;" in talk.talk["text/html"])
+    wait_until(lambda: "a &lt;b&gt;" in talk.talk["text/html"], 10)
     assert "hello &lt;i&gt;" in talk.talk["text/html"]
     assert (talk.field.disabled, talk.button.disabled, talk.field.value) == (True, True, "")
     talk.say("not now")
     run.go_on.set()
-    wait_until(lambda: not talk.field.disabled)
+    wait_until(lambda: not talk.field.disabled, 10)
     assert talk.talk["text/plain"] == "you: hello <i>\nmodel (step 12): a <b> c"
 
     talk.field.value = "too long"
     talk.button.click()
-    wait_until(lambda: len(run.asked) == 2 and not talk.field.disabled)
+    wait_until(lambda: len(run.asked) == 2 and not talk.field.disabled, 10)
     assert "the prompt has &lt;5,012&gt; tokens" in talk.talk["text/html"]
     talk.say("   ")
     assert run.asked == [("hello <i>", {"max_new_tokens": 7, "temperature": 0.0}),
                          ("too long", {"max_new_tokens": 7, "temperature": 0.0})]
 
     end(folder)
-    wait_until(lambda: isinstance(displays.shown[1], dict))
-    wait_until(lambda: set(Widget.widgets) == before)
+    wait_until(lambda: isinstance(displays.shown[1], dict), 10)
+    wait_until(lambda: set(Widget.widgets) == before, 10)
     assert "has ended" in displays.shown[1]["text/plain"]
     assert "live" not in talk.talk["text/html"].replace(".live", "")
     assert talk.talk["text/plain"].endswith("you: too long\nerror: the prompt has <5,012> tokens")

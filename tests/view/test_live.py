@@ -100,7 +100,7 @@ def test_who_only_watches_can_leave_and_the_run_goes_on(recorder: Recorder, fold
     assert not folder.stop_flag.exists()
     end(folder)
     if lives_on:
-        wait_until(lambda: recorder.last == 3)
+        wait_until(lambda: recorder.last == 3, 10)
 
 
 def test_several_runs_are_watched_until_the_last_has_ended(
@@ -131,7 +131,7 @@ def test_without_waiting_it_returns_at_once(recorder: Recorder, folder: RunFolde
     watch(run, wait=False)
     assert recorder.last == -1
     end(folder)
-    wait_until(lambda: recorder.last == 0)
+    wait_until(lambda: recorder.last == 0, 10)
 
 
 @pytest.mark.filterwarnings("always")
