@@ -47,6 +47,6 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/launch.py
 
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/optimizers.py
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_training.py

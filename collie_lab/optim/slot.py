@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from collie_lab.optim.shards import Shards, local
 
 __all__ = ["Slot", "claim", "make_slot", "release"]
 
-# Hooks outlive the variable that held their optimizer: who makes another one for the same parameters means that one.
+# Who makes another optimizer for the same parameters means that one, even where the old one is still held.
 _hooks: Any = WeakIdKeyDictionary()
 
 
@@ -67,8 +68,15 @@ def make_slot(parameter: Tensor, rule: Rule, rounding: str, *, index: int, group
 
 
 def claim(parameter: Tensor, hook: Callable[[Tensor], None]) -> None:
-    """Call `hook` with the parameter whenever its gradient is complete."""
-    _hooks[parameter] = parameter.register_post_accumulate_grad_hook(hook)
+    """Call `hook`, a method, with the parameter whenever its gradient is complete, as long as its owner lives."""
+    # Python's garbage collection does not look into a parameter's hooks: one that held its optimizer would keep both.
+    method = weakref.WeakMethod(hook)
+
+    def call(parameter: Tensor) -> None:
+        if (living := method()) is not None:
+            living(parameter)
+
+    _hooks[parameter] = parameter.register_post_accumulate_grad_hook(call)
 
 
 def release(parameter: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 `blueprint` builds a model without weights: parameters on torch's meta device, buffers real. The layout cuts and
 shards it. `fill` then gives every parameter that is still on meta its values, unit by unit; a unit is a repeated
-block or, outside of blocks, one module's own parameters. Random values depend on the seed and the unit's name alone,
-never on the layout: every rank draws the unit whole, on its CPU, and keeps its slice.
+block or, outside of blocks, one module's own parameters. Random values depend on the seed, the unit's name and the
+kind of device alone, never on the layout: every rank draws the unit whole and keeps its slice.
 """
 
 from __future__ import annotations
@@ -69,15 +69,19 @@ def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: 
             wanted.setdefault(owners[plain], []).append(name)
     _materialise(model, device, dtype)
     mine = {name: model.get_parameter(name) for names in wanted.values() for name in names}
-    if last_model.recall(model, cell, seed, mine):
+    drawn = cell.init == "random" and device.type == "cuda"  # faster than from the host's memory
+    if not drawn and last_model.recall(model, cell, seed, mine):
         return
     ordered = {owner: wanted[owner] for owner in dict.fromkeys(owners.values()) if owner in wanted}  # unit by unit
     buffers = {_plain_name(name): buffer for name, buffer in model.named_buffers()}
-    with torch.no_grad(), _source(cell, seed, whole, owners, ordered, buffers, dtype) as source:
+    with torch.no_grad(), _source(cell, seed, device, whole, owners, ordered, buffers, dtype) as source:
         for owner, names in ordered.items():
             for name in names:
                 _copy(source(owner), model.get_parameter(name))  # no name here for it, which would outlive its unit
-    last_model.remember(model, cell, seed, mine)
+    if drawn:
+        torch.cuda.empty_cache()  # the pieces that units were drawn in: a model may need all of the memory that is left
+    else:
+        last_model.remember(model, cell, seed, mine)
 
 
 def _config(cell: Model, options: dict[str, Any]) -> PretrainedConfig:
@@ -181,11 +185,13 @@ def _runs(index: Tensor) -> list[tuple[slice, slice]]:
 
 
 @contextlib.contextmanager
-def _source(cell: Model, seed: int, whole: PreTrainedModel, owners: dict[str, str], wanted: dict[str, list[str]],
-            buffers: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Source]:
+def _source(cell: Model, seed: int, device: torch.device, whole: PreTrainedModel, owners: dict[str, str],
+            wanted: dict[str, list[str]], buffers: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Source]:
     if cell.init == "random":
-        with torch.random.fork_rng(devices=[]):
-            yield _Drawn(whole, seed)
+        # A core draws 100 million numbers a second: 65 billion would take it eleven minutes, a GPU some seconds.
+        gpus = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus):
+            yield _Drawn(whole, seed, device if gpus else torch.device("cpu"))
     else:
         with pretrained_source(cell, whole, owners, list(wanted), buffers, dtype) as source:
             yield source
@@ -194,8 +200,9 @@ def _source(cell: Model, seed: int, whole: PreTrainedModel, owners: dict[str, st
 class _Drawn:
     """Random weights of one unit at a time, by the family's own initialisation."""
 
-    def __init__(self, whole: PreTrainedModel, seed: int):
-        self._whole, self._seed = whole, seed
+    def __init__(self, whole: PreTrainedModel, seed: int, device: torch.device):
+        self._whole, self._seed, self._device = whole, seed, device
+        self._random = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
         self._blocks = set(whole._no_split_modules or ())
         self._unit: str | None = None
         self._modules: list[nn.Module] = []
@@ -222,9 +229,9 @@ class _Drawn:
         path = unit.split(".") if unit else []
         chain = [self._whole.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
         self._unit, self._modules = unit, list(chain[-1].modules()) if self._is_block(chain[-1]) else [chain[-1]]
-        self._give(lambda parameter: torch.full_like(parameter, torch.nan, device="cpu"))
+        self._give(lambda parameter: torch.full_like(parameter, torch.nan, device=self._device))
         digest = hashlib.sha256(f"{self._seed}:{unit}".encode()).digest()
-        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big"))
+        self._random.manual_seed(int.from_bytes(digest[:8], "big"))
         # As transformers does: the innermost model's way, and parents after children, whose values some of them change.
         models = [next(model for model in reversed(chain[:depth + 1]) if isinstance(model, PreTrainedModel))
                   for depth in range(len(chain))]

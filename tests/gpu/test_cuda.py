@@ -36,6 +36,14 @@ ARMS = {
 }
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights from a CPU as a transformers folder: a GPU draws others."""
+    folder = tmp_path_factory.mktemp("weights")
+    build_model(BASE, torch.device("cpu")).causal_lm.save_pretrained(folder)
+    return folder
+
+
 def _on_gpu(experiment: lab.Experiment, folder: Path, cpu: RunFolder) -> RunFolder:
     """Train on the GPU with the data that the CPU run has prepared."""
     run = RunFolder(folder)
@@ -48,9 +56,10 @@ def _on_gpu(experiment: lab.Experiment, folder: Path, cpu: RunFolder) -> RunFold
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_gpu_gives_the_curve_of_the_cpu(arm: str, tmp_path: Path) -> None:
-    cpu = run_here(ARMS[arm], tmp_path / "cpu")
-    gpu = _on_gpu(ARMS[arm], tmp_path / "gpu", cpu)
+def test_the_gpu_gives_the_curve_of_the_cpu(arm: str, weights: Path, tmp_path: Path) -> None:
+    experiment = ARMS[arm].replace(model=lab.Model(weights, tokenizer="bytes"))
+    cpu = run_here(experiment, tmp_path / "cpu")
+    gpu = _on_gpu(experiment, tmp_path / "gpu", cpu)
     assert losses(gpu) == pytest.approx(losses(cpu), abs=1e-3)
     result = gpu.read("result.json")
     assert result["perplexity"] == pytest.approx(cpu.read("result.json")["perplexity"], rel=1e-3)
@@ -70,6 +79,19 @@ def test_bf16_packed_attention_equals_each_document_alone() -> None:
         together = model(**collate(documents, np.arange(4), device, flat=True).inputs)
         alone = sum(model(**collate(documents, np.array([index]), device, flat=True).inputs) for index in range(4))
     assert together.item() == pytest.approx(alone.item(), rel=2e-3)
+
+
+def test_random_weights_are_those_of_the_seed_and_their_spread_that_of_the_family() -> None:
+    device = torch.device("cuda", 0)
+    one, two = (build_model(BASE, device).causal_lm.state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other = build_model(BASE.with_("training.seed", 1), device).causal_lm.state_dict()
+    matrices = [name for name, values in one.items() if values.ndim == 2]
+    assert not any(torch.equal(one[name], other[name]) for name in matrices)
+    assert all(one[name].std().item() == pytest.approx(0.02, rel=0.05) for name in matrices)
+    state = torch.cuda.get_rng_state(device)
+    torch.cuda.manual_seed(1)  # as the training does before: drawing weights leaves the generator alone
+    assert torch.equal(torch.cuda.get_rng_state(device), state)
 
 
 def test_lomo_frees_its_gradients(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +51,19 @@ def test_one_gradient_lives_at_a_time() -> None:
                 parameter._post_accumulate_grad_hooks.clear()  # type: ignore[attr-defined]
     assert sizes[True] == 64 * 64 * 4
     assert sizes[False] == 8 * (64 * 64 + 64) * 4
+
+
+def test_an_optimizer_goes_with_its_model() -> None:
+    def train() -> list[weakref.ref[Any]]:
+        model = nn.Linear(8, 8)
+        optimizer = RuleOptimizer(model.parameters(), AdamW(), in_backward=True, betas=(0.9, 0.99), eps=1e-8, **PLAIN)
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        return [weakref.ref(each) for each in (model.weight, optimizer, optimizer.state[model.weight]["m"])]
+
+    left = train()
+    gc.collect()
+    assert [each() for each in left] == [None, None, None]
 
 
 def test_memory_of_a_backward_pass() -> None:

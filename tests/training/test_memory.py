@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from collie_lab import AdamW, Experiment, Model, Skills, Training
+from collie_lab import AdaLomo, AdamW, Experiment, Lomo, LoRA, Model, Perplexity, Skills, Sophia, Training
 from collie_lab.training import memory
 from collie_lab.training.memory import CpuMemory, NoMemory, build_memory, uncounted
 from tests.ranks import run_here
@@ -58,6 +60,26 @@ def test_a_steps_peak_is_that_of_the_profiler() -> None:
             live += event.nbytes()
             peak = max(peak, live)
     assert meter.peak_bytes == peak > 90_000
+
+
+@pytest.mark.parametrize("cells", [
+    {"optimizer": AdamW(lr=1e-3)}, {"optimizer": Sophia(lr=1e-3, hessian_every=1)}, {"optimizer": AdaLomo(lr=1e-3)},
+    {"optimizer": Lomo(lr=1e-3), "training": Training(steps=2, batch_size=2, clip_grad_norm=1.0, recompute="full")},
+    {"adapter": LoRA(r=2)},
+], ids=["adamw", "sophia", "adalomo", "lomo", "lora"])
+def test_a_run_leaves_nothing_in_memory(cells: dict[str, Any], tmp_path: Path) -> None:
+    """As a pool needs, whose runs follow each other in one process."""
+    base = Experiment(model=Model("llama-1m", init="random"), data=Skills(size=20, test_size=2),
+                      optimizer=AdamW(lr=1e-3), training=Training(steps=2, batch_size=2), evaluate=[Perplexity()])
+    meter = CpuMemory()
+    left = []
+    for round_ in ("first", "second"):  # the first fills caches
+        run_here(base.replace(**cells), tmp_path / round_)
+        gc.collect()
+        with meter.step():
+            pass
+        left.append(meter.step_bytes)
+    assert left[1] == left[0]
 
 
 @functools.cache
