@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from collie_lab.optim.rule import Gradient, Group, Rule, Scalars, States
+from collie_lab.optim.rule import Gradient, Group, Rule, Scalars, States, Update
 from collie_lab.optim.shards import Shards
 
 if TYPE_CHECKING:
@@ -56,13 +57,13 @@ class AdaLomo(Rule):
         return weight * states["shrink"] - gradient * states["row"] * states["column"], {}
 
     @override
-    def apply(self, engine: Engine, weight: Weight, gradient: Gradient, states: States, group: Group, step: int,
-              shards: Shards) -> None:
+    def apply(self, engine: Engine, updates: Sequence[Update], group: Group, step: int) -> None:
         scalars = self.scalars(group, step)
-        if len(shards.shape) < 2:
-            _apply_vector(weight, gradient, states, scalars, shards)
-        else:
-            _apply_matrices(self, engine, weight, gradient, states, scalars, shards)
+        for weight, gradient, states, shards in engine.factored(self, _VECTOR, updates, scalars):
+            if len(shards.shape) < 2:
+                _apply_vector(weight, gradient, states, scalars, shards)
+            else:
+                _apply_matrices(self, engine, weight, gradient, states, scalars, shards)
 
     @override
     def layout(self, name: str, shards: Shards, state: Tensor) -> Tensor:
@@ -72,6 +73,17 @@ class AdaLomo(Rule):
         if name == "column":
             return shards.without(ndim - 2, state)
         return shards.like_parameter(state)
+
+
+@dataclass(frozen=True)
+class _Vector:
+    """The last pass of a vector: `v`, `shrink` and `size`, α / max(1, RMS u), are known."""
+
+    def update(self, weight: Tensor, gradient: Tensor, states: States, scalars: Scalars) -> tuple[Tensor, States]:
+        return weight * states["shrink"] - gradient / torch.sqrt(states["v"]) * states["size"], {}
+
+
+_VECTOR = _Vector()
 
 
 def _step_sizes(weight_square: Tensor, u_square: Tensor, scalars: Scalars, count: int) -> tuple[Tensor, Tensor]:

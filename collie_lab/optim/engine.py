@@ -12,7 +12,7 @@ import functools
 import subprocess
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from collie_lab.optim.rounding import Weight, read_weight, wrap32, write_weight
-from collie_lab.optim.rule import Gradient, Scalars, States, clip
+from collie_lab.optim.rule import Gradient, Scalars, States, Update, clip
 
 __all__ = ["ENGINES", "Compiled", "Eager", "Engine", "Formula", "choose_engine"]
 
@@ -51,6 +51,19 @@ class Engine(ABC):
         Operands that are not written may also be a column [m, 1], a row [1, n] or a number [] beside a
         weight [m, n].
         """
+
+    def elementwise_all(self, formula: Formula, updates: Sequence[Update], scalars: Scalars) -> None:
+        """The same for many parameters; an engine may have a faster way than one after the other."""
+        for weight, gradient, states, _ in updates:
+            self.elementwise(formula, weight, gradient, states, scalars)
+
+    def factored(self, matrix: Formula, vector: Formula, updates: Sequence[Update], scalars: Scalars
+                 ) -> Sequence[Update]:
+        """Make AdaLomo's whole updates where the engine has kernels of its own for them; those that it leaves.
+
+        `matrix` and `vector` are the formulas of the last pass.
+        """
+        return updates
 
     @abstractmethod
     def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:

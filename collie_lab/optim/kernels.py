@@ -1,31 +1,40 @@
-"""The CUDA engine: one Triton kernel template for all element-wise formulas, and AdaLomo's reductions.
+"""The CUDA engine: one Triton kernel template for all element-wise formulas.
 
 A rule's formula is written once, in torch. Here it is traced, and the trace becomes the middle of a kernel that
 loads a block of weights, gradients and operands, updates it, rounds and stores: every byte moves once. The
 source of a kernel can be read: `kernel_source(rule, ...)`.
+
+A launch costs the host tens of microseconds, in which the GPU moves 100 MB. So all tensors of a step share one
+(`optim.table`); a single tensor, as it comes in backward, is given by arguments.
 """
 
 from __future__ import annotations
 
 import functools
 import linecache
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
 from collie_lab.optim.engine import Eager, Engine, Formula
+from collie_lab.optim.factored import FACTORS, VECTOR, Factored
 from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, Weight, wrap32
-from collie_lab.optim.rule import Gradient, Scalars, States
+from collie_lab.optim.rule import Gradient, Scalars, States, Update
+from collie_lab.optim.table import Owners, aligned, blocks, extra_type, on, triton_type, upload
 from collie_lab.optim.trace import TRITON, operand_kind, trace
 
 __all__ = ["Triton", "build_kernel", "kernel_source"]
 
-_BLOCK = 1024
-_ROWS, _COLUMNS = 16, 256
+_BLOCK = 2048
+#: Columns of a tile of a matrix, where rows and columns have numbers of their own.
+_COLUMNS = 512
 
 # What `Weight.read` and `Weight.write` do, in a kernel; E stands for the extra tensor.
 _READ = {
@@ -54,16 +63,45 @@ _WRITE = {
 }
 _LOAD = {
     "full": "{0} = tl.load({0}_ptr + i, mask=mask)",
-    "column": "{0} = tl.load({0}_ptr + i // width, mask=mask)",
-    "row": "{0} = tl.load({0}_ptr + i % width, mask=mask)",
+    "column": "{0} = tl.load({0}_ptr + r, mask=r < n // width)",
+    "row": "{0} = tl.load({0}_ptr + c, mask=c < width)",
     "number": "{0} = tl.load({0}_ptr)",
 }
-_TEMPLATE = """
+_ONE = """
 @triton.jit
 def kernel(w_ptr, e_ptr, g_ptr, scale_ptr, limit, noise, n, width{pointers}{numbers},
-           SCALED: tl.constexpr, LIMITED: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+           SCALED: tl.constexpr, LIMITED: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+"""
+_MANY = """
+@triton.jit
+def kernel(table_ptr, owner_ptr, scale_ptr, limit{numbers}, W: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+           FIELDS: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr,
+           BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    row_ptr = table_ptr + tl.load(owner_ptr + tl.program_id(0)).to(tl.int64) * FIELDS
+    block = tl.program_id(0) - tl.load(row_ptr)
+    n, width, noise = tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
+    w_ptr = tl.load(row_ptr + 4).to(tl.pointer_type(W))
+    e_ptr = tl.load(row_ptr + 5).to(tl.pointer_type(E))
+    g_ptr = tl.load(row_ptr + 6).to(tl.pointer_type(G))
+    {fields}
+    if ALIGNED:
+        n, width = tl.multiple_of(n, 16), tl.multiple_of(width, 16)
+        w_ptr, e_ptr, g_ptr = tl.multiple_of(w_ptr, 16), tl.multiple_of(e_ptr, 16), tl.multiple_of(g_ptr, 16)
+        {hints}
+"""
+_FLAT = """
+    i = block * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
+"""
+_TILES = """
+    tiles = tl.cdiv(width, COLUMNS)
+    r = (block // tiles) * (BLOCK // COLUMNS) + tl.arange(0, BLOCK // COLUMNS)[:, None]
+    c = (block % tiles) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    i = r * width + c
+    mask = (r < n // width) & (c < width)
+"""
+_BODY = """
     {read}
     gradient = tl.load(g_ptr + i, mask=mask).to(tl.float32)
     if SCALED:
@@ -73,148 +111,176 @@ def kernel(w_ptr, e_ptr, g_ptr, scale_ptr, limit, noise, n, width{pointers}{numb
     {body}
     {write}
 """
+_Kinds = tuple[tuple[str, str], ...]
+
+
+class _Launch(NamedTuple):
+    """What the tensors of a launch have in common; its kernel is compiled for it."""
+
+    rounding: str
+    kinds: _Kinds
+    weight: torch.dtype
+    gradient: torch.dtype
+    columns: int
+    scale: Tensor | None
+    limit: float | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for those that share a launch."""
+        return (*self[:5], id(self.scale), self.limit)
+
+    def programs(self, size: Any, width: Any) -> Any:
+        """How many programs a tensor of that size and width (or many) takes."""
+        if not self.columns:
+            return -(-size // _BLOCK)
+        return -(-(size // width) // (_BLOCK // self.columns)) * -(-width // self.columns)
 
 
 class Triton(Engine):
     """Kernels for contiguous fp32 and bf16 weights; float64, which no one trains in, is left to torch."""
 
     def __init__(self, device: torch.device):
-        self._eager = Eager(device)
+        self._device, self._eager, self._owners = device, Eager(device), Owners(device)
+        self._factored = Factored(device, self._owners)
         tiny = torch.ones(1, 1, device=device)
         self.energy(Gradient(tiny), tiny[0], tiny[0], tiny.dtype)  # a trial
 
     @override
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
                     scalars: Scalars) -> None:
-        raw, w = gradient.raw, weight.tensor
+        w, raw = weight.tensor, gradient.raw
         if not _suits(w, raw, *operands.values()):
             self._eager.elementwise(formula, weight, gradient, operands, scalars)
             return
-        kinds = tuple((name, operand_kind(tensor, w)) for name, tensor in operands.items())
-        kernel = build_kernel(formula, weight.rounding, kinds, tuple(scalars))
-        count, width = w.numel(), w.shape[-1] if w.ndim else 1
-        if count == 0:
+        if w.numel() == 0:
             return
-        extra = w if weight.extra is None else weight.extra
-        scale = w if gradient.scale is None else gradient.scale
-        with torch.cuda.device_of(w):  # Triton launches on the current device
-            kernel[(triton.cdiv(count, _BLOCK),)](
-                w, extra, raw, scale, float(gradient.limit or 0), wrap32(weight.noise), count, width,
-                *operands.values(), *[float(value) for value in scalars.values()], SCALED=gradient.scale is not None,
-                LIMITED=gradient.limit is not None, BLOCK=_BLOCK)
+        launch, width = _launch(weight, gradient, _kinds(operands, w)), _width(w)
+        kernel = build_kernel(formula, weight.rounding, launch.kinds, tuple(scalars), many=False)
+        with torch.cuda.device_of(w):
+            kernel[(launch.programs(w.numel(), width),)](
+                w, w if weight.extra is None else weight.extra, raw, w if launch.scale is None else launch.scale,
+                float(launch.limit or 0), wrap32(weight.noise), w.numel(), width, *operands.values(),
+                *map(float, scalars.values()), SCALED=launch.scale is not None, LIMITED=launch.limit is not None,
+                BLOCK=_BLOCK, COLUMNS=launch.columns)
+
+    @override
+    def elementwise_all(self, formula: Formula, updates: Sequence[Update], scalars: Scalars) -> None:
+        if len(updates) == 1:
+            super().elementwise_all(formula, updates, scalars)
+            return
+        launches: dict[Any, tuple[_Launch, list[list[int]]]] = {}
+        for weight, gradient, operands, _ in updates:
+            w, extra = weight.tensor, weight.extra
+            if not _suits(w, gradient.raw, *operands.values()):
+                self._eager.elementwise(formula, weight, gradient, operands, scalars)
+            elif size := w.numel():
+                launch, address = _launch(weight, gradient, _kinds(operands, w)), w.data_ptr()
+                launches.setdefault(launch.key, (launch, []))[1].append([
+                    size, _width(w), wrap32(weight.noise), address, address if extra is None else extra.data_ptr(),
+                    gradient.raw.data_ptr(), *[operand.data_ptr() for operand in operands.values()]])
+        for launch, rows in launches.values():
+            self._launch(formula, launch, np.array(rows, dtype=np.int64), scalars)
+
+    def _launch(self, formula: Formula, launch: _Launch, rows: NDArray[np.int64], scalars: Scalars) -> None:
+        """Update many; `rows` are their sizes, widths, noise and addresses (weight, extra, gradient, operands)."""
+        kernel = build_kernel(formula, launch.rounding, launch.kinds, tuple(scalars), many=True)
+        counts = launch.programs(rows[:, 0], rows[:, 1])
+        wide = [place for place, (_, kind) in enumerate(launch.kinds, 6) if kind in ("full", "row")]
+        with on(self._device):
+            table = upload(np.column_stack([blocks(counts), rows]), self._device)
+            kernel[(int(counts.sum()),)](
+                table, self._owners(counts.tolist()), table if launch.scale is None else launch.scale,
+                float(launch.limit or 0), *map(float, scalars.values()), W=triton_type(launch.weight),
+                E=triton_type(extra_type(launch.rounding, launch.weight)), G=triton_type(launch.gradient),
+                FIELDS=rows.shape[1] + 1, ALIGNED=aligned(rows[:, [0, 1, 3, 4, 5, *wide]]),
+                SCALED=launch.scale is not None, LIMITED=launch.limit is not None, BLOCK=_BLOCK,
+                COLUMNS=launch.columns)
+
+    @override
+    def factored(self, matrix: Formula, vector: Formula, updates: Sequence[Update], scalars: Scalars
+                 ) -> list[Update]:
+        left: list[Update] = []
+        launches: dict[Any, tuple[_Launch, bool, list[Update]]] = {}
+        for update in updates:
+            weight, gradient, states, shards = update
+            w = weight.tensor
+            if shards.dims or w.ndim > 2 or not w.numel() or not _suits(w, gradient.raw, *states.values()):
+                left.append(update)
+                continue
+            flat = w.ndim < 2
+            launch = _launch(weight, gradient, VECTOR if flat else FACTORS)
+            launches.setdefault(launch.key, (launch, flat, []))[2].append(update)
+        for launch, flat, some in launches.values():
+            run = self._factored.vectors if flat else self._factored.matrices
+            run(some, scalars, functools.partial(self._launch, vector if flat else matrix, launch, scalars={}))
+        return left
 
     @override
     def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
-        w, raw = weight.tensor, gradient.raw
-        if not _suits(w, raw) or w.numel() == 0:
+        if not _suits(weight.tensor, gradient.raw) or weight.tensor.numel() == 0:
             return self._eager.moments(weight, gradient)
-        m, n = w.shape
-        blocks = triton.cdiv(m, _ROWS)
-        row = torch.empty(m, device=w.device)
-        # Sums over blocks by torch: atomic additions would come in another order each time.
-        columns, squares = torch.empty(blocks, n, device=w.device), torch.empty(blocks, device=w.device)
-        extra = w if weight.extra is None else weight.extra
-        with torch.cuda.device_of(w):
-            _moments[(blocks,)](
-                w, extra, raw, raw if gradient.scale is None else gradient.scale, float(gradient.limit or 0), row,
-                columns, squares, m, n, KAHAN=weight.rounding == "kahan", MASTER=weight.rounding == "master",
-                SCALED=gradient.scale is not None, LIMITED=gradient.limit is not None, ROWS=_ROWS, COLUMNS=_COLUMNS)
-        return row, columns.sum(0), squares.sum()
+        return self._factored.moments(weight, gradient)
 
     @override
     def energy(self, gradient: Gradient, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
-        raw = gradient.raw
-        if not _suits(raw, row, column) or raw.numel() == 0:
+        if not _suits(gradient.raw, row, column) or gradient.raw.numel() == 0:
             return self._eager.energy(gradient, row, column, dtype)
-        m, n = raw.shape
-        sums = torch.empty(triton.cdiv(m, _ROWS), device=raw.device)
-        with torch.cuda.device_of(raw):
-            _energy[(len(sums),)](
-                raw, raw if gradient.scale is None else gradient.scale, float(gradient.limit or 0), row, column, sums,
-                m, n, SCALED=gradient.scale is not None, LIMITED=gradient.limit is not None, ROWS=_ROWS,
-                COLUMNS=_COLUMNS)
-        return sums.sum()
+        return self._factored.energy(gradient, row, column)
 
 
-def kernel_source(formula: Formula, rounding: str, operands: tuple[tuple[str, str], ...],
-                  scalars: tuple[str, ...]) -> str:
-    """The source of the kernel of a formula; `operands` are (name, full | row | column | number)."""
+def kernel_source(formula: Formula, rounding: str, operands: _Kinds, scalars: tuple[str, ...], *, many: bool) -> str:
+    """The source of the kernel of a formula; `operands` are (name, full | row | column | number).
+
+    `many` tensors are found in a table, one is given by arguments.
+    """
     statements, value, new = trace(formula, tuple(name for name, _ in operands), scalars, TRITON)
     lines = [_LOAD[kind].format(f"o_{name}") for name, kind in operands]
     lines += [f"{name} = {expression}" for name, expression in statements]
     # All is read before anything is stored.
     lines += [f"tl.store(o_{name}_ptr + i, {state}, mask=mask)" for name, state in new.items()]
-    return _TEMPLATE.format(
-        pointers="".join(f", o_{name}_ptr" for name, _ in operands), numbers="".join(f", s_{name}" for name in scalars),
-        read=_READ[rounding], body="\n    ".join(lines), write=_WRITE[rounding].format(new=value))
+    pointers = [f"o_{name}_ptr" for name, _ in operands]
+    head = (_MANY if many else _ONE).format(
+        pointers="".join(f", {pointer}" for pointer in pointers), numbers="".join(f", s_{name}" for name in scalars),
+        fields=_lines(f"{pointer} = tl.load(row_ptr + {place}).to(tl.pointer_type(tl.float32))"
+                      for place, pointer in enumerate(pointers, 7)),
+        hints=_lines((f"o_{name}_ptr = tl.multiple_of(o_{name}_ptr, 16)" for name, kind in operands
+                      if kind in ("full", "row")), indent=8))
+    place = _TILES if any(kind in ("row", "column") for _, kind in operands) else _FLAT
+    return head + place + _BODY.format(read=_READ[rounding], body=_lines(lines),
+                                       write=_WRITE[rounding].format(new=value))
 
 
 @functools.cache
-def build_kernel(formula: Formula, rounding: str, operands: tuple[tuple[str, str], ...],
-                 scalars: tuple[str, ...]) -> Any:
+def build_kernel(formula: Formula, rounding: str, operands: _Kinds, scalars: tuple[str, ...], *, many: bool) -> Any:
     """The kernel of a formula, ready to launch."""
-    source = kernel_source(formula, rounding, operands, scalars)
+    source = kernel_source(formula, rounding, operands, scalars, many=many)
     # Triton reads a function's source from its file: linecache lends it one.
-    file = f"<collie_lab kernel {formula} {rounding} {operands}>"
+    file = f"<collie_lab kernel {formula} {rounding} {operands} {many}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     namespace: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}
     exec(compile(source, file, "exec"), namespace)
     return namespace["kernel"]
 
 
+def _lines(lines: Iterable[str], indent: int = 4) -> str:
+    return ("\n" + " " * indent).join(lines)
+
+
+def _launch(weight: Weight, gradient: Gradient, kinds: _Kinds) -> _Launch:
+    tiled = any(kind in ("row", "column") for _, kind in kinds)
+    columns = min(_COLUMNS, 1 << (_width(weight.tensor) - 1).bit_length()) if tiled else 0
+    return _Launch(weight.rounding, kinds, weight.tensor.dtype, gradient.raw.dtype, columns, gradient.scale,
+                   gradient.limit)
+
+
+def _kinds(operands: States, weight: Tensor) -> _Kinds:
+    return tuple([(name, operand_kind(tensor, weight)) for name, tensor in operands.items()])
+
+
+def _width(tensor: Tensor) -> int:
+    return tensor.shape[-1] if tensor.ndim else 1
+
+
 def _suits(*tensors: Tensor) -> bool:
     return all(tensor.is_contiguous() and tensor.dtype != torch.float64 for tensor in tensors)
-
-
-@triton.jit
-def _read_gradient(g_ptr, at, mask, scale_ptr, limit, SCALED: tl.constexpr, LIMITED: tl.constexpr):  # type: ignore
-    g = tl.load(g_ptr + at, mask=mask, other=0).to(tl.float32)
-    if SCALED:
-        g = g * tl.load(scale_ptr)
-    if LIMITED:
-        g = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))
-    return g
-
-
-@triton.jit
-def _moments(w_ptr, e_ptr, g_ptr, scale_ptr, limit, row_ptr, columns_ptr, squares_ptr, m, n,  # type: ignore
-             KAHAN: tl.constexpr, MASTER: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr,
-             ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    block = tl.program_id(0)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    row_sum = tl.zeros((ROWS,), tl.float32)
-    square = tl.zeros((ROWS,), tl.float32)
-    for begin in range(0, n, COLUMNS):
-        columns = begin + tl.arange(0, COLUMNS)
-        at = rows[:, None].to(tl.int64) * n + columns[None, :]
-        mask = (rows[:, None] < m) & (columns[None, :] < n)
-        g = _read_gradient(g_ptr, at, mask, scale_ptr, limit, SCALED, LIMITED)
-        row_sum += tl.sum(g * g, 1)
-        tl.store(columns_ptr + block.to(tl.int64) * n + columns, tl.sum(g * g, 0), mask=columns < n)
-        if MASTER:
-            w = tl.load(e_ptr + at, mask=mask, other=0)
-        else:
-            w = tl.load(w_ptr + at, mask=mask, other=0).to(tl.float32)
-        if KAHAN:
-            w += tl.load(e_ptr + at, mask=mask, other=0).to(tl.float32)
-        square += tl.sum(w * w, 1)
-    tl.store(row_ptr + rows, row_sum, mask=rows < m)
-    tl.store(squares_ptr + block, tl.sum(square, 0))
-
-
-@triton.jit
-def _energy(g_ptr, scale_ptr, limit, row_ptr, column_ptr, sums_ptr, m, n, SCALED: tl.constexpr,  # type: ignore
-            LIMITED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    block = tl.program_id(0)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    row = tl.load(row_ptr + rows, mask=rows < m, other=0)
-    total = tl.zeros((ROWS,), tl.float32)
-    for begin in range(0, n, COLUMNS):
-        columns = begin + tl.arange(0, COLUMNS)
-        at = rows[:, None].to(tl.int64) * n + columns[None, :]
-        mask = (rows[:, None] < m) & (columns[None, :] < n)
-        g = _read_gradient(g_ptr, at, mask, scale_ptr, limit, SCALED, LIMITED)
-        column = tl.load(column_ptr + columns, mask=columns < n, other=0)
-        u = g * row[:, None] * column[None, :]
-        total += tl.sum(u * u, 1)
-    tl.store(sums_ptr + block, tl.sum(total, 0))

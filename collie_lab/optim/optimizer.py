@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,11 +18,11 @@ from typing_extensions import override
 from collie_lab.optim._checks import check_names, check_options
 from collie_lab.optim.clip import clip_coefficient, gradient_norms
 from collie_lab.optim.engine import Engine, choose_engine
-from collie_lab.optim.rounding import Weight, noise_key
-from collie_lab.optim.rule import Gradient, Rule
+from collie_lab.optim.rounding import Weight, noise_keys
+from collie_lab.optim.rule import Gradient, Rule, Update
 from collie_lab.optim.rules import SophiaG
 from collie_lab.optim.shards import global_norm, local, local_gradient
-from collie_lab.optim.slot import Slot, claim, make_slot, release
+from collie_lab.optim.slot import Slot, claim, make_slot, release, waves
 
 __all__ = ["RuleOptimizer"]
 
@@ -179,8 +180,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._close_norm()
         if self._max_norm is not None and self.norm is not None:
             self._scale = clip_coefficient(self.norm, self._max_norm)
-        for parameter, slot, gradient in ready:
-            self._update(parameter, slot, gradient)
+        for wave in waves(ready):
+            self._update(wave)
 
     @property
     def _norm_is_measured(self) -> bool:
@@ -218,29 +219,40 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._norms.append((gradient_norms([gradient])[0], slot))
         part = self._fired.get(parameter, 0)
         if update:
-            self._update(parameter, slot, gradient, part)
+            self._update([(parameter, slot, gradient)], part)
         self._fired[parameter] = part + 1
 
-    def _update(self, parameter: Tensor, slot: Slot, gradient: Tensor, part: int = 0) -> None:
-        if gradient.is_sparse:
-            raise ValueError("sparse gradients are not supported: Embedding(sparse=False)")
-        weight = local(parameter)
-        if weight.dtype != slot.dtype or parameter.device not in self._engines:
-            raise RuntimeError(f"a parameter became {weight.dtype} on {weight.device} after the optimizer was made for "
-                               f"{slot.dtype}: change the model before")
+    def _update(self, ready: list[tuple[Tensor, Slot, Tensor]], part: int = 0) -> None:
+        """Update parameters with their gradients, or with one more part of them."""
+        if not ready:
+            return
+        slots = [slot for _, slot, _ in ready]
         if not part:
-            slot.step += 1
-        count, noise = int(slot.step), 0
-        if slot.rounding == "stochastic":  # every part of a gradient has noise of its own
-            noise = noise_key(self._seed + part, count, slot.index) + slot.shards.offset
-        group = self.param_groups[slot.group]
-        if part:  # weight decay is part of a step, not of each part of its gradient
-            group = {**group, "weight_decay": 0.0}
-        self.rule.apply(slot.engine, Weight(weight, slot.rounding, slot.extra, noise),
-                        Gradient(gradient, self._scale, self._max_value), slot.states, group,
-                        count - int(slot.start), slot.shards)
-        # Engines write behind autograd's back; a graph that still needs the old weight must raise.
-        torch.autograd.graph.increment_version(weight)
+            torch._foreach_add_([slot.step for slot in slots], 1)
+        counts, starts = (torch.stack(numbers).numpy() for numbers in (
+            [slot.step for slot in slots], [slot.start for slot in slots]))
+        # Every part of a gradient has noise of its own.
+        noise = noise_keys(self._seed + part, counts.astype(np.uint64),
+                           np.array([slot.index for slot in slots], dtype=np.uint64)).tolist()
+        weights, together = list[Tensor](), dict[tuple[Engine, int, int], list[Update]]()
+        for (parameter, slot, gradient), step, key in zip(ready, (counts - starts).tolist(), noise, strict=True):
+            if gradient.is_sparse:
+                raise ValueError("sparse gradients are not supported: Embedding(sparse=False)")
+            weight = local(parameter)
+            if weight.dtype != slot.dtype or parameter.device not in self._engines:
+                raise RuntimeError(f"a parameter became {weight.dtype} on {weight.device} after the optimizer was made "
+                                   f"for {slot.dtype}: change the model before")
+            weights.append(weight)
+            together.setdefault((slot.engine, slot.group, step), []).append(Update(
+                Weight(weight, slot.rounding, slot.extra, key + slot.shards.offset),
+                Gradient(gradient, self._scale, self._max_value), slot.states, slot.shards))
+        for (engine, index, step), updates in together.items():
+            group = self.param_groups[index]
+            if part:  # weight decay is part of a step, not of each part of its gradient
+                group = {**group, "weight_decay": 0.0}
+            self.rule.apply(engine, updates, group, step)
+        # Engines write behind autograd's back; a graph that still needs the old weights must raise.
+        torch.autograd.graph.increment_version(weights)
 
     def _close_norm(self) -> None:
         # In the order of parameters, not of hooks: the same sum in and out of backward, and on every rank.

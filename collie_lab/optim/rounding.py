@@ -15,11 +15,14 @@ to keep, the same whatever the order of updates, and the same on one process and
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["ROUNDINGS", "Weight", "compute_dtype", "hash32", "noise_key", "read_weight", "wrap32", "write_weight"]
+__all__ = ["ROUNDINGS", "Weight", "compute_dtype", "hash32", "noise_keys", "read_weight", "wrap32", "write_weight"]
 
 ROUNDINGS = ("stochastic", "kahan", "master")
 
@@ -123,16 +126,16 @@ def hash32(index: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def noise_key(seed: int, step: int, parameter: int) -> int:
-    """Where the noise of one update of one parameter begins: far from all others."""
-    # splitmix64 (Steele et al. 2014), over the three numbers in turn.
-    x = 0
-    for number in (seed, step, parameter):
-        x = (x + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+def noise_keys(seed: int, steps: NDArray[np.uint64], parameters: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Where the noise of one update of each of some parameters begins: far from all others."""
+    # splitmix64 (Steele et al. 2014), over the three numbers in turn; it overflows on purpose.
+    x: NDArray[Any] = np.zeros(len(steps), dtype=np.uint64)
+    for numbers in (np.uint64(seed), steps, parameters):
+        x = x + numbers + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> 27)) * np.uint64(0x94D049BB133111EB)
         x ^= x >> 31
-    return x & 0xFFFFFFFF
+    return x & np.uint64(0xFFFFFFFF)
 
 
 def wrap32(number: int) -> int:

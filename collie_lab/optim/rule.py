@@ -8,9 +8,9 @@ which weights are kept, shards, and when an update happens. An engine decides ho
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collie_lab.optim.rounding import Weight
     from collie_lab.optim.shards import Shards
 
-__all__ = ["Gradient", "Group", "Rule", "Scalars", "States"]
+__all__ = ["Gradient", "Group", "Rule", "Scalars", "States", "Update"]
 
 Group = Mapping[str, Any]
 """A parameter group: the hyper-parameters that a rule reads."""
@@ -60,6 +60,15 @@ def clip(gradient: Tensor, scale: Tensor | None, limit: float | None) -> Tensor:
     return gradient if limit is None else gradient.clamp(-limit, limit)
 
 
+class Update(NamedTuple):
+    """What one parameter brings to its update: local, dense tensors."""
+
+    weight: Weight
+    gradient: Gradient
+    states: States
+    shards: Shards
+
+
 class Rule(ABC):
     """An update rule whose update treats every element alike; see `AdaLomo` for one that does not.
 
@@ -93,10 +102,9 @@ class Rule(ABC):
         Only operators, and the torch functions named in `collie_lab.optim.trace`.
         """
 
-    def apply(self, engine: Engine, weight: Weight, gradient: Gradient, states: States, group: Group, step: int,
-              shards: Shards) -> None:
-        """Update `step` of one parameter, in place; rules that look at a whole tensor at once override it."""
-        engine.elementwise(self, weight, gradient, states, self.scalars(group, step))
+    def apply(self, engine: Engine, updates: Sequence[Update], group: Group, step: int) -> None:
+        """Update `step` of parameters of one group, in place; rules that look at a whole tensor at once override it."""
+        engine.elementwise_all(self, updates, self.scalars(group, step))
 
     def layout(self, name: str, shards: Shards, state: Tensor) -> Tensor:
         """A local state as a tensor that knows its place in the whole: laid out as its parameter."""

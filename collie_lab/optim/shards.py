@@ -19,7 +19,8 @@ __all__ = ["Shards", "global_norm", "local", "local_gradient"]
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece of a sharded tensor, sharing its memory; any other tensor itself."""
-    tensor = tensor.detach()
+    if torch.is_grad_enabled():
+        tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

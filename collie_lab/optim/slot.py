@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from collie_lab.optim.rounding import compute_dtype
 from collie_lab.optim.rule import Rule, States
 from collie_lab.optim.shards import Shards, local
 
-__all__ = ["Slot", "claim", "make_slot", "release"]
+__all__ = ["Slot", "claim", "make_slot", "release", "waves"]
+
+_WAVE = 2**27  # elements: a fifth of a millisecond's work for the fastest GPU
 
 # Who makes another optimizer for the same parameters means that one, even where the old one is still held.
 _hooks: Any = WeakIdKeyDictionary()
@@ -83,3 +85,15 @@ def release(parameter: Tensor) -> None:
     """No optimizer in backward updates this parameter any longer."""
     if handle := _hooks.pop(parameter, None):
         handle.remove()
+
+
+def waves(ready: list[tuple[Tensor, Slot, Tensor]]) -> Iterator[list[tuple[Tensor, Slot, Tensor]]]:
+    """Parameters in portions: the device updates one of them while the host prepares the next."""
+    wave, size = list[tuple[Tensor, Slot, Tensor]](), 0
+    for each in ready:
+        wave.append(each)
+        size += each[2].numel()
+        if size >= _WAVE:
+            yield wave
+            wave, size = [], 0
+    yield wave

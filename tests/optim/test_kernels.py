@@ -46,7 +46,8 @@ def test_sources_are_python() -> None:
     from collie_lab.optim.kernels import kernel_source
 
     for rule, rounding, operands, scalars in _kernels():
-        compile(kernel_source(rule, rounding, operands, scalars), "kernel", "exec")
+        for many in (False, True):
+            compile(kernel_source(rule, rounding, operands, scalars, many=many), "kernel", "exec")
 
 
 def test_an_unknown_function_is_refused() -> None:
@@ -57,7 +58,7 @@ def test_an_unknown_function_is_refused() -> None:
             return torch.erf(weight), {}
 
     with pytest.raises(TypeError, match=r"Cubic\.update uses .*erf"):
-        kernel_source(Cubic(), "exact", (), ())
+        kernel_source(Cubic(), "exact", (), (), many=False)
 
 
 def _kernels() -> Iterator[tuple[Rule, str, tuple[tuple[str, str], ...], tuple[str, ...]]]:
@@ -78,19 +79,20 @@ def interpret() -> None:
     from collie_lab.optim.rule import Gradient
     from collie_lab.testing.optimizers import KINDS, check_engine
 
-    calls: list[int] = []
+    calls: list[bool] = []
     build = kernels.build_kernel
 
-    def counted(*names: Any) -> Any:
-        calls.append(1)
-        return build(*names)
+    def counted(*names: Any, many: bool) -> Any:
+        calls.append(many)
+        return build(*names, many=many)
 
     kernels.build_kernel = counted  # type: ignore[assignment]
     kinds = [kind for kind in KINDS if kind[0] != torch.float64]
     for name, (rule, hyper) in RULES.items():
         steps = 2 if name == "adan" else 1  # Adan's first step leaves out terms
         check_engine(rule, hyper, "triton", kinds, steps=steps, truncates=True)
-    assert calls, "nothing reached the kernels"
+        _check_alone(rule, hyper)
+    assert set(calls) == {True, False}, "nothing reached the kernels"
 
     device = torch.device("cpu")
     triton, eager = kernels.Triton(device), Eager(device)
@@ -112,30 +114,71 @@ def interpret() -> None:
                                            eager.energy(gradient, row, column, torch.float32), rtol=1e-5, atol=1e-6)
 
 
+def _check_alone(rule: Rule, hyper: Any) -> None:
+    """A tensor is updated alike alone, as in backward, and together with others."""
+    from collie_lab.optim import RuleOptimizer
+
+    source = torch.Generator().manual_seed(0)
+    shapes = ((40, 33), (7,), (3, 300), ())
+    values, gradients = ([torch.randn(shape, generator=source) for shape in shapes] for _ in range(2))
+    for dtype in (torch.float32, torch.bfloat16):
+        together, alone = ([torch.nn.Parameter(value.to(dtype)) for value in values] for _ in range(2))
+        for weight, other, gradient in zip(together, alone, gradients, strict=True):
+            weight.grad, other.grad = gradient.to(dtype), gradient.to(dtype)
+        optimizers = [RuleOptimizer(some, rule, engine="triton", rounding="kahan", **hyper)
+                      for some in (together, *([weight] for weight in alone))]
+        for optimizer in optimizers:
+            optimizer.step()
+        for weight, other in zip(together, alone, strict=True):
+            assert torch.equal(weight, other)
+
+
 def compile_for_h200() -> None:
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from collie_lab.optim import kernels
+    from collie_lab.optim import factored, kernels
 
-    def check(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> None:
+    def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> str:
         signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
         source = ASTSource(kernel, signature=signature,
                            constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()})
-        assert ".target sm_90" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        ptx: str = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        assert ".target sm_90" in ptx
+        return ptx
 
     clipped = {"SCALED": True, "LIMITED": True}
-    numbers = {"limit": "fp32", "noise": "i32", "n": "i32", "m": "i32", "width": "i32"}
+    numbers = {"limit": "fp32", "noise": "i32", "n": "i32", "width": "i32", "table_ptr": "*i64", "owner_ptr": "*i32",
+               **dict.fromkeys(("beta", "fresh", "lr", "weight_decay"), "fp32")}
     for rule, rounding, operands, scalars in _kernels():
+        tile = {"BLOCK": kernels._BLOCK, "COLUMNS": kernels._COLUMNS}
         half = "*fp32" if rounding == "exact" else "*bf16"
-        check(kernels.build_kernel(rule, rounding, operands, scalars),
-              {**numbers, "w_ptr": half, "e_ptr": "*fp32" if rounding == "master" else half, "g_ptr": half,
-               **{f"s_{name}": "fp32" for name in scalars}}, {**clipped, "BLOCK": kernels._BLOCK})
-    blocks = {"ROWS": kernels._ROWS, "COLUMNS": kernels._COLUMNS}
+        extra = "*fp32" if rounding == "master" else half
+        types = {**numbers, **{f"s_{name}": "fp32" for name in scalars}}
+        compiled(kernels.build_kernel(rule, rounding, operands, scalars, many=False),
+                 {**types, "w_ptr": half, "e_ptr": extra, "g_ptr": half}, {**clipped, **tile})
+        ptx = compiled(kernels.build_kernel(rule, rounding, operands, scalars, many=True), types,
+                       {**clipped, **tile, **_types(half, extra), "FIELDS": 7 + len(operands), "ALIGNED": True})
+        assert "ld.global.v4.b32" in ptx, "a thread loads less than 16 bytes at once"
     for rounding in ROUNDINGS:
         half = "*fp32" if rounding == "exact" else "*bf16"
-        check(kernels._moments, {**numbers, "w_ptr": half, "g_ptr": half,
-                                 "e_ptr": "*fp32" if rounding == "master" else half},
-              {**clipped, **blocks, "KAHAN": rounding == "kahan", "MASTER": rounding == "master"})
-    check(kernels._energy, {**numbers, "g_ptr": "*bf16"}, {**clipped, **blocks})
+        flags = {"KAHAN": rounding == "kahan", "MASTER": rounding == "master", **clipped,
+                 **_types(half, "*fp32" if rounding == "master" else half)}
+        passes = {"ROWS": factored._ROWS, "COLUMNS": factored._COLUMNS, "ALIGNED": True}
+        assert "ld.global.v4.b32" in compiled(factored._moments, numbers, {**flags, **passes})
+        compiled(factored._vectors, numbers, {**flags, "LONG": factored._LONG})
+    ptx = compiled(factored._energy, numbers, {**clipped, "G": tl.bfloat16, **passes})
+    assert "ld.global.v4.b32" in ptx
+    sums = {"ROWS": factored._ROWS, "DEEP": factored._DEEP, "WIDE": factored._WIDE}
+    compiled(factored._columns, numbers, sums)
+    compiled(factored._factors, numbers, {"WIDE": factored._WIDE, "LONG": factored._LONG})
+    compiled(factored._sizes, numbers, {"ROWS": factored._ROWS, "LONG": factored._LONG})
+
+
+def _types(weight: str, extra: str) -> dict[str, Any]:
+    import triton.language as tl
+
+    types = {"*fp32": tl.float32, "*bf16": tl.bfloat16}
+    return {"W": types[weight], "E": types[extra], "G": types[weight]}

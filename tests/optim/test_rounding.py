@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from collie_lab.optim import SGD, RuleOptimizer
-from collie_lab.optim.rounding import ROUNDINGS, Weight, hash32, noise_key, wrap32
+from collie_lab.optim.rounding import ROUNDINGS, Weight, hash32, noise_keys, wrap32
 
 SIZE, STEPS, LR = 20_000, 300, 1e-5
+
+
+def _key(seed: int, step: int, parameter: int) -> int:
+    return int(noise_keys(seed, np.array([step], dtype=np.uint64), np.array([parameter], dtype=np.uint64))[0])
 
 
 def _weights() -> tuple[Tensor, Tensor]:
@@ -52,7 +57,7 @@ def test_stochastic_rounding_is_unbiased(sign: int) -> None:
     for share in (0.01, 0.3, 0.9):  # of the way from 1 to the next number
         stored = torch.empty(count, dtype=torch.bfloat16)
         value = sign * (1 + share * 2**-7)
-        Weight(stored, "stochastic", noise=noise_key(0, 1, 2)).write(torch.full((count,), value))
+        Weight(stored, "stochastic", noise=_key(0, 1, 2)).write(torch.full((count,), value))
         assert set(stored.abs().tolist()) == {1.0, 1 + 2**-7}
         # Four standard deviations of a mean of independent draws.
         error = 4 * (share * (1 - share) / count) ** 0.5 * 2**-7
@@ -61,7 +66,7 @@ def test_stochastic_rounding_is_unbiased(sign: int) -> None:
 
 def test_neighbours_and_steps_have_unrelated_noise() -> None:
     def noise(step: int, parameter: int) -> Tensor:
-        index = torch.arange(100_000, dtype=torch.int32) + wrap32(noise_key(0, step, parameter))
+        index = torch.arange(100_000, dtype=torch.int32) + wrap32(_key(0, step, parameter))
         return (hash32(index) & 0xFFFF).double()
 
     base = noise(1, 0)
@@ -86,9 +91,24 @@ def test_the_hash_is_lowbias32() -> None:
 
 
 def test_keys_differ() -> None:
-    keys = {noise_key(seed, step, parameter) for seed in range(3) for step in range(100) for parameter in range(100)}
+    steps, parameters = (np.array(numbers, dtype=np.uint64).flatten() for numbers in np.mgrid[:100, :100])
+    keys = {key for seed in range(3) for key in noise_keys(seed, steps, parameters).tolist()}
     assert len(keys) > 29_900  # 30 000 draws from 2³² hardly ever meet
     assert all(0 <= key < 2**32 for key in keys)
+
+
+def test_keys_are_those_of_splitmix64() -> None:
+    def reference(*numbers: int) -> int:
+        x = 0
+        for number in numbers:
+            x = (x + number + 0x9E3779B97F4A7C15) % 2**64
+            x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+            x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+            x ^= x >> 31
+        return x % 2**32
+
+    for numbers in ((0, 1, 0), (5, 1000, 2**32 - 1), (2**40, 3, 77)):
+        assert _key(*numbers) == reference(*numbers)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

@@ -1,0 +1,343 @@
+"""AdaLomo's kernels: two passes over a gradient before its update, for all matrices of a step at once.
+
+1. `_moments`, a block of rows: sums of g² along its rows and columns, sum of θ².
+2. `_columns`, some columns: the blocks' sums together; the new column means.
+3. `_factors`, a tensor: the new row means; 1/√r and 1/√(c / mean c).
+4. `_energy`, a block of rows: the sum of u².
+5. `_sizes`, a tensor: 1 − αλ, and α / max(1, RMS u) into the row factors.
+
+The update itself is an element-wise formula (`optim.kernels`). Sums over blocks are taken in order: atomic additions
+would come in another order each time. Of a vector, one program does all that, `_vectors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from collie_lab.optim.rounding import Weight, wrap32
+from collie_lab.optim.rule import Gradient, Scalars, Update
+from collie_lab.optim.table import Owners, aligned, blocks, extra_type, on, pointers, triton_type, upload
+
+__all__ = ["FACTORS", "VECTOR", "Factored"]
+
+_Rows = NDArray[np.int64]
+
+#: What the last pass reads of a matrix and of a vector: the operands of its formula, and how they lie.
+FACTORS = (("row", "column"), ("column", "row"), ("shrink", "number"))
+VECTOR = (("v", "full"), ("shrink", "number"), ("size", "number"))
+
+_ROWS, _COLUMNS = 16, 256  # a tile of the passes over a gradient
+_DEEP, _WIDE = 32, 128  # a tile of the sums over blocks
+_LONG = 1024  # a piece of a vector
+
+# The fields of a tensor's row in the table: sizes, where its programs begin, and addresses.
+_NAMES = ("first", "first_column", "m", "n", "w", "e", "g", "row", "column", "sums", "squares", "energies", "means",
+          "row_state", "column_state", "numbers")
+(_FIRST, _FIRST_COLUMN, _M, _N, _W, _E, _G, _ROW, _COLUMN, _SUMS, _SQUARES, _ENERGIES, _MEANS, _ROW_STATE,
+ _COLUMN_STATE, _NUMBERS) = [tl.constexpr(place) for place in range(len(_NAMES))]
+_FIELDS = tl.constexpr(len(_NAMES))
+_TINY = tl.constexpr(1e-30)
+
+
+class Factored:
+    """Launches the kernels on one device."""
+
+    def __init__(self, device: torch.device, owners: Owners):
+        self._device, self._owners = device, owners
+
+    def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Engine.moments`."""
+        m, n = weight.tensor.shape
+        count = triton.cdiv(m, _ROWS)
+        row, sums, squares = (torch.empty(shape, device=self._device) for shape in ((m,), (count, n), (count,)))
+        fields = {"m": m, "n": n, "row": row.data_ptr(), "sums": sums.data_ptr(), "squares": squares.data_ptr()}
+        with on(self._device):
+            self._moments(self._table(fields | _addresses([weight], [gradient])), [count], weight, gradient)
+        return row, sums.sum(0), squares.sum()
+
+    def energy(self, gradient: Gradient, row: Tensor, column: Tensor) -> Tensor:
+        """See `Engine.energy`."""
+        m, n = gradient.raw.shape
+        count = triton.cdiv(m, _ROWS)
+        energies = torch.empty(count, device=self._device)
+        fields = {"m": m, "n": n, "g": gradient.raw.data_ptr(), "row": row.data_ptr(), "column": column.data_ptr(),
+                  "energies": energies.data_ptr()}
+        with on(self._device):
+            self._energy(self._table(fields), [count], gradient)
+        return energies.sum()
+
+    def matrices(self, updates: Sequence[Update], scalars: Scalars, update: Callable[[_Rows], None]) -> None:
+        """All passes; the last one is `update`, called with the rows of its table. Updates that share a launch."""
+        weight, gradient = updates[0].weight, updates[0].gradient
+        shapes = np.array([each.weight.tensor.shape for each in updates], dtype=np.int64)
+        m, n = shapes[:, 0], shapes[:, 1]
+        counts, chunks = -(-m // _ROWS), -(-n // _WIDE)
+        scratch, places = self._scratch({"row": m, "column": n, "sums": counts * n, "squares": counts,
+                                         "energies": counts, "means": chunks, "numbers": np.ones_like(m)})
+        fields = {"m": m, "n": n, "first": blocks(counts), "first_column": blocks(chunks), **places,
+                  **_addresses([each.weight for each in updates], [each.gradient for each in updates]),
+                  "row_state": pointers(each.states["row"] for each in updates),
+                  "column_state": pointers(each.states["column"] for each in updates)}
+        table, beta = self._table(fields), float(scalars["beta"])
+        rows, columns, tensors = counts.tolist(), chunks.tolist(), (len(updates),)
+        with on(self._device):
+            self._moments(table, rows, weight, gradient)
+            _columns[(sum(columns),)](table.rows, self._owners(columns), beta, 1 - beta)
+            _factors[tensors](table.rows, beta, 1 - beta)
+            self._energy(table, rows, gradient)
+            _sizes[tensors](table.rows, float(scalars["lr"]), float(scalars["weight_decay"]))
+        update(np.column_stack([m * n, n, _noise(updates), fields["w"], fields["e"], fields["g"], places["row"],
+                                places["column"], places["numbers"]]))
+        del scratch  # kept until here: the tables know it by its address
+
+    def vectors(self, updates: Sequence[Update], scalars: Scalars, update: Callable[[_Rows], None]) -> None:
+        """The same for vectors and numbers."""
+        weight, gradient, beta = updates[0].weight, updates[0].gradient, float(scalars["beta"])
+        n = np.array([each.weight.tensor.numel() for each in updates], dtype=np.int64)
+        numbers = torch.empty(len(updates), 2, device=self._device)
+        places = numbers.data_ptr() + 8 * np.arange(len(updates))
+        states = pointers(each.states["v"] for each in updates)
+        fields = {"n": n, "row_state": states, "numbers": places,
+                  **_addresses([each.weight for each in updates], [each.gradient for each in updates])}
+        with on(self._device):
+            _vectors[(len(updates),)](
+                self._table(fields).rows, beta, 1 - beta, float(scalars["lr"]), float(scalars["weight_decay"]),
+                **_weight(weight), **_gradient(gradient))
+        update(np.column_stack([n, n, _noise(updates), fields["w"], fields["e"], fields["g"], states, places,
+                                places + 4]))
+
+    def _moments(self, table: _Table, counts: list[int], weight: Weight, gradient: Gradient) -> None:
+        _moments[(sum(counts),)](table.rows, self._owners(counts), **_weight(weight), **_gradient(gradient),
+                                 ALIGNED=table.aligned)
+
+    def _energy(self, table: _Table, counts: list[int], gradient: Gradient) -> None:
+        _energy[(sum(counts),)](table.rows, self._owners(counts), **_gradient(gradient), ALIGNED=table.aligned)
+
+    def _scratch(self, sizes: dict[str, _Rows]) -> tuple[Tensor, dict[str, _Rows]]:
+        """One fp32 tensor for arrays of so many numbers, and their addresses, multiples of 16."""
+        padded = np.concatenate([-(-size // 4) * 4 for size in sizes.values()])
+        scratch = torch.empty(int(padded.sum()), device=self._device)
+        addresses = scratch.data_ptr() + 4 * blocks(padded)
+        return scratch, dict(zip(sizes, np.split(addresses, len(sizes)), strict=True))
+
+    def _table(self, fields: dict[str, Any]) -> _Table:
+        rows = np.zeros((np.size(fields["n"]), len(_NAMES)), dtype=np.int64)
+        for name, values in fields.items():
+            rows[:, _NAMES.index(name)] = values
+        return _Table(upload(rows, self._device), aligned(rows[:, [_N.value, _W.value, _E.value, _G.value]]))
+
+
+class _Table(NamedTuple):
+    rows: Tensor
+    aligned: bool
+    """Whether a thread may load 16 bytes of weights and gradients at once."""
+
+
+def _addresses(weights: Sequence[Weight], gradients: Sequence[Gradient]) -> dict[str, _Rows]:
+    w = pointers(weight.tensor for weight in weights)
+    e = w if weights[0].extra is None else pointers(weight.extra for weight in weights if weight.extra is not None)
+    return {"w": w, "e": e, "g": pointers(gradient.raw for gradient in gradients)}
+
+
+def _noise(updates: Sequence[Update]) -> _Rows:
+    return np.array([wrap32(update.weight.noise) for update in updates], dtype=np.int64)
+
+
+def _weight(weight: Weight) -> dict[str, Any]:
+    return {"W": triton_type(weight.tensor.dtype), "E": triton_type(extra_type(weight.rounding, weight.tensor.dtype)),
+            "KAHAN": weight.rounding == "kahan", "MASTER": weight.rounding == "master"}
+
+
+def _gradient(gradient: Gradient) -> dict[str, Any]:
+    return {"G": triton_type(gradient.raw.dtype), "scale_ptr": gradient.raw if gradient.scale is None else
+            gradient.scale, "limit": float(gradient.limit or 0), "SCALED": gradient.scale is not None,
+            "LIMITED": gradient.limit is not None}
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _entry(table_ptr, owner_ptr):  # type: ignore[no-untyped-def]
+    """The row of the program's tensor."""
+    return table_ptr + tl.load(owner_ptr + tl.program_id(0)).to(tl.int64) * _FIELDS
+
+
+@triton.jit
+def _numbers_at(row_ptr, field: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.load(row_ptr + field).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def _total(from_ptr, count, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+    total = tl.zeros((LONG,), tl.float32)
+    for begin in range(0, count, LONG):
+        at = begin + tl.arange(0, LONG)
+        total += tl.load(from_ptr + at, mask=at < count, other=0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _read_gradient(g_ptr, at, mask, scale_ptr, limit, SCALED: tl.constexpr, LIMITED: tl.constexpr):  # type: ignore
+    g = tl.load(g_ptr + at, mask=mask, other=0).to(tl.float32)
+    if SCALED:
+        g = g * tl.load(scale_ptr)
+    if LIMITED:
+        g = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))
+    return g
+
+
+@triton.jit
+def _read_weight(w_ptr, e_ptr, at, mask, KAHAN: tl.constexpr, MASTER: tl.constexpr):  # type: ignore[no-untyped-def]
+    w = tl.load(e_ptr + at, mask=mask, other=0) if MASTER else tl.load(w_ptr + at, mask=mask, other=0).to(tl.float32)
+    if KAHAN:
+        w += tl.load(e_ptr + at, mask=mask, other=0).to(tl.float32)
+    return w
+
+
+@triton.jit
+def _moments(table_ptr, owner_ptr, scale_ptr, limit, W: tl.constexpr, E: tl.constexpr,  # type: ignore
+             G: tl.constexpr, KAHAN: tl.constexpr, MASTER: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr,
+             ALIGNED: tl.constexpr, ROWS: tl.constexpr = _ROWS, COLUMNS: tl.constexpr = _COLUMNS):
+    row_ptr = _entry(table_ptr, owner_ptr)
+    block = tl.program_id(0) - tl.load(row_ptr + _FIRST)
+    m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N).to(tl.int32)
+    w_ptr = tl.load(row_ptr + _W).to(tl.pointer_type(W))
+    e_ptr = tl.load(row_ptr + _E).to(tl.pointer_type(E))
+    g_ptr = tl.load(row_ptr + _G).to(tl.pointer_type(G))
+    if ALIGNED:
+        n, w_ptr = tl.multiple_of(n, 16), tl.multiple_of(w_ptr, 16)
+        e_ptr, g_ptr = tl.multiple_of(e_ptr, 16), tl.multiple_of(g_ptr, 16)
+    sums_ptr = _numbers_at(row_ptr, _SUMS) + block * n
+    rows = block * ROWS + tl.arange(0, ROWS)
+    row_sum = tl.zeros((ROWS,), tl.float32)
+    square = tl.zeros((ROWS,), tl.float32)
+    for begin in range(0, n, COLUMNS):
+        columns = begin + tl.arange(0, COLUMNS)
+        at = rows[:, None] * n + columns[None, :]
+        mask = (rows[:, None] < m) & (columns[None, :] < n)
+        g = _read_gradient(g_ptr, at, mask, scale_ptr, limit, SCALED, LIMITED)
+        row_sum += tl.sum(g * g, 1)
+        tl.store(sums_ptr + columns, tl.sum(g * g, 0), mask=columns < n)
+        w = _read_weight(w_ptr, e_ptr, at, mask, KAHAN, MASTER)
+        square += tl.sum(w * w, 1)
+    tl.store(_numbers_at(row_ptr, _ROW) + rows, row_sum, mask=rows < m)
+    tl.store(_numbers_at(row_ptr, _SQUARES) + block, tl.sum(square, 0))
+
+
+@triton.jit
+def _columns(table_ptr, owner_ptr, beta, fresh, ROWS: tl.constexpr = _ROWS,  # type: ignore[no-untyped-def]
+             DEEP: tl.constexpr = _DEEP, WIDE: tl.constexpr = _WIDE):
+    row_ptr = _entry(table_ptr, owner_ptr)
+    chunk = tl.program_id(0) - tl.load(row_ptr + _FIRST_COLUMN)
+    m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N)
+    columns = chunk * WIDE + tl.arange(0, WIDE)
+    count = tl.cdiv(m, ROWS)
+    total = tl.zeros((WIDE,), tl.float32)
+    for begin in range(0, count, DEEP):
+        deep = begin + tl.arange(0, DEEP)
+        part = tl.load(_numbers_at(row_ptr, _SUMS) + deep[:, None] * n + columns[None, :],
+                       mask=(deep[:, None] < count) & (columns[None, :] < n), other=0)
+        total += tl.sum(part, 0)
+    state_ptr = _numbers_at(row_ptr, _COLUMN_STATE) + columns
+    state = tl.load(state_ptr, mask=columns < n, other=0) * beta + (total / m + _TINY) * fresh
+    tl.store(state_ptr, state, mask=columns < n)
+    tl.store(_numbers_at(row_ptr, _MEANS) + chunk, tl.sum(tl.where(columns < n, state, 0.0), 0))
+
+
+@triton.jit
+def _factors(table_ptr, beta, fresh, WIDE: tl.constexpr = _WIDE, LONG: tl.constexpr = _LONG):  # type: ignore
+    row_ptr = table_ptr + tl.program_id(0) * _FIELDS
+    m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N).to(tl.int32)
+    mean = _total(_numbers_at(row_ptr, _MEANS), tl.cdiv(n, WIDE), LONG) / n
+    for begin in range(0, m, LONG):
+        at = begin + tl.arange(0, LONG)
+        state_ptr, factor_ptr = _numbers_at(row_ptr, _ROW_STATE) + at, _numbers_at(row_ptr, _ROW) + at
+        new = tl.load(factor_ptr, mask=at < m, other=1) / n + _TINY
+        state = tl.load(state_ptr, mask=at < m, other=1) * beta + new * fresh
+        tl.store(state_ptr, state, mask=at < m)
+        tl.store(factor_ptr, 1 / tl.sqrt_rn(state), mask=at < m)
+    for begin in range(0, n, LONG):
+        at = begin + tl.arange(0, LONG)
+        state = tl.load(_numbers_at(row_ptr, _COLUMN_STATE) + at, mask=at < n, other=1)
+        tl.store(_numbers_at(row_ptr, _COLUMN) + at, 1 / tl.sqrt_rn(state / mean), mask=at < n)
+
+
+@triton.jit
+def _energy(table_ptr, owner_ptr, scale_ptr, limit, G: tl.constexpr, SCALED: tl.constexpr,  # type: ignore
+            LIMITED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr = _ROWS,
+            COLUMNS: tl.constexpr = _COLUMNS):
+    row_ptr = _entry(table_ptr, owner_ptr)
+    block = tl.program_id(0) - tl.load(row_ptr + _FIRST)
+    m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N).to(tl.int32)
+    g_ptr = tl.load(row_ptr + _G).to(tl.pointer_type(G))
+    if ALIGNED:
+        n, g_ptr = tl.multiple_of(n, 16), tl.multiple_of(g_ptr, 16)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    row = tl.load(_numbers_at(row_ptr, _ROW) + rows, mask=rows < m, other=0)
+    total = tl.zeros((ROWS,), tl.float32)
+    for begin in range(0, n, COLUMNS):
+        columns = begin + tl.arange(0, COLUMNS)
+        mask = (rows[:, None] < m) & (columns[None, :] < n)
+        g = _read_gradient(g_ptr, rows[:, None] * n + columns[None, :], mask, scale_ptr, limit, SCALED, LIMITED)
+        column = tl.load(_numbers_at(row_ptr, _COLUMN) + columns, mask=columns < n, other=0)
+        u = g * row[:, None] * column[None, :]
+        total += tl.sum(u * u, 1)
+    tl.store(_numbers_at(row_ptr, _ENERGIES) + block, tl.sum(total, 0))
+
+
+@triton.jit
+def _shrink_and_size(squares, energy, count, lr, weight_decay):  # type: ignore[no-untyped-def]
+    """1 − αλ and α / max(1, RMS u); NaN stays NaN, which `tl.maximum` would lose."""
+    rms, scale = tl.sqrt_rn(energy / count), tl.sqrt_rn(squares / count)
+    alpha = tl.where(scale < 1e-3, 1e-3, scale) * lr
+    return 1 - alpha * weight_decay, alpha / tl.where(rms < 1, 1.0, rms)
+
+
+@triton.jit
+def _sizes(table_ptr, lr, weight_decay, ROWS: tl.constexpr = _ROWS, LONG: tl.constexpr = _LONG):  # type: ignore
+    row_ptr = table_ptr + tl.program_id(0) * _FIELDS
+    m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N).to(tl.int32)
+    count = tl.cdiv(m, ROWS)
+    squares = _total(_numbers_at(row_ptr, _SQUARES), count, LONG)
+    energy = _total(_numbers_at(row_ptr, _ENERGIES), count, LONG)
+    shrink, size = _shrink_and_size(squares, energy, m.to(tl.float32) * n, lr, weight_decay)
+    tl.store(_numbers_at(row_ptr, _NUMBERS), shrink)
+    for begin in range(0, m, LONG):
+        at = begin + tl.arange(0, LONG)
+        factor_ptr = _numbers_at(row_ptr, _ROW) + at
+        tl.store(factor_ptr, tl.load(factor_ptr, mask=at < m, other=0) * size, mask=at < m)
+
+
+@triton.jit
+def _vectors(table_ptr, beta, fresh, lr, weight_decay, scale_ptr, limit, W: tl.constexpr,  # type: ignore
+             E: tl.constexpr, G: tl.constexpr, KAHAN: tl.constexpr, MASTER: tl.constexpr, SCALED: tl.constexpr,
+             LIMITED: tl.constexpr, LONG: tl.constexpr = _LONG):
+    row_ptr = table_ptr + tl.program_id(0) * _FIELDS
+    n = tl.load(row_ptr + _N).to(tl.int32)
+    w_ptr = tl.load(row_ptr + _W).to(tl.pointer_type(W))
+    e_ptr = tl.load(row_ptr + _E).to(tl.pointer_type(E))
+    g_ptr = tl.load(row_ptr + _G).to(tl.pointer_type(G))
+    square = tl.zeros((LONG,), tl.float32)
+    energy = tl.zeros((LONG,), tl.float32)
+    for begin in range(0, n, LONG):
+        at = begin + tl.arange(0, LONG)
+        mask = at < n
+        g = _read_gradient(g_ptr, at, mask, scale_ptr, limit, SCALED, LIMITED)
+        w = _read_weight(w_ptr, e_ptr, at, mask, KAHAN, MASTER)
+        v_ptr = _numbers_at(row_ptr, _ROW_STATE) + at
+        v = tl.load(v_ptr, mask=mask, other=1) * beta + (g * g + _TINY) * fresh
+        tl.store(v_ptr, v, mask=mask)
+        square += w * w
+        energy += tl.where(mask, g * g / v, 0.0)
+    shrink, size = _shrink_and_size(tl.sum(square, 0), tl.sum(energy, 0), n.to(tl.float32), lr, weight_decay)
+    tl.store(_numbers_at(row_ptr, _NUMBERS), shrink)
+    tl.store(_numbers_at(row_ptr, _NUMBERS) + 1, size)

@@ -1,0 +1,74 @@
+"""One launch for many tensors: where a kernel finds them.
+
+A table has a row of 64-bit numbers for each tensor: its addresses and sizes. Every program of a launch is told by a
+second array, the owners, which row it works on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Owners", "aligned", "blocks", "extra_type", "on", "pointers", "triton_type", "upload"]
+
+#: Bytes to which addresses and sizes must be aligned, so that a thread loads 16 bytes at once.
+_ALIGNED = 16
+
+
+def upload(array: NDArray[np.int64] | NDArray[np.int32], device: torch.device) -> Tensor:
+    """The array on the device, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it, the device is the current one, on which Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """The same type in Triton's words."""
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def extra_type(rounding: str, weight: torch.dtype) -> torch.dtype:
+    """The type of the tensor beside a weight; where there is none, the weight stands in for it."""
+    return {"kahan": torch.bfloat16, "master": torch.float32}.get(rounding, weight)
+
+
+def pointers(tensors: Iterable[Tensor]) -> NDArray[np.int64]:
+    """The addresses of tensors."""
+    return np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+
+
+def aligned(numbers: NDArray[np.int64]) -> bool:
+    """Whether all addresses and sizes are multiples of 16."""
+    return int(np.bitwise_or.reduce(numbers, axis=None)) % _ALIGNED == 0
+
+
+def blocks(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The first program of each tensor, from how many each has."""
+    return np.cumsum(counts) - counts
+
+
+class Owners:
+    """Of every program of a launch, the row of its tensor (int32); the arrays of the last launches are kept."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._find = functools.lru_cache(maxsize=64)(self._make)
+
+    def __call__(self, counts: Sequence[int]) -> Tensor:
+        """From how many programs each tensor has."""
+        return self._find(tuple(counts))
+
+    def _make(self, counts: tuple[int, ...]) -> Tensor:
+        return upload(np.repeat(np.arange(len(counts), dtype=np.int32), counts), self._device)
