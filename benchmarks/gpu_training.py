@@ -1,13 +1,13 @@
-"""Tokens per second, MFU and peak memory on one GPU, beside `transformers.Trainer`, each run a fresh process.
+"""Tokens per second, MFU and peak memory on one GPU, beside `transformers.Trainer`.
 
     python benchmarks/gpu_training.py [--model llama-1b] [--length 2048] [--batch-size 4] [--json FILE]
-    python benchmarks/gpu_training.py --model llama-65b --arms LOMO --recompute full --steps 6 --repeats 1
+    python benchmarks/gpu_training.py --model llama-65b --arms LOMO --recompute full --batch-size 2 --steps 6
 
-All arms train the same shape from random weights on random tokens, with bf16 arithmetic, and take turns; the first
-steps are left out, and the clock is that on the wall. AdamW keeps fp32 weights, as the Trainer does, the others bf16
-weights (LOMO and AdaLomo in backward, rounded stochastically; LoRA's frozen). FLOPs per token: 6·N_matmul + 6·L·d·s
-(causal), for LoRA 4·N_matmul; MFU against the dense bf16 peak of a known GPU. Without a GPU it runs on the CPU with
-`--model llama-tiny`, to show that it runs.
+All arms train the same shape from random weights on random tokens, with bf16 arithmetic, and take turns: ours in one
+warm process, the Trainer in new ones. The first steps are left out; the clock is that on the wall. AdamW keeps fp32
+weights, as the Trainer does, the others bf16 weights (LOMO and AdaLomo in backward, rounded stochastically; LoRA's
+are frozen). FLOPs per token: 6·N_matmul + 6·L·d·s (causal), with LoRA 4·N_matmul; MFU against the dense bf16 peak of
+a known GPU. Without a GPU it runs on the CPU with `--model llama-tiny`, to show that it runs.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def experiment(options: argparse.Namespace) -> lab.Experiment:
     )
 
 
-def ours(options: argparse.Namespace, folder: Path, **cells: Any) -> dict[str, float]:
-    """One run through the launcher; its figures."""
-    run = experiment(options).replace(**cells).launch(show=False, folder=folder)
+def ours(options: argparse.Namespace, folder: Path, pool: lab.Pool, **cells: Any) -> dict[str, float]:
+    """One run; its figures."""
+    run = experiment(options).replace(**cells).launch(show=False, folder=folder, pool=pool)
     metrics = run.metrics
     timed = metrics.iloc[WARM_UP:]
     speed = timed["tokens"].sum() / (metrics["time"].iloc[-1] - metrics["time"].iloc[WARM_UP - 1])
@@ -122,10 +122,10 @@ def main() -> None:
         "LoRA": {"adapter": lab.LoRA(r=16), "training": bf16},
     }
     found: dict[str, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, lab.Pool(1) as pool:
         folder = Path(name)
         arms = {TRAINER: functools.partial(theirs, options, folder)} if TRAINER in options.arms else {}
-        arms |= {f"collie_lab {name}": functools.partial(ours, options, folder, **cells)
+        arms |= {f"collie_lab {name}": functools.partial(ours, options, folder, pool, **cells)
                  for name, cells in variants.items() if name in options.arms}
         for _ in range(options.repeats):
             for arm, measure in arms.items():
