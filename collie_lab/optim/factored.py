@@ -36,7 +36,7 @@ VECTOR = (("v", "full"), ("shrink", "number"), ("size", "number"))
 
 _ROWS, _COLUMNS = 16, 256  # a tile of the passes over a gradient
 _DEEP, _WIDE = 32, 128  # a tile of the sums over blocks
-_LONG = 1024  # a piece of a vector
+_LONG = 4096  # a piece of a vector
 
 # The fields of a tensor's row in the table: sizes, where its programs begin, and addresses.
 _NAMES = ("first", "first_column", "m", "n", "w", "e", "g", "row", "column", "sums", "squares", "energies", "means",
@@ -218,19 +218,19 @@ def _moments(table_ptr, owner_ptr, scale_ptr, limit, W: tl.constexpr, E: tl.cons
         e_ptr, g_ptr = tl.multiple_of(e_ptr, 16), tl.multiple_of(g_ptr, 16)
     sums_ptr = _numbers_at(row_ptr, _SUMS) + block * n
     rows = block * ROWS + tl.arange(0, ROWS)
-    row_sum = tl.zeros((ROWS,), tl.float32)
-    square = tl.zeros((ROWS,), tl.float32)
+    row_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    square = tl.zeros((ROWS, COLUMNS), tl.float32)
     for begin in range(0, n, COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
         at = rows[:, None] * n + columns[None, :]
         mask = (rows[:, None] < m) & (columns[None, :] < n)
         g = _read_gradient(g_ptr, at, mask, scale_ptr, limit, SCALED, LIMITED)
-        row_sum += tl.sum(g * g, 1)
+        row_sum += g * g
         tl.store(sums_ptr + columns, tl.sum(g * g, 0), mask=columns < n)
         w = _read_weight(w_ptr, e_ptr, at, mask, KAHAN, MASTER)
-        square += tl.sum(w * w, 1)
-    tl.store(_numbers_at(row_ptr, _ROW) + rows, row_sum, mask=rows < m)
-    tl.store(_numbers_at(row_ptr, _SQUARES) + block, tl.sum(square, 0))
+        square += w * w
+    tl.store(_numbers_at(row_ptr, _ROW) + rows, tl.sum(row_sum, 1), mask=rows < m)
+    tl.store(_numbers_at(row_ptr, _SQUARES) + block, tl.sum(tl.sum(square, 1), 0))
 
 
 @triton.jit
@@ -283,15 +283,15 @@ def _energy(table_ptr, owner_ptr, scale_ptr, limit, G: tl.constexpr, SCALED: tl.
         n, g_ptr = tl.multiple_of(n, 16), tl.multiple_of(g_ptr, 16)
     rows = block * ROWS + tl.arange(0, ROWS)
     row = tl.load(_numbers_at(row_ptr, _ROW) + rows, mask=rows < m, other=0)
-    total = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for begin in range(0, n, COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
         mask = (rows[:, None] < m) & (columns[None, :] < n)
         g = _read_gradient(g_ptr, rows[:, None] * n + columns[None, :], mask, scale_ptr, limit, SCALED, LIMITED)
         column = tl.load(_numbers_at(row_ptr, _COLUMN) + columns, mask=columns < n, other=0)
         u = g * row[:, None] * column[None, :]
-        total += tl.sum(u * u, 1)
-    tl.store(_numbers_at(row_ptr, _ENERGIES) + block, tl.sum(total, 0))
+        total += u * u
+    tl.store(_numbers_at(row_ptr, _ENERGIES) + block, tl.sum(tl.sum(total, 1), 0))
 
 
 @triton.jit

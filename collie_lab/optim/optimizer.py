@@ -224,8 +224,6 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _update(self, ready: list[tuple[Tensor, Slot, Tensor]], part: int = 0) -> None:
         """Update parameters with their gradients, or with one more part of them."""
-        if not ready:
-            return
         slots = [slot for _, slot, _ in ready]
         if not part:
             torch._foreach_add_([slot.step for slot in slots], 1)

@@ -67,7 +67,7 @@ def find_path(model: PreTrainedModel, packing: bool) -> Path:
 
 def _first_right(model: PreTrainedModel) -> Path | None:
     with torch.random.fork_rng([]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         small = _miniature(model)
     reference, plain, attention = _reference(small), small.forward, small.config._attn_implementation
     attach_loss(small)
