@@ -1,9 +1,9 @@
 """AdaLomo's kernels: two passes over a gradient before its update, for all matrices of a step at once.
 
-1. `_moments`, a block of rows: sums of g² along its rows and columns, sum of θ².
-2. `_columns`, some columns: the blocks' sums together; the new column means.
-3. `_factors`, a tensor: the new row means; 1/√r and 1/√(c / mean c).
-4. `_energy`, a block of rows: the sum of u².
+1. `_moments`, a block: sums of g² along its rows and its columns, sum of θ².
+2. `_means`, some rows or some columns: the sums of all blocks together; the new mean squares r and c.
+3. `_factors`, a tensor: 1/√r and 1/√(c / mean c).
+4. `_energy`, some rows: the sum of u².
 5. `_sizes`, a tensor: 1 − αλ, and α / max(1, RMS u) into the row factors.
 
 The update itself is an element-wise formula (`optim.kernels`). Sums over blocks are taken in order: atomic additions
@@ -34,15 +34,18 @@ _Rows = NDArray[np.int64]
 FACTORS = (("row", "column"), ("column", "row"), ("shrink", "number"))
 VECTOR = (("v", "full"), ("shrink", "number"), ("size", "number"))
 
-_ROWS, _COLUMNS = 16, 256  # a tile of the passes over a gradient
+# A block of the first pass belongs to one warp, which takes some of its rows at a time: it adds up the columns in its
+# registers and the rows by shuffles, and waits for nobody. (Warps that share a block reach a third of the bandwidth.)
+_DOWN, _ACROSS, _STEP = 128, 256, 8
+_ROWS, _COLUMNS = 16, 256  # a tile of the second pass
 _DEEP, _WIDE = 32, 128  # a tile of the sums over blocks
 _LONG = 4096  # a piece of a vector
 
-# The fields of a tensor's row in the table: sizes, where its programs begin, and addresses.
-_NAMES = ("first", "first_column", "m", "n", "w", "e", "g", "row", "column", "sums", "squares", "energies", "means",
-          "row_state", "column_state", "numbers")
-(_FIRST, _FIRST_COLUMN, _M, _N, _W, _E, _G, _ROW, _COLUMN, _SUMS, _SQUARES, _ENERGIES, _MEANS, _ROW_STATE,
- _COLUMN_STATE, _NUMBERS) = [tl.constexpr(place) for place in range(len(_NAMES))]
+# The fields of a tensor's row in the table: sizes, the first of its programs in a launch, and addresses.
+_NAMES = ("m", "n", "first_block", "first_row", "first_column", "first_rows", "w", "e", "g", "row_sums",
+          "column_sums", "squares", "means", "energies", "row", "column", "row_state", "column_state", "numbers")
+(_M, _N, _FIRST_BLOCK, _FIRST_ROW, _FIRST_COLUMN, _FIRST_ROWS, _W, _E, _G, _ROW_SUMS, _COLUMN_SUMS, _SQUARES, _MEANS,
+ _ENERGIES, _ROW, _COLUMN, _ROW_STATE, _COLUMN_STATE, _NUMBERS) = [tl.constexpr(at) for at in range(len(_NAMES))]
 _FIELDS = tl.constexpr(len(_NAMES))
 _TINY = tl.constexpr(1e-30)
 
@@ -56,12 +59,14 @@ class Factored:
     def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
         """See `Engine.moments`."""
         m, n = weight.tensor.shape
-        count = triton.cdiv(m, _ROWS)
-        row, sums, squares = (torch.empty(shape, device=self._device) for shape in ((m,), (count, n), (count,)))
-        fields = {"m": m, "n": n, "row": row.data_ptr(), "sums": sums.data_ptr(), "squares": squares.data_ptr()}
+        down, across = triton.cdiv(m, _DOWN), triton.cdiv(n, _ACROSS)
+        rows, columns, squares = (torch.empty(shape, device=self._device)
+                                  for shape in ((across, m), (down, n), (down * across,)))
+        fields = {"m": m, "n": n, "row_sums": rows.data_ptr(), "column_sums": columns.data_ptr(),
+                  "squares": squares.data_ptr(), **_addresses([weight], [gradient])}
         with on(self._device):
-            self._moments(self._table(fields | _addresses([weight], [gradient])), [count], weight, gradient)
-        return row, sums.sum(0), squares.sum()
+            self._moments(self._table(fields), [down * across], weight, gradient)
+        return rows.sum(0), columns.sum(0), squares.sum()
 
     def energy(self, gradient: Gradient, row: Tensor, column: Tensor) -> Tensor:
         """See `Engine.energy`."""
@@ -79,22 +84,26 @@ class Factored:
         weight, gradient = updates[0].weight, updates[0].gradient
         shapes = np.array([each.weight.tensor.shape for each in updates], dtype=np.int64)
         m, n = shapes[:, 0], shapes[:, 1]
-        counts, chunks = -(-m // _ROWS), -(-n // _WIDE)
-        scratch, places = self._scratch({"row": m, "column": n, "sums": counts * n, "squares": counts,
-                                         "energies": counts, "means": chunks, "numbers": np.ones_like(m)})
-        fields = {"m": m, "n": n, "first": blocks(counts), "first_column": blocks(chunks), **places,
-                  **_addresses([each.weight for each in updates], [each.gradient for each in updates]),
-                  "row_state": pointers(each.states["row"] for each in updates),
-                  "column_state": pointers(each.states["column"] for each in updates)}
-        table, beta = self._table(fields), float(scalars["beta"])
-        rows, columns, tensors = counts.tolist(), chunks.tolist(), (len(updates),)
+        down, across, rows = -(-m // _DOWN), -(-n // _ACROSS), -(-m // _ROWS)
+        row_chunks, column_chunks = -(-m // _WIDE), -(-n // _WIDE)
+        scratch, places = self._scratch({
+            "row_sums": across * m, "column_sums": down * n, "squares": down * across, "means": column_chunks,
+            "energies": rows, "row": m, "column": n, "numbers": np.ones_like(m)})
+        table = self._table({
+            "m": m, "n": n, "first_block": blocks(down * across), "first_rows": blocks(rows),
+            "first_row": blocks(row_chunks), "first_column": blocks(column_chunks), **places,
+            **(at := _addresses([each.weight for each in updates], [each.gradient for each in updates])),
+            "row_state": pointers(each.states["row"] for each in updates),
+            "column_state": pointers(each.states["column"] for each in updates)})
+        averages = (float(scalars["beta"]), 1 - float(scalars["beta"]))
         with on(self._device):
-            self._moments(table, rows, weight, gradient)
-            _columns[(sum(columns),)](table.rows, self._owners(columns), beta, 1 - beta)
-            _factors[tensors](table.rows, beta, 1 - beta)
-            self._energy(table, rows, gradient)
-            _sizes[tensors](table.rows, float(scalars["lr"]), float(scalars["weight_decay"]))
-        update(np.column_stack([m * n, n, _noise(updates), fields["w"], fields["e"], fields["g"], places["row"],
+            self._moments(table, (down * across).tolist(), weight, gradient)
+            for chunks, of_rows in ((row_chunks, True), (column_chunks, False)):
+                _means[(int(chunks.sum()),)](table.rows, self._owners(chunks.tolist()), *averages, OF_ROWS=of_rows)
+            _factors[(len(updates),)](table.rows)
+            self._energy(table, rows.tolist(), gradient)
+            _sizes[(len(updates),)](table.rows, float(scalars["lr"]), float(scalars["weight_decay"]))
+        update(np.column_stack([m * n, n, _noise(updates), at["w"], at["e"], at["g"], places["row"],
                                 places["column"], places["numbers"]]))
         del scratch  # kept until here: the tables know it by its address
 
@@ -116,7 +125,7 @@ class Factored:
 
     def _moments(self, table: _Table, counts: list[int], weight: Weight, gradient: Gradient) -> None:
         _moments[(sum(counts),)](table.rows, self._owners(counts), **_weight(weight), **_gradient(gradient),
-                                 ALIGNED=table.aligned)
+                                 ALIGNED=table.aligned, num_warps=1)
 
     def _energy(self, table: _Table, counts: list[int], gradient: Gradient) -> None:
         _energy[(sum(counts),)](table.rows, self._owners(counts), **_gradient(gradient), ALIGNED=table.aligned)
@@ -206,65 +215,69 @@ def _read_weight(w_ptr, e_ptr, at, mask, KAHAN: tl.constexpr, MASTER: tl.constex
 @triton.jit
 def _moments(table_ptr, owner_ptr, scale_ptr, limit, W: tl.constexpr, E: tl.constexpr,  # type: ignore
              G: tl.constexpr, KAHAN: tl.constexpr, MASTER: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr,
-             ALIGNED: tl.constexpr, ROWS: tl.constexpr = _ROWS, COLUMNS: tl.constexpr = _COLUMNS):
+             ALIGNED: tl.constexpr, DOWN: tl.constexpr = _DOWN, ACROSS: tl.constexpr = _ACROSS,
+             STEP: tl.constexpr = _STEP):
     row_ptr = _entry(table_ptr, owner_ptr)
-    block = tl.program_id(0) - tl.load(row_ptr + _FIRST)
-    m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N).to(tl.int32)
+    block = tl.program_id(0) - tl.load(row_ptr + _FIRST_BLOCK)
+    m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N)
     w_ptr = tl.load(row_ptr + _W).to(tl.pointer_type(W))
     e_ptr = tl.load(row_ptr + _E).to(tl.pointer_type(E))
     g_ptr = tl.load(row_ptr + _G).to(tl.pointer_type(G))
     if ALIGNED:
         n, w_ptr = tl.multiple_of(n, 16), tl.multiple_of(w_ptr, 16)
         e_ptr, g_ptr = tl.multiple_of(e_ptr, 16), tl.multiple_of(g_ptr, 16)
-    sums_ptr = _numbers_at(row_ptr, _SUMS) + block * n
-    rows = block * ROWS + tl.arange(0, ROWS)
-    row_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    square = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for begin in range(0, n, COLUMNS):
-        columns = begin + tl.arange(0, COLUMNS)
+    across = tl.cdiv(n, ACROSS)
+    strip, first = block % across, (block // across * DOWN).to(tl.int32)
+    columns = strip * ACROSS + tl.arange(0, ACROSS)
+    column_sum = tl.zeros((ACROSS,), tl.float32)
+    square = tl.zeros((ACROSS,), tl.float32)
+    for begin in range(first, tl.minimum(first + DOWN, m), STEP):
+        rows = begin + tl.arange(0, STEP)
         at = rows[:, None] * n + columns[None, :]
         mask = (rows[:, None] < m) & (columns[None, :] < n)
         g = _read_gradient(g_ptr, at, mask, scale_ptr, limit, SCALED, LIMITED)
-        row_sum += g * g
-        tl.store(sums_ptr + columns, tl.sum(g * g, 0), mask=columns < n)
+        column_sum += tl.sum(g * g, 0)
+        tl.store(_numbers_at(row_ptr, _ROW_SUMS) + strip * m + rows, tl.sum(g * g, 1), mask=rows < m)
         w = _read_weight(w_ptr, e_ptr, at, mask, KAHAN, MASTER)
-        square += w * w
-    tl.store(_numbers_at(row_ptr, _ROW) + rows, tl.sum(row_sum, 1), mask=rows < m)
-    tl.store(_numbers_at(row_ptr, _SQUARES) + block, tl.sum(tl.sum(square, 1), 0))
+        square += tl.sum(w * w, 0)
+    tl.store(_numbers_at(row_ptr, _COLUMN_SUMS) + block // across * n + columns, column_sum, mask=columns < n)
+    tl.store(_numbers_at(row_ptr, _SQUARES) + block, tl.sum(square, 0))
 
 
 @triton.jit
-def _columns(table_ptr, owner_ptr, beta, fresh, ROWS: tl.constexpr = _ROWS,  # type: ignore[no-untyped-def]
-             DEEP: tl.constexpr = _DEEP, WIDE: tl.constexpr = _WIDE):
+def _means(table_ptr, owner_ptr, beta, fresh, OF_ROWS: tl.constexpr, DOWN: tl.constexpr = _DOWN,  # type: ignore
+           ACROSS: tl.constexpr = _ACROSS, DEEP: tl.constexpr = _DEEP, WIDE: tl.constexpr = _WIDE):
     row_ptr = _entry(table_ptr, owner_ptr)
-    chunk = tl.program_id(0) - tl.load(row_ptr + _FIRST_COLUMN)
-    m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N)
-    columns = chunk * WIDE + tl.arange(0, WIDE)
-    count = tl.cdiv(m, ROWS)
+    m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N)
+    if OF_ROWS:
+        chunk = tl.program_id(0) - tl.load(row_ptr + _FIRST_ROW)
+        sums_ptr, state_ptr = _numbers_at(row_ptr, _ROW_SUMS), _numbers_at(row_ptr, _ROW_STATE)
+        count, width, size = tl.cdiv(n, ACROSS).to(tl.int32), m, n
+    else:
+        chunk = tl.program_id(0) - tl.load(row_ptr + _FIRST_COLUMN)
+        sums_ptr, state_ptr = _numbers_at(row_ptr, _COLUMN_SUMS), _numbers_at(row_ptr, _COLUMN_STATE)
+        count, width, size = tl.cdiv(m, DOWN).to(tl.int32), n, m
+    at = chunk * WIDE + tl.arange(0, WIDE)
     total = tl.zeros((WIDE,), tl.float32)
     for begin in range(0, count, DEEP):
         deep = begin + tl.arange(0, DEEP)
-        part = tl.load(_numbers_at(row_ptr, _SUMS) + deep[:, None] * n + columns[None, :],
-                       mask=(deep[:, None] < count) & (columns[None, :] < n), other=0)
-        total += tl.sum(part, 0)
-    state_ptr = _numbers_at(row_ptr, _COLUMN_STATE) + columns
-    state = tl.load(state_ptr, mask=columns < n, other=0) * beta + (total / m + _TINY) * fresh
-    tl.store(state_ptr, state, mask=columns < n)
-    tl.store(_numbers_at(row_ptr, _MEANS) + chunk, tl.sum(tl.where(columns < n, state, 0.0), 0))
+        mask = (deep[:, None] < count) & (at[None, :] < width)
+        total += tl.sum(tl.load(sums_ptr + deep[:, None] * width + at[None, :], mask=mask, other=0), 0)
+    state = tl.load(state_ptr + at, mask=at < width, other=0) * beta + (total / size + _TINY) * fresh
+    tl.store(state_ptr + at, state, mask=at < width)
+    if not OF_ROWS:
+        tl.store(_numbers_at(row_ptr, _MEANS) + chunk, tl.sum(tl.where(at < width, state, 0.0), 0))
 
 
 @triton.jit
-def _factors(table_ptr, beta, fresh, WIDE: tl.constexpr = _WIDE, LONG: tl.constexpr = _LONG):  # type: ignore
+def _factors(table_ptr, WIDE: tl.constexpr = _WIDE, LONG: tl.constexpr = _LONG):  # type: ignore[no-untyped-def]
     row_ptr = table_ptr + tl.program_id(0) * _FIELDS
     m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N).to(tl.int32)
     mean = _total(_numbers_at(row_ptr, _MEANS), tl.cdiv(n, WIDE), LONG) / n
     for begin in range(0, m, LONG):
         at = begin + tl.arange(0, LONG)
-        state_ptr, factor_ptr = _numbers_at(row_ptr, _ROW_STATE) + at, _numbers_at(row_ptr, _ROW) + at
-        new = tl.load(factor_ptr, mask=at < m, other=1) / n + _TINY
-        state = tl.load(state_ptr, mask=at < m, other=1) * beta + new * fresh
-        tl.store(state_ptr, state, mask=at < m)
-        tl.store(factor_ptr, 1 / tl.sqrt_rn(state), mask=at < m)
+        state = tl.load(_numbers_at(row_ptr, _ROW_STATE) + at, mask=at < m, other=1)
+        tl.store(_numbers_at(row_ptr, _ROW) + at, 1 / tl.sqrt_rn(state), mask=at < m)
     for begin in range(0, n, LONG):
         at = begin + tl.arange(0, LONG)
         state = tl.load(_numbers_at(row_ptr, _COLUMN_STATE) + at, mask=at < n, other=1)
@@ -276,7 +289,7 @@ def _energy(table_ptr, owner_ptr, scale_ptr, limit, G: tl.constexpr, SCALED: tl.
             LIMITED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr = _ROWS,
             COLUMNS: tl.constexpr = _COLUMNS):
     row_ptr = _entry(table_ptr, owner_ptr)
-    block = tl.program_id(0) - tl.load(row_ptr + _FIRST)
+    block = tl.program_id(0) - tl.load(row_ptr + _FIRST_ROWS)
     m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N).to(tl.int32)
     g_ptr = tl.load(row_ptr + _G).to(tl.pointer_type(G))
     if ALIGNED:
@@ -303,12 +316,12 @@ def _shrink_and_size(squares, energy, count, lr, weight_decay):  # type: ignore[
 
 
 @triton.jit
-def _sizes(table_ptr, lr, weight_decay, ROWS: tl.constexpr = _ROWS, LONG: tl.constexpr = _LONG):  # type: ignore
+def _sizes(table_ptr, lr, weight_decay, DOWN: tl.constexpr = _DOWN, ACROSS: tl.constexpr = _ACROSS,  # type: ignore
+           ROWS: tl.constexpr = _ROWS, LONG: tl.constexpr = _LONG):
     row_ptr = table_ptr + tl.program_id(0) * _FIELDS
     m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N).to(tl.int32)
-    count = tl.cdiv(m, ROWS)
-    squares = _total(_numbers_at(row_ptr, _SQUARES), count, LONG)
-    energy = _total(_numbers_at(row_ptr, _ENERGIES), count, LONG)
+    squares = _total(_numbers_at(row_ptr, _SQUARES), tl.cdiv(m, DOWN) * tl.cdiv(n, ACROSS), LONG)
+    energy = _total(_numbers_at(row_ptr, _ENERGIES), tl.cdiv(m, ROWS), LONG)
     shrink, size = _shrink_and_size(squares, energy, m.to(tl.float32) * n, lr, weight_decay)
     tl.store(_numbers_at(row_ptr, _NUMBERS), shrink)
     for begin in range(0, m, LONG):

@@ -97,7 +97,7 @@ def interpret() -> None:
     device = torch.device("cpu")
     triton, eager = kernels.Triton(device), Eager(device)
     source = torch.Generator().manual_seed(0)
-    for m, n in ((1, 1), (1, 300), (33, 1), (16, 256), (17, 257), (50, 7)):
+    for m, n in ((1, 1), (1, 300), (33, 1), (16, 256), (17, 257), (150, 300)):
         for dtype, rounding in ((torch.float32, "exact"), (torch.bfloat16, "kahan"), (torch.bfloat16, "master"),
                                 (torch.bfloat16, "stochastic")):
             tensor = torch.randn(m, n, generator=source).to(dtype)
@@ -119,7 +119,7 @@ def _check_alone(rule: Rule, hyper: Any) -> None:
     from collie_lab.optim import RuleOptimizer
 
     source = torch.Generator().manual_seed(0)
-    shapes = ((40, 33), (7,), (3, 300), ())
+    shapes = ((140, 33), (7,), (3, 300), ())
     values, gradients = ([torch.randn(shape, generator=source) for shape in shapes] for _ in range(2))
     for dtype in (torch.float32, torch.bfloat16):
         together, alone = ([torch.nn.Parameter(value.to(dtype)) for value in values] for _ in range(2))
@@ -166,15 +166,17 @@ def compile_for_h200() -> None:
         half = "*fp32" if rounding == "exact" else "*bf16"
         flags = {"KAHAN": rounding == "kahan", "MASTER": rounding == "master", **clipped,
                  **_types(half, "*fp32" if rounding == "master" else half)}
-        passes = {"ROWS": factored._ROWS, "COLUMNS": factored._COLUMNS, "ALIGNED": True}
-        assert "ld.global.v4.b32" in compiled(factored._moments, numbers, {**flags, **passes})
+        block = {"DOWN": factored._DOWN, "ACROSS": factored._ACROSS}
+        assert "ld.global.v4.b32" in compiled(factored._moments, numbers, {
+            **flags, **block, "STEP": factored._STEP, "ALIGNED": True})
         compiled(factored._vectors, numbers, {**flags, "LONG": factored._LONG})
-    ptx = compiled(factored._energy, numbers, {**clipped, "G": tl.bfloat16, **passes})
-    assert "ld.global.v4.b32" in ptx
-    sums = {"ROWS": factored._ROWS, "DEEP": factored._DEEP, "WIDE": factored._WIDE}
-    compiled(factored._columns, numbers, sums)
+    assert "ld.global.v4.b32" in compiled(factored._energy, numbers, {
+        **clipped, "G": tl.bfloat16, "ROWS": factored._ROWS, "COLUMNS": factored._COLUMNS, "ALIGNED": True})
+    for of_rows in (True, False):
+        compiled(factored._means, numbers, {
+            **block, "DEEP": factored._DEEP, "WIDE": factored._WIDE, "OF_ROWS": of_rows})
     compiled(factored._factors, numbers, {"WIDE": factored._WIDE, "LONG": factored._LONG})
-    compiled(factored._sizes, numbers, {"ROWS": factored._ROWS, "LONG": factored._LONG})
+    compiled(factored._sizes, numbers, {**block, "ROWS": factored._ROWS, "LONG": factored._LONG})
 
 
 def _types(weight: str, extra: str) -> dict[str, Any]:
