@@ -36,7 +36,7 @@ VECTOR = (("v", "full"), ("shrink", "number"), ("size", "number"))
 
 # A block of the first pass belongs to one warp, which takes some of its rows at a time: it adds up the columns in its
 # registers and the rows by shuffles, and waits for nobody. (Warps that share a block reach a third of the bandwidth.)
-_DOWN, _ACROSS, _STEP = 128, 256, 8
+_DOWN, _ACROSS, _STEP = 128, 256, 4
 _ROWS, _COLUMNS = 16, 256  # a tile of the second pass
 _DEEP, _WIDE = 32, 128  # a tile of the sums over blocks
 _LONG = 4096  # a piece of a vector
