@@ -13,7 +13,7 @@ import subprocess
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ class Formula(Protocol):
 
 class Engine(ABC):
     """Computes updates in place. Operands are local, dense tensors."""
+
+    together: ClassVar[bool] = False
+    """Whether many updates at once cost it less than one after the other."""
 
     @abstractmethod
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,

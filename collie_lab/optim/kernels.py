@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import linecache
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -139,6 +139,8 @@ class _Launch(NamedTuple):
 
 class Triton(Engine):
     """Kernels for contiguous fp32 and bf16 weights; float64, which no one trains in, is left to torch."""
+
+    together: ClassVar[bool] = True
 
     def __init__(self, device: torch.device):
         self._device, self._eager, self._owners = device, Eager(device), Owners(device)

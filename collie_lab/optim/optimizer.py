@@ -22,7 +22,8 @@ from collie_lab.optim.rounding import Weight, noise_keys
 from collie_lab.optim.rule import Gradient, Rule, Update
 from collie_lab.optim.rules import SophiaG
 from collie_lab.optim.shards import global_norm, local, local_gradient
-from collie_lab.optim.slot import Slot, claim, make_slot, release, waves
+from collie_lab.optim.slot import Slot, claim, make_slot, release
+from collie_lab.optim.waves import Ready, Waiting, waves
 
 __all__ = ["RuleOptimizer"]
 
@@ -86,6 +87,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._scale: Tensor | None = None
         self._stages, self._copies = stages, {id(parameter) for parameter in copies}
         self._engine, self._engines, self._lazy = engine, dict[torch.device, Engine](), lazy
+        self._waiting = Waiting(self._update)
         self._hessian_tokens = 0
         self._since_refresh = 0
         check_options(rule, rounding=self._rounding, accumulate=self._accumulate, max_norm=max_norm,
@@ -147,6 +149,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                               for parameter, index in ready])
         else:
             self._take_leftovers([parameter for parameter, _ in ready])
+            self._waiting.flush()
             if self._norms:
                 self._close_norm()
         self.set_norm(self.norm)
@@ -171,7 +174,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                                    "replicas would average it at different times. in_backward=False")
             self._on_gradient(parameter)
 
-    def _update_all(self, ready: list[tuple[Tensor, Slot, Tensor]]) -> None:
+    def _update_all(self, ready: list[Ready]) -> None:
         """The step outside of backward."""
         if self._record_norm:
             norms = gradient_norms([gradient for _, _, gradient in ready])
@@ -218,22 +221,25 @@ class RuleOptimizer(torch.optim.Optimizer):
         if self._record_norm and not (update and self._norm_is_measured):
             self._norms.append((gradient_norms([gradient])[0], slot))
         part = self._fired.get(parameter, 0)
-        if update:
+        # Not so FSDP2's gradients: they are there on a stream of its own, which it waits for before the end.
+        if update and slot.engine.together and not isinstance(parameter, DTensor):
+            self._waiting.add((parameter, slot, gradient), part)
+        elif update:
             self._update([(parameter, slot, gradient)], part)
         self._fired[parameter] = part + 1
 
-    def _update(self, ready: list[tuple[Tensor, Slot, Tensor]], part: int = 0) -> None:
+    def _update(self, ready: list[Ready], part: int = 0) -> None:
         """Update parameters with their gradients, or with one more part of them."""
         slots = [slot for _, slot, _ in ready]
         if not part:
             torch._foreach_add_([slot.step for slot in slots], 1)
-        counts, starts = (torch.stack(numbers).numpy() for numbers in (
-            [slot.step for slot in slots], [slot.start for slot in slots]))
-        # Every part of a gradient has noise of its own.
-        noise = noise_keys(self._seed + part, counts.astype(np.uint64),
-                           np.array([slot.index for slot in slots], dtype=np.uint64)).tolist()
+        counts = [int(slot.step) for slot in slots]
+        noise = [0] * len(slots)
+        if any(slot.rounding == "stochastic" for slot in slots):  # every part of a gradient has noise of its own
+            noise = noise_keys(self._seed + part, np.array(counts, dtype=np.uint64),
+                               np.array([slot.index for slot in slots], dtype=np.uint64)).tolist()
         weights, together = list[Tensor](), dict[tuple[Engine, int, int], list[Update]]()
-        for (parameter, slot, gradient), step, key in zip(ready, (counts - starts).tolist(), noise, strict=True):
+        for (parameter, slot, gradient), count, key in zip(ready, counts, noise, strict=True):
             if gradient.is_sparse:
                 raise ValueError("sparse gradients are not supported: Embedding(sparse=False)")
             weight = local(parameter)
@@ -241,7 +247,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"a parameter became {weight.dtype} on {weight.device} after the optimizer was made "
                                    f"for {slot.dtype}: change the model before")
             weights.append(weight)
-            together.setdefault((slot.engine, slot.group, step), []).append(Update(
+            together.setdefault((slot.engine, slot.group, count - int(slot.start)), []).append(Update(
                 Weight(weight, slot.rounding, slot.extra, key + slot.shards.offset),
                 Gradient(gradient, self._scale, self._max_value), slot.states, slot.shards))
         for (engine, index, step), updates in together.items():

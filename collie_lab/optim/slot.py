@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,7 @@ from collie_lab.optim.rounding import compute_dtype
 from collie_lab.optim.rule import Rule, States
 from collie_lab.optim.shards import Shards, local
 
-__all__ = ["Slot", "claim", "make_slot", "release", "waves"]
-
-# Elements: from a tenth of a millisecond's work for the fastest GPU to what AdaLomo takes 130 MB of scratch for.
-_FIRST_WAVE, _LAST_WAVE = 2**26, 2**29
+__all__ = ["Slot", "claim", "make_slot", "release"]
 
 # Who makes another optimizer for the same parameters means that one, even where the old one is still held.
 _hooks: Any = WeakIdKeyDictionary()
@@ -86,16 +83,3 @@ def release(parameter: Tensor) -> None:
     """No optimizer in backward updates this parameter any longer."""
     if handle := _hooks.pop(parameter, None):
         handle.remove()
-
-
-def waves(ready: list[tuple[Tensor, Slot, Tensor]]) -> Iterator[list[tuple[Tensor, Slot, Tensor]]]:
-    """Parameters in portions: the device updates one of them while the host prepares the next, twice as large."""
-    wave, size, limit = list[tuple[Tensor, Slot, Tensor]](), 0, _FIRST_WAVE
-    for each in ready:
-        wave.append(each)
-        size += each[2].numel()
-        if size >= limit:
-            yield wave
-            wave, size, limit = [], 0, min(2 * limit, _LAST_WAVE)
-    if wave:
-        yield wave

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from collie_lab import cells
 from collie_lab.optim import SGD, AdamW, Lion, Rule, RuleOptimizer, build
-from collie_lab.testing.optimizers import Sample
+from collie_lab.optim.engine import Eager
+from collie_lab.testing.optimizers import KINDS, Sample, check_step_equals_in_backward
 from tests.optim.rules import RULES
 from tests.ranks import run_ranks
 
@@ -51,6 +53,81 @@ def test_one_gradient_lives_at_a_time() -> None:
                 parameter._post_accumulate_grad_hooks.clear()  # type: ignore[attr-defined]
     assert sizes[True] == 64 * 64 * 4
     assert sizes[False] == 8 * (64 * 64 + 64) * 4
+
+
+class _Together(Eager):
+    """An engine that would rather have many at once, as a GPU's."""
+
+    together: ClassVar[bool] = True
+    sizes: ClassVar[list[int]] = []
+
+    def elementwise_all(self, formula: Any, updates: Any, scalars: Any) -> None:
+        self.sizes.append(len(updates))
+        super().elementwise_all(formula, updates, scalars)
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many parameters each update took, with an engine that takes many."""
+    monkeypatch.setattr("collie_lab.optim.optimizer.choose_engine", lambda name, device: _Together(device))
+    monkeypatch.setattr("collie_lab.optim.waves._SMALL", 0)
+    _Together.sizes.clear()
+    return _Together.sizes
+
+
+def test_gradients_that_wait_take_no_more_than_the_largest(together: list[int]) -> None:
+    """From the second step on, when the order is known; and the backward pass leaves none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(100, 16), *(nn.Linear(16, 16) for _ in range(9)), nn.Linear(16, 3))
+    reference = copy.deepcopy(model)
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def look(parameter: Tensor) -> None:
+        nonlocal most
+        assert parameter.grad is not None
+        alive.append(weakref.ref(parameter.grad))
+        most = max(most, sum(gradient.nbytes for each in alive if (gradient := each()) is not None))
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(look)
+    optimizers = [RuleOptimizer(each.parameters(), Lion(), in_backward=each is model, betas=(0.9, 0.99), **PLAIN)
+                  for each in (model, reference)]
+    for _ in range(3):
+        most = 0
+        together.clear()
+        for each, optimizer in zip((model, reference), optimizers, strict=True):
+            each(torch.arange(7)).square().sum().backward()
+            if each is model:
+                assert not any(gradient() is not None for gradient in alive)
+                passes = list(together)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert most == 100 * 16 * 4
+    assert sum(passes) == 21
+    assert len(passes) <= 5
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), reference.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_updates_together_are_those_one_by_one(name: str, together: list[int]) -> None:
+    for dtype, rounding in KINDS:
+        check_step_equals_in_backward(*RULES[name], dtype, rounding)
+
+
+def test_a_backward_pass_that_fails_takes_its_updates_along(together: list[int]) -> None:
+    """Its gradients were complete: they count, as they do when each is taken at once."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    optimizer = RuleOptimizer(model.parameters(), SGD(), in_backward=True, **PLAIN)
+    model(torch.ones(4)).sum().backward()
+    optimizer.step()
+    before = model[2].weight.detach().clone()
+    first = model[0].weight.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.ones(4)).sum().backward()
+    first.remove()
+    optimizer.step()
+    assert not torch.equal(model[2].weight, before)
 
 
 def test_an_optimizer_goes_with_its_model() -> None:
