@@ -50,3 +50,4 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/optimizers.py
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_training.py
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_memory.py

@@ -71,7 +71,9 @@ def _rule(axes: Axes, at: int, found: dict[str, Any], edge: float) -> None:
         _bar(axes, at - _OFF, arms[ours]["ms"], _OURS,
              f"{_middle(found['over_floor']):.2f} × floor, {ours.split()[-1]}")
     if best:
-        _bar(axes, at + _OFF, arms[best]["ms"], _THEIRS, best)
+        moved = _middle(arms[best]["bytes"])
+        less = f", moves {moved:.0f} bytes a parameter, not {found['bytes']}" if moved < 0.95 * found["bytes"] else ""
+        _bar(axes, at + _OFF, arms[best]["ms"], _THEIRS, best + less)
         others = [_middle(values["ms"]) for arm, values in arms.items()
                   if arm != best and not arm.startswith("collie_lab")]
         inside = [ms for ms in others if ms <= edge]
@@ -83,7 +85,7 @@ def _rule(axes: Axes, at: int, found: dict[str, Any], edge: float) -> None:
         axes.annotate("no library here has this rule", (floor, at + _OFF), (6, 0), textcoords="offset points",
                       va="center", fontsize=9, color=_FAINT, style="italic")
     axes.plot([floor, floor], [at - _OFF - _BAR / 2 - 0.05, at + _OFF + _BAR / 2 + 0.02], color=_INK, linewidth=2,
-              solid_capstyle="butt", zorder=4)
+              solid_capstyle="butt", zorder=2.5)
 
 
 def _bar(axes: Axes, at: float, values: list[float], color: str, more: str) -> None:
@@ -91,10 +93,11 @@ def _bar(axes: Axes, at: float, values: list[float], color: str, more: str) -> N
     label = f"{middle:.0f} ms" if middle >= 9.95 else f"{middle:.1f} ms"
     axes.barh(at, middle, _BAR, color=color, zorder=2)
     axes.plot([min(values), max(values)], [at, at], color=_INK, linewidth=1, zorder=3)
+    over = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}  # the line of the floor
     written = axes.annotate(label, (max(values), at), (6, 0), textcoords="offset points", va="center", fontsize=9.5,
-                            fontweight="bold" if color == _OURS else "normal")
+                            fontweight="bold" if color == _OURS else "normal", bbox=over)
     axes.annotate(more, (1, 0), (6, 0), xycoords=written, textcoords="offset points", va="bottom", fontsize=9,
-                  color=_FAINT)
+                  color=_FAINT, bbox=over)
 
 
 def _middle(values: list[float]) -> float:

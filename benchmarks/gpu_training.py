@@ -139,7 +139,8 @@ def main() -> None:
         mfu, peak = statistics.median(run["mfu"] for run in runs), max(run["peak_bytes"] for run in runs) / 1e9
         print(f"{arm:28} {statistics.median(speeds):10,.0f} {spread:>18} {mfu:7.1%} {peak:8.2f}")
     if options.json:
-        options.json.write_text(json.dumps({"options": {key: str(value) for key, value in vars(options).items()},
+        options.json.write_text(json.dumps({"options": {key: str(value) for key, value in vars(options).items()
+                                                        if key not in ("json", "trainer")},
                                             "environment": json.loads(environment), "arms": found}, indent=1) + "\n",
                                 encoding="utf-8")
 
