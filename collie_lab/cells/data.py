@@ -34,7 +34,7 @@ class Data(Cell):
 class Instructions(Data):
     """Records of an instruction and its response; the loss is on the response only.
 
-    `source` is a JSON or JSONL file, a list of records, or a callable that returns one. Formats:
+    `source` is a JSON, JSONL or CSV file, a list of records, or a callable that returns one. Formats:
     Alpaca (`instruction`, `input`, `output`), `prompt_completion` (`prompt`, `completion`), `chat`
     (`messages` with `role` and `content`), `clinc` (CLINC150's file of splits), or a callable
     from a record to `(prompt, response)`. `auto` recognises the first four.
@@ -50,7 +50,7 @@ class Instructions(Data):
 
 
 class Text(Data):
-    """Plain text for next-token training: .txt, .json (a list of strings) or .jsonl (a `text` field).
+    """Plain text for next-token training: .txt, .json (a list of strings), .jsonl or .csv (a `text` field).
 
     `separator` splits a .txt file into documents. `source` may be a list of strings or a callable.
     """

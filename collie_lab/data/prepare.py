@@ -118,6 +118,9 @@ class _Maker:
             verb = "truncated" if cell.overlong == "truncate" else "dropped"
             warnings.append(f"{name}, {split}: {cut} of {len(records)} documents longer than {max_length} tokens "
                             f"were {verb}")
+        if empty := sum(document.answer is not None and not document.answer.strip() for document in records):
+            warnings.append(f"{name}, {split}: {empty} of {len(records)} responses are empty; of these only the end is "
+                            "learned")
         if int(documents.tokens.max()) >= self.vocabulary:
             raise CellError([Problem("Model", "tokenizer", f"it makes token {documents.tokens.max()}, but the "
                                      f"model's vocabulary has {self.vocabulary}", "name the model's own tokenizer")])

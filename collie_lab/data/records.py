@@ -173,7 +173,7 @@ def _clinc(cell: Instructions, item: Any, index: int) -> tuple[str, str]:
 
 def _texts(cell: Text) -> list[str]:
     source = cell.source
-    if isinstance(source, str) and not source.endswith((".json", ".jsonl")):
+    if isinstance(source, str) and not source.endswith((".json", ".jsonl", ".csv")):
         text = _read_file(cell, source)
         texts = text.split(cell.separator) if cell.separator else [text]
     else:
@@ -212,7 +212,7 @@ def _split(items: list[Item], holdout: float, split: Split) -> list[Item]:
 
 
 def load_records(cell: Data, source: Any) -> Any:
-    """The records of a list, a callable, a JSON or a JSONL file; CLINC150's file as a dictionary."""
+    """The records of a list, a callable, or a JSON, JSONL or CSV file; CLINC150's file as a dictionary."""
     if callable(source):
         try:
             return list(source())
@@ -220,18 +220,40 @@ def load_records(cell: Data, source: Any) -> Any:
             raise _error(cell, "source", f"the function that gives the records raised {error!r}") from error
     if not isinstance(source, str):
         return source
+    if source.endswith(".csv"):
+        return _csv(cell, source)
     text = _read_file(cell, source)
-    try:
-        if source.endswith(".jsonl"):
-            # Not `splitlines`: JSON strings may hold other line separators.
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _error(cell, "source", f"{source} is not valid JSON: {error}") from None
+    if source.endswith(".jsonl"):
+        # Not `splitlines`: JSON strings may hold other line separators.
+        return [_parse(cell, source, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    found = _parse(cell, source, text)
     if not isinstance(found, list) and not (isinstance(cell, Instructions) and isinstance(found, dict)):
         raise _error(cell, "source", f"{source} holds no list of records, but {type(found).__name__}",
                      "a JSON file is a list; one record a line is JSONL")
     return found
+
+
+def _parse(cell: Data, source: str, text: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f", line {line or error.lineno}, column {error.colno}"
+        raise _error(cell, "source", f"{source}{where}: not valid JSON: {error.msg}",
+                     "mend the file" + ("" if line else "; one record a line is JSONL, and is called so")) from None
+
+
+def _csv(cell: Data, source: str) -> list[dict[str, str]]:
+    """The rows of a CSV file by the names in its first; all values are text, empty ones too."""
+    import io
+
+    import pandas as pd
+
+    text = _read_file(cell, source)
+    try:
+        rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, on_bad_lines="error")
+    except ValueError as error:  # pandas' ParserError and EmptyDataError are such
+        raise _error(cell, "source", f"{source} is not valid CSV: {str(error).strip()}", "mend the file") from None
+    return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
 def _read_file(cell: Data, source: str) -> str:

@@ -79,3 +79,9 @@ def test_what_has_changed_is_made_anew(tmp_path: Path, made: list[str], change: 
     assert made == ["train", "train"]
     if change != "tokenizer":
         assert Documents.load(run.path / "data" / "train").tokens.tolist() != first.tokens.tolist()
+
+
+def test_empty_responses_are_counted(tmp_path: Path) -> None:
+    records = [{"prompt": "a", "completion": text} for text in ("", "x", " ")]
+    _, index = prepared(tmp_path, "a", lab.Instructions(records, holdout=0))
+    assert index["warnings"] == ["Instructions, train: 2 of 3 responses are empty; of these only the end is learned"]

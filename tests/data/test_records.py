@@ -35,6 +35,16 @@ def test_prompt_completion_from_a_jsonl_file(tmp_path: Path) -> None:
     assert _texts(Instructions(file, holdout=0)) == [(("a", False), ("b", True))]
 
 
+def test_csv_files(tmp_path: Path) -> None:
+    """Values stay text, and what is empty is no missing number."""
+    file = tmp_path / "data.csv"
+    file.write_text('prompt,completion\n"a, ""b""","1\n2"\nNA,007\n,x\n', encoding="utf-8")
+    assert _texts(Instructions(file, holdout=0)) == [
+        (('a, "b"', False), ("1\n2", True)), (("NA", False), ("007", True)), (("", False), ("x", True))]
+    file.write_text("id,text\n1,one\n2,two\n", encoding="utf-8")
+    assert _texts(Text(file, holdout=0)) == [(("one", True),), (("two", True),)]
+
+
 def test_chat_learns_every_assistant_message() -> None:
     (document,) = read_documents(Instructions(CHAT, holdout=0), "train")
     assert [text for text, learned in document.segments if learned] == ["hello\n\n", "see you\n\n"]
@@ -111,8 +121,22 @@ def test_bad_records_are_named(source: object, message: str) -> None:
 def test_bad_files_are_named(tmp_path: Path) -> None:
     file = tmp_path / "broken.json"
     file.write_text("[{", encoding="utf-8")
-    with pytest.raises(CellError, match="is not valid JSON"):
+    with pytest.raises(CellError, match=r"broken\.json, line 1, column 3: not valid JSON.*is called so"):
         read_documents(Instructions(file), "train")
+    lines = tmp_path / "broken.jsonl"
+    lines.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a" "completion": "b"}\n', encoding="utf-8")
+    with pytest.raises(CellError, match=r"broken\.jsonl, line 3, column 16: not valid JSON: Expecting ','"):
+        read_documents(Instructions(lines), "train")
+    table = tmp_path / "broken.csv"
+    table.write_text("prompt,completion\na,b\na,b,c\n", encoding="utf-8")
+    with pytest.raises(CellError, match=r"broken\.csv is not valid CSV: .*line 3, saw 3"):
+        read_documents(Instructions(table), "train")
+    table.write_text("", encoding="utf-8")
+    with pytest.raises(CellError, match="is not valid CSV: No columns"):
+        read_documents(Instructions(table), "train")
+    table.write_bytes("prompt,completion\na,Ä\n".encode("latin-1"))
+    with pytest.raises(CellError, match="is not UTF-8 text"):
+        read_documents(Instructions(table), "train")
     with pytest.raises(CellError, match="is a folder"):
         read_documents(Text(tmp_path), "train")
     file.write_text('"text"', encoding="utf-8")
