@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from collie_lab._version import __version__
 from collie_lab.cells import (
+    IA3,
+    OFT,
     SGD,
     SHAPES,
     SKILLS,
@@ -26,6 +28,7 @@ from collie_lab.cells import (
     Evaluation,
     ExactMatch,
     Experiment,
+    Freeze,
     GaLore,
     Instructions,
     Lion,
@@ -61,10 +64,10 @@ _LAZY = {
 
 __all__ = [
     "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell", "CellError", "Data",
-    "Evaluation", "ExactMatch", "Experiment", "GaLore", "Instructions", "Lion", "LoRA", "Lomo", "Model", "Muon",
-    "Nodes", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens", "RankError", "Results", "Run",
-    "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text", "Training", "__version__", "attach",
-    "compare", "compose", "doctor", "figure", "optim", "pull", "runs", "watch",
+    "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore", "IA3", "Instructions", "Lion", "LoRA", "Lomo",
+    "Model", "Muon", "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens",
+    "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text",
+    "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "optim", "pull", "runs", "watch",
 ]
 
 

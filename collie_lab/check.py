@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from collie_lab.cells import CellError, ExactMatch, Experiment, Instructions, Model, Problem, Skills
+from collie_lab.check_adapter import adapter_problems
 from collie_lab.check_deepspeed import deepspeed_problems
 from collie_lab.check_optimizer import optimizer_problems
 from collie_lab.check_parallel import parallel_problems
@@ -65,7 +66,7 @@ def check(experiment: Experiment) -> Report:
     """All problems of an experiment; reads its model's configuration and its data, starts nothing."""
     problems: list[Problem] = []
     config = _collect(problems, lambda: _model(experiment.model, problems))
-    problems += [*_batches(experiment), *optimizer_problems(experiment), *_adapter(experiment),
+    problems += [*_batches(experiment), *optimizer_problems(experiment), *adapter_problems(experiment, config or {}),
                  *parallel_problems(experiment, config or {}), *deepspeed_problems(experiment),
                  *_evaluations(experiment), *_without_effect(experiment), *_gpus(experiment)]
     _collect(problems, lambda: _data(experiment, config or {}, problems))
@@ -114,13 +115,6 @@ def _model(model: Model, problems: list[Problem]) -> dict[str, Any]:
         problems.append(Problem("Model", "source", f"{model.source} holds no weights",
                                 'a folder that save_pretrained wrote; or init="random"'))
     return model_config(model)
-
-
-def _adapter(experiment: Experiment) -> Iterator[Problem]:
-    targets = getattr(experiment.adapter, "targets", None) or ()
-    if heads := [name for name in targets if name in ("lm_head", "embed_out", "output_layer")]:
-        yield Problem("LoRA", "targets", f"{heads[0]} is the output head, which the loss uses without an adapter",
-                      "leave it out")
 
 
 def _evaluations(experiment: Experiment) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from collie_lab.cells import (
     AdamW8bit,
     Adan,
     Experiment,
+    Freeze,
     LibraryOptimizer,
     Lomo,
     Problem,
@@ -83,8 +84,9 @@ def _without_effect(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]
         yield _warning(name, "accumulate", "without effect: micro-batches add up anyway outside of backward")
     elif cell.accumulate and _micro_batches(experiment) == 1:
         yield _warning(name, "accumulate", "without effect: a step is one micro-batch", "set Training.micro_batch_size")
-    if "rounding" in given and (training.weights == "fp32" or experiment.adapter is not None):
-        which = "fp32 weights" if experiment.adapter is None else "an adapter's weights, which are fp32"
+    added = experiment.adapter is not None and not isinstance(experiment.adapter, Freeze)
+    if "rounding" in given and (training.weights == "fp32" or added):
+        which = "fp32 weights" if not added else "an adapter's weights, which are fp32"
         yield _warning(name, "rounding", f"without effect on {which}", 'Training(weights="bf16", precision="bf16")')
     if isinstance(cell, Adan) and cell.restart_every and cell.restart_every >= training.steps:
         yield _warning(name, "restart_every", f"no restart within {training.steps} steps")

@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from collie_lab.cells import Adapter, Experiment, LoRA, Parallel
+from collie_lab.cells import Experiment, Parallel
 from collie_lab.parallel import Strategy
+from collie_lab.training.adapters import adapt, set_magnitudes
 from collie_lab.training.flops import StepFlops
 from collie_lab.training.loss import attach_loss, attach_whole_loss
 from collie_lab.training.packed import ATTENTION
@@ -55,30 +56,16 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
         attach_loss(model, training.loss, strategy.tensor)
     if training.recompute == "full":
         _recompute_blocks(model)
-    root = model if experiment.adapter is None else _adapt(model, experiment.adapter)
+    root = model if experiment.adapter is None else adapt(model, experiment.adapter)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in root.parameters()]
     flops = StepFlops.of_model(model)
     strategy.lay_out(model, root)
+    if not any(parameter.requires_grad for parameter in root.parameters()):
+        raise ValueError("Parallel.pp: one stage of the pipeline has nothing to train with this adapter; take less pp, "
+                         "or let it train something in every layer")
     fill(root, experiment.model, training.seed, device, torch.bfloat16 if training.weights == "bf16" else torch.float32)
+    set_magnitudes(root, strategy.gather)
     return BuiltModel(model, root, flops, sum(size for size, _ in sizes), sum(size for size, on in sizes if on))
-
-
-def _adapt(model: PreTrainedModel, adapter: Adapter) -> nn.Module:
-    import peft
-
-    if not isinstance(adapter, LoRA):
-        raise TypeError(f"no adapter for the cell {type(adapter).__name__}")
-    targets = "all-linear" if adapter.targets is None else list(adapter.targets)
-    config = peft.LoraConfig(r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
-                             target_modules=targets, task_type="CAUSAL_LM")
-    adapted: nn.Module = peft.get_peft_model(model, config)
-    for module in model.modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            # peft puts them where the adapted weights are: on meta. They are few, and drawn alike on all ranks.
-            module.lora_A.to_empty(device="cpu")
-            module.lora_B.to_empty(device="cpu")
-            module.reset_lora_parameters("default", True)
-    return adapted
 
 
 def _recompute_blocks(model: nn.Module) -> None:

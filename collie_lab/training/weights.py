@@ -26,7 +26,7 @@ from collie_lab.cells import SHAPES, Model
 from collie_lab.training import last_model
 from collie_lab.training.weight_files import Source, pretrained_source
 
-__all__ = ["blueprint", "fill"]
+__all__ = ["blueprint", "copy_into", "fill"]
 
 _Region = tuple[slice, ...]
 
@@ -77,7 +77,7 @@ def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: 
     with torch.no_grad(), _source(cell, seed, device, whole, owners, ordered, buffers, dtype) as source:
         for owner, names in ordered.items():
             for name in names:
-                _copy(source(owner), model.get_parameter(name))  # no name here for it, which would outlive its unit
+                copy_into(source(owner), model.get_parameter(name))  # no name here for it, which would outlive its unit
     if drawn:
         torch.cuda.empty_cache()  # the pieces that units were drawn in: a model may need all of the memory that is left
     else:
@@ -143,7 +143,7 @@ def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
                 model.get_submodule(module).register_parameter(leaf, parameter)
 
 
-def _copy(values: Any, parameter: nn.Parameter) -> None:
+def copy_into(values: Any, parameter: nn.Parameter) -> None:
     """`values` [whole shape], a tensor or a slice of a file, into this rank's part of `parameter`."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     for here, there in _regions(parameter, local.shape):

@@ -1,0 +1,103 @@
+"""From an adapter cell to a model of which only little is trained.
+
+A model is adapted while its weights are on meta, before it is laid out, so no rank ever holds them whole. What the
+adapter adds is real: it is small, and drawn alike on all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from collie_lab.cells import IA3, OFT, Adapter, Freeze, LoRA
+from collie_lab.training.weights import copy_into
+
+__all__ = ["adapt", "set_magnitudes"]
+
+
+def adapt(model: PreTrainedModel, cell: Adapter) -> nn.Module:
+    """The model as the cell trains it: the same with `Freeze`, else peft's wrapper.
+
+    Raises:
+        ValueError: a target or pattern that names nothing in the model.
+    """
+    if isinstance(cell, Freeze):
+        return _freeze(model, cell)
+    import peft
+
+    with _stand_ins(model):
+        adapted: nn.Module = peft.get_peft_model(model, _peft_config(cell))
+    return adapted
+
+
+def set_magnitudes(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> None:
+    """DoRA's magnitudes, from weights that are there by now: the norms of their rows (eq. 5). On all ranks together.
+
+    `whole` gathers a sharded weight.
+    """
+    for module in model.modules():
+        for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
+            weight = whole(module.get_base_layer().weight).float()  # type: ignore[operator]
+            norms = torch.linalg.norm(weight.T if module.fan_in_fan_out else weight, dim=1)
+            with torch.no_grad():
+                copy_into(norms, magnitude.weight)
+
+
+def _peft_config(cell: Adapter) -> Any:
+    import peft
+
+    task: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    match cell:
+        case LoRA():
+            return peft.LoraConfig(r=cell.r, lora_alpha=cell.alpha, lora_dropout=cell.dropout, use_rslora=cell.rslora,
+                                   use_dora=cell.dora, target_modules=_targets(cell), **task)
+        case IA3(targets=None):
+            return peft.IA3Config(**task)
+        case IA3():
+            return peft.IA3Config(target_modules=list(cell.targets or ()),
+                                  feedforward_modules=list(cell.feedforward or ()), **task)
+        case OFT():
+            return peft.OFTConfig(oft_block_size=cell.block_size, module_dropout=cell.dropout,
+                                  target_modules=_targets(cell), **task)
+    raise TypeError(f"no adapter for the cell {type(cell).__name__}")
+
+
+def _targets(cell: LoRA | OFT) -> str | list[str]:
+    return "all-linear" if cell.targets is None else list(cell.targets)
+
+
+def _freeze(model: nn.Module, cell: Freeze) -> nn.Module:
+    for pattern in cell.train:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in model.named_parameters(remove_duplicate=False)):
+            raise ValueError(f"Freeze.train: no parameter of {type(model).__name__} matches {pattern!r}")
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # a tied one has several names
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in cell.train):
+            parameter.requires_grad_(True)
+    return model
+
+
+@contextlib.contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Within it the model's parameters are on the CPU, all elements of each the same number in memory.
+
+    peft puts what it adds where the adapted weights are; on meta its first values would be lost.
+    """
+    places = [(module, leaf, parameter) for module in model.modules()
+              for leaf, parameter in module.named_parameters(recurse=False)]
+    made = {id(parameter): nn.Parameter(torch.ones((), dtype=parameter.dtype).expand(parameter.shape))
+            for _, _, parameter in places}
+    for module, leaf, parameter in places:
+        setattr(module, leaf, made[id(parameter)])
+    try:
+        yield
+    finally:
+        for module, leaf, parameter in places:
+            parameter.requires_grad_(getattr(module, leaf).requires_grad)
+            setattr(module, leaf, parameter)
