@@ -121,16 +121,13 @@ def _check_alone(rule: Rule, hyper: Any) -> None:
     source = torch.Generator().manual_seed(0)
     shapes = ((140, 33), (7,), (3, 300), ())
     values, gradients = ([torch.randn(shape, generator=source) for shape in shapes] for _ in range(2))
-    for dtype in (torch.float32, torch.bfloat16):
-        together, alone = ([torch.nn.Parameter(value.to(dtype)) for value in values] for _ in range(2))
-        for weight, other, gradient in zip(together, alone, gradients, strict=True):
-            weight.grad, other.grad = gradient.to(dtype), gradient.to(dtype)
-        optimizers = [RuleOptimizer(some, rule, engine="triton", rounding="kahan", **hyper)
-                      for some in (together, *([weight] for weight in alone))]
-        for optimizer in optimizers:
-            optimizer.step()
-        for weight, other in zip(together, alone, strict=True):
-            assert torch.equal(weight, other)
+    together, alone = ([torch.nn.Parameter(value.bfloat16()) for value in values] for _ in range(2))
+    for weight, other, gradient in zip(together, alone, gradients, strict=True):
+        weight.grad, other.grad = gradient.bfloat16(), gradient.bfloat16()
+    for some in (together, *([weight] for weight in alone)):
+        RuleOptimizer(some, rule, engine="triton", rounding="kahan", **hyper).step()
+    for weight, other in zip(together, alone, strict=True):
+        assert torch.equal(weight, other)
 
 
 def compile_for_h200() -> None:
@@ -157,8 +154,9 @@ def compile_for_h200() -> None:
         half = "*fp32" if rounding == "exact" else "*bf16"
         extra = "*fp32" if rounding == "master" else half
         types = {**numbers, **{f"s_{name}": "fp32" for name in scalars}}
-        compiled(kernels.build_kernel(rule, rounding, operands, scalars, many=False),
-                 {**types, "w_ptr": half, "e_ptr": extra, "g_ptr": half}, {**clipped, **tile})
+        if rounding == "kahan":  # one for one tensor differs in its head only
+            compiled(kernels.build_kernel(rule, rounding, operands, scalars, many=False),
+                     {**types, "w_ptr": half, "e_ptr": extra, "g_ptr": half}, {**clipped, **tile})
         ptx = compiled(kernels.build_kernel(rule, rounding, operands, scalars, many=True), types,
                        {**clipped, **tile, **_types(half, extra), "FIELDS": 7 + len(operands), "ALIGNED": True})
         assert "ld.global.v4.b32" in ptx, "a thread loads less than 16 bytes at once"
