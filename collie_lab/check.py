@@ -85,7 +85,7 @@ def check_resume(experiment: Experiment, fingerprint: str, checkpoint: Path) -> 
            "data": fingerprint}
     problems = [Problem("launch", "resume", f"{name} was {then!r} in {checkpoint}, and is {now[name]!r}",
                         "resume goes on with the same run; to start from its weights: Model(run.model_path)")
-                for name, then in state.get("identity", {}).items() if then != now[name]]
+                for name, then in state.get("identity", {}).items() if name in now and then != now[name]]
     if state.get("step", 0) >= training.steps:
         problems.append(Problem("launch", "resume", f"{checkpoint} is at step {state['step']} of {training.steps}",
                                 "raise Training.steps to train on"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -244,16 +246,19 @@ def _parse(cell: Data, source: str, text: str, line: int | None = None) -> Any:
 
 def _csv(cell: Data, source: str) -> list[dict[str, str]]:
     """The rows of a CSV file by the names in its first; all values are text, empty ones too."""
-    import io
-
-    import pandas as pd
-
-    text = _read_file(cell, source)
+    rows = csv.reader(io.StringIO(_read_file(cell, source), newline=""), strict=True)
+    records = []
     try:
-        rows = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, on_bad_lines="error")
-    except ValueError as error:  # pandas' ParserError and EmptyDataError are such
-        raise _error(cell, "source", f"{source} is not valid CSV: {str(error).strip()}", "mend the file") from None
-    return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
+        names = next(rows, [])
+        for row in rows:
+            if len(row) != len(names) and row:
+                raise _error(cell, "source", f"{source}, line {rows.line_num}: {len(row)} values for the {len(names)} "
+                             f"columns {', '.join(names)}", "values that hold commas or quotes stand in quotes")
+            records += [dict(zip(names, row, strict=True))] if row else []
+    except csv.Error as error:
+        where = f"{source}, line {rows.line_num}"
+        raise _error(cell, "source", f"{where}: not valid CSV: {error}", "mend the file") from None
+    return records
 
 
 def _read_file(cell: Data, source: str) -> str:

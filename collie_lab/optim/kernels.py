@@ -33,6 +33,7 @@ from collie_lab.optim.trace import TRITON, operand_kind, trace
 __all__ = ["Triton", "build_kernel", "kernel_source"]
 
 _BLOCK = 2048
+_TYPES = {torch.float32, torch.bfloat16}
 #: Columns of a tile of a matrix, where rows and columns have numbers of their own.
 _COLUMNS = 512
 
@@ -62,7 +63,7 @@ _WRITE = {
     tl.store(w_ptr + i, ({new}).to(tl.bfloat16), mask=mask)""",
 }
 _LOAD = {
-    "full": "{0} = tl.load({0}_ptr + i, mask=mask)",
+    "full": "{0} = tl.load({0}_ptr + i, mask=mask).to(tl.float32)",
     "column": "{0} = tl.load({0}_ptr + r, mask=r < n // width)",
     "row": "{0} = tl.load({0}_ptr + c, mask=c < width)",
     "number": "{0} = tl.load({0}_ptr)",
@@ -174,8 +175,8 @@ class Triton(Engine):
         launches: dict[Any, tuple[_Launch, list[list[int]]]] = {}
         for weight, gradient, operands, _ in updates:
             w, extra = weight.tensor, weight.extra
-            if not _suits(w, gradient.raw, *operands.values()):
-                self._eager.elementwise(formula, weight, gradient, operands, scalars)
+            if not _suits_table(w, gradient.raw, operands):
+                self.elementwise(formula, weight, gradient, operands, scalars)
             elif size := w.numel():
                 launch, address = _launch(weight, gradient, _kinds(operands, w)), w.data_ptr()
                 launches.setdefault(launch.key, (launch, []))[1].append([
@@ -207,7 +208,7 @@ class Triton(Engine):
         for update in updates:
             weight, gradient, states, shards = update
             w = weight.tensor
-            if shards.dims or w.ndim > 2 or not w.numel() or not _suits(w, gradient.raw, *states.values()):
+            if shards.dims or w.ndim > 2 or not w.numel() or not _suits_table(w, gradient.raw, states):
                 left.append(update)
                 continue
             flat = w.ndim < 2
@@ -220,13 +221,13 @@ class Triton(Engine):
 
     @override
     def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
-        if not _suits(weight.tensor, gradient.raw) or weight.tensor.numel() == 0:
+        if not _suits_table(weight.tensor, gradient.raw, {}) or weight.tensor.numel() == 0:
             return self._eager.moments(weight, gradient)
         return self._factored.moments(weight, gradient)
 
     @override
     def energy(self, gradient: Gradient, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
-        if not _suits(gradient.raw, row, column) or gradient.raw.numel() == 0:
+        if not _suits_table(gradient.raw, gradient.raw, {"row": row, "column": column}) or gradient.raw.numel() == 0:
             return self._eager.energy(gradient, row, column, dtype)
         return self._factored.energy(gradient, row, column)
 
@@ -286,3 +287,9 @@ def _width(tensor: Tensor) -> int:
 
 def _suits(*tensors: Tensor) -> bool:
     return all(tensor.is_contiguous() and tensor.dtype != torch.float64 for tensor in tensors)
+
+
+def _suits_table(weight: Tensor, gradient: Tensor, operands: States) -> bool:
+    """Whether a table's addresses mean what its kernel takes them for."""
+    return (_suits(weight, gradient, *operands.values()) and {weight.dtype, gradient.dtype} <= _TYPES
+            and all(operand.dtype == torch.float32 for operand in operands.values()))

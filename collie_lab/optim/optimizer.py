@@ -87,7 +87,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._scale: Tensor | None = None
         self._stages, self._copies = stages, {id(parameter) for parameter in copies}
         self._engine, self._engines, self._lazy = engine, dict[torch.device, Engine](), lazy
-        self._waiting = Waiting(self._update)
+        self._waiting = Waiting()
         self._hessian_tokens = 0
         self._since_refresh = 0
         check_options(rule, rounding=self._rounding, accumulate=self._accumulate, max_norm=max_norm,
@@ -149,7 +149,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                               for parameter, index in ready])
         else:
             self._take_leftovers([parameter for parameter, _ in ready])
-            self._waiting.flush()
+            self._waiting.flush(self._update)
             if self._norms:
                 self._close_norm()
         self.set_norm(self.norm)
@@ -223,7 +223,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         part = self._fired.get(parameter, 0)
         # Not so FSDP2's gradients: they are there on a stream of its own, which it waits for before the end.
         if update and slot.engine.together and not isinstance(parameter, DTensor):
-            self._waiting.add((parameter, slot, gradient), part)
+            self._waiting.add((parameter, slot, gradient), part, self._update)
         elif update:
             self._update([(parameter, slot, gradient)], part)
         self._fired[parameter] = part + 1
@@ -231,9 +231,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _update(self, ready: list[Ready], part: int = 0) -> None:
         """Update parameters with their gradients, or with one more part of them."""
         slots = [slot for _, slot, _ in ready]
-        if not part:
-            torch._foreach_add_([slot.step for slot in slots], 1)
-        counts = [int(slot.step) for slot in slots]
+        counts = [int(slot.step) + (not part) for slot in slots]
         noise = [0] * len(slots)
         if any(slot.rounding == "stochastic" for slot in slots):  # every part of a gradient has noise of its own
             noise = noise_keys(self._seed + part, np.array(counts, dtype=np.uint64),
@@ -250,6 +248,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             together.setdefault((slot.engine, slot.group, count - int(slot.start)), []).append(Update(
                 Weight(weight, slot.rounding, slot.extra, key + slot.shards.offset),
                 Gradient(gradient, self._scale, self._max_value), slot.states, slot.shards))
+        if not part:
+            torch._foreach_add_([slot.step for slot in slots], 1)
         for (engine, index, step), updates in together.items():
             group = self.param_groups[index]
             if part:  # weight decay is part of a step, not of each part of its gradient
@@ -275,6 +275,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The context of a backward pass that only finds the gradient's norm, by which the next is clipped."""
         if not self.in_backward or self._max_norm is None:
             raise ValueError("measure() is for clipping by norm in backward: there is no max_norm, or no need of it")
+        self._waiting.flush(self._update)
         try:
             with self._in_phase("measure"):
                 yield
@@ -375,6 +376,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups or the states are not those of this optimizer.
         """
+        self._waiting.drop()
+        self._fired.clear()
         groups, saved = self.param_groups, state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
             raise ValueError("the saved optimizer has other parameter groups")

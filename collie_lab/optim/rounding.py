@@ -130,7 +130,7 @@ def noise_keys(seed: int, steps: NDArray[np.uint64], parameters: NDArray[np.uint
     """Where the noise of one update of each of some parameters begins: far from all others."""
     # splitmix64 (Steele et al. 2014), over the three numbers in turn; it overflows on purpose.
     x: NDArray[Any] = np.zeros(len(steps), dtype=np.uint64)
-    for numbers in (np.uint64(seed), steps, parameters):
+    for numbers in (np.uint64(seed % 2**64), steps, parameters):
         x = x + numbers + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> 27)) * np.uint64(0x94D049BB133111EB)

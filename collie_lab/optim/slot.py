@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ def claim(parameter: Tensor, hook: Callable[[Tensor], None]) -> None:
     def call(parameter: Tensor) -> None:
         if (living := method()) is not None:
             living(parameter)
+        else:
+            warnings.warn("an optimizer in backward is gone, and its parameters are no longer updated: keep it in a "
+                          "variable as long as they are trained", stacklevel=2)
 
     _hooks[parameter] = parameter.register_post_accumulate_grad_hook(call)
 

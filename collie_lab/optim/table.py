@@ -68,7 +68,9 @@ class Owners:
 
     def __call__(self, counts: Sequence[int]) -> Tensor:
         """From how many programs each tensor has."""
-        return self._find(tuple(counts))
+        # Memory belongs to the stream that it was first used on.
+        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+        return self._find(tuple(counts), stream)
 
-    def _make(self, counts: tuple[int, ...]) -> Tensor:
+    def _make(self, counts: tuple[int, ...], stream: int) -> Tensor:
         return upload(np.repeat(np.arange(len(counts), dtype=np.int32), counts), self._device)

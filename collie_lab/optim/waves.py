@@ -20,6 +20,7 @@ __all__ = ["Ready", "Waiting", "waves"]
 
 Ready = tuple[Tensor, Slot, Tensor]
 """A parameter, what is kept of it, and its gradient."""
+_Update = Callable[[list[Ready], int], None]
 
 # Elements: from a tenth of a millisecond's work for the fastest GPU to what AdaLomo takes 130 MB of scratch for.
 _FIRST_WAVE, _LAST_WAVE = 2**26, 2**29
@@ -32,7 +33,7 @@ def waves(ready: list[Ready]) -> Iterator[list[Ready]]:
     wave, size, limit = list[Ready](), 0, _FIRST_WAVE
     for each in ready:
         wave.append(each)
-        size += each[2].numel()
+        size += each[1].shards.shape.numel()  # of the whole: the same waves on every rank
         if size >= limit:
             yield wave
             wave, size, limit = [], 0, min(2 * limit, _LAST_WAVE)
@@ -47,39 +48,51 @@ class Waiting:
     which the order of the backward pass before tells. The end of the pass takes them all.
     """
 
-    def __init__(self, update: Callable[[list[Ready], int], None]):
-        self._update = update
+    def __init__(self) -> None:
         self._ready: list[Ready] = []
         self._part = self._size = 0
         self._pass = -1  # autograd's number of the backward pass
+        self._stream: Any = None
         self._largest = _SMALL
         self._last: Tensor | None = None
         self._next: Any = WeakIdKeyDictionary()  # of a parameter, the bytes of the gradient that came after it
 
-    def add(self, each: Ready, part: int) -> None:
+    def add(self, each: Ready, part: int, update: _Update) -> None:
         """One more gradient: now, or soon, its parameter is updated. `part`: which of its gradients in this step."""
         parameter, _, gradient = each
-        number = torch._C._current_graph_task_id()
+        number, stream = torch._C._current_graph_task_id(), _stream(gradient)
         if number != self._pass or part != self._part:
-            self.flush()
-        if number != self._pass and number != -1:
-            Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+            self.flush(update)
+        if number == -1 or (self._ready and stream != self._stream):  # nobody calls back; others are of another stream
+            update([each], part)
+            return
+        if number != self._pass:
+            Variable._execution_engine.queue_callback(lambda: self._end(update))  # type: ignore[attr-defined]
         self._largest = max(self._largest, gradient.nbytes)
         if self._last is not None:
             self._next[self._last] = gradient.nbytes
-        self._pass, self._part, self._last = number, part, parameter
+        self._pass, self._part, self._last, self._stream = number, part, parameter, stream
         self._ready.append(each)
         self._size += gradient.nbytes
-        if number == -1 or self._size + self._next.get(parameter, self._largest) > self._largest:
-            self.flush()
+        if self._size + self._next.get(parameter, self._largest) > self._largest:
+            self.flush(update)
 
-    def flush(self) -> None:
-        """Update all that wait."""
-        ready, self._ready, self._size = self._ready, [], 0
+    def flush(self, update: _Update) -> None:
+        """Update all that wait. (After a pass that failed, some do: their gradients were complete.)"""
+        ready = self._ready
+        self.drop()
         if ready:
-            self._update(ready, self._part)
+            update(ready, self._part)
 
-    def _end(self) -> None:
+    def drop(self) -> None:
+        """Forget what waits."""
+        self._ready, self._size = [], 0
+
+    def _end(self, update: _Update) -> None:
         with torch.no_grad():
-            self.flush()
+            self.flush(update)
         self._pass, self._last = -1, None
+
+
+def _stream(tensor: Tensor) -> Any:
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None

@@ -40,7 +40,7 @@ def recall(model: nn.Module, cell: Model, seed: int, parameters: Mapping[str, nn
 
     On all ranks together: it is so on all of them, or on none.
     """
-    known = bool(_values) and _key == _key_of(cell, seed, parameters)
+    known = bool(_values) and _key == _key_of(model, cell, seed, parameters)
     if _keeps and dist.is_initialized():
         agreed: list[bool] = [False] * dist.get_world_size()
         dist.all_gather_object(agreed, known)
@@ -61,7 +61,7 @@ def remember(model: nn.Module, cell: Model, seed: int, parameters: Mapping[str, 
     tensors = _locals(model, parameters)
     size = sum(values.nbytes for values in tensors.values()) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if size < _SHARE * psutil.virtual_memory().available:
-        _key = _key_of(cell, seed, parameters)
+        _key = _key_of(model, cell, seed, parameters)
         with uncounted():
             _values = {name: values.to("cpu", copy=True) for name, values in tensors.items()}
 
@@ -73,13 +73,14 @@ def _locals(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[st
             for name, values in tensors.items()}
 
 
-def _key_of(cell: Model, seed: int, parameters: Mapping[str, nn.Parameter]) -> str:
-    """All that the values depend on: the cell, the state of its files, the seed, and this rank's pieces."""
+def _key_of(model: nn.Module, cell: Model, seed: int, parameters: Mapping[str, nn.Parameter]) -> str:
+    """All that the values depend on: the cell, the state of its files, the seed, buffers and this rank's pieces."""
     facts: list[Any] = [repr(cell), seed if cell.init == "random" else None]
     folder = Path(cell.source).expanduser()
     if cell.init == "pretrained" and folder.is_dir():
         facts += sorted((file.name, state.st_ino, state.st_size, state.st_mtime_ns)
                         for file in folder.iterdir() for state in [file.stat()])
+    facts += [(name, buffer.shape, buffer.dtype) for name, buffer in model.named_buffers()]
     for name, values in parameters.items():
         place = (values.placements, values.device_mesh.shape, values.device_mesh.get_coordinate()) \
             if isinstance(values, DTensor) else ()

@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from collie_lab.beat import Beat
 from collie_lab.cells import Adan, Evaluation, Experiment, LibraryOptimizer, RuleCell, ScheduleFree, Sophia
 from collie_lab.data import Documents, Order, Tokenizer, sequence_length
 from collie_lab.data.order import Step
-from collie_lab.folder import JsonLines, RunFolder
+from collie_lab.folder import JsonLines, RunFolder, read_json
 from collie_lab.parallel import build_strategy
 from collie_lab.training.answers import Answers
 from collie_lab.training.batch import Batch, collate
@@ -242,6 +243,7 @@ class Trainer:
         self._checkpoints = Checkpointer(self.folder.checkpoints, keep=training.keep_checkpoints, layout=layout,
                                          identity=self._identity(), on_written=self._tell_of_checkpoint)
         if resume := self._launch.get("resume_from"):
+            self._check_frozen(RunFolder(resume).path)
             read = functools.partial(load_checkpoint, RunFolder(resume).path, layout=layout, seed=seed)
             self.step = self._strategy.load(read, self._adapted, self.optimizer)
         self.event("start", step=self.step, steps=training.steps, world_size=experiment.parallel.world_size,
@@ -268,7 +270,20 @@ class Trainer:
         """What a run must share with the one it resumes."""
         experiment = self.experiment
         return {"optimizer": experiment.optimizer.kind, "batch_size": experiment.training.batch_size,
-                "seed": experiment.training.seed, "data": self.folder.read("data/index.json")["fingerprint"]}
+                "seed": experiment.training.seed, "data": self.folder.read("data/index.json")["fingerprint"],
+                "drawn_on": self._drawn_on()}
+
+    def _drawn_on(self) -> str | None:
+        """What drew frozen random weights, which no checkpoint keeps; another GPU draws others."""
+        if self.experiment.model.init != "random" or self._counts["trainable"] == self._counts["parameters"]:
+            return None
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    def _check_frozen(self, checkpoint: Path) -> None:
+        drawn_on = read_json(checkpoint / "state.json").get("identity", {}).get("drawn_on")
+        if drawn_on is not None and drawn_on != self._drawn_on():
+            raise ValueError(f"the frozen random weights of {checkpoint} were drawn by another device ({drawn_on}), "
+                             f"and are others here ({self._drawn_on()}): resume there, or begin with saved weights")
 
     def _wants_stop(self) -> bool:
         self._heed_stop()

@@ -3,7 +3,7 @@
 `blueprint` builds a model without weights: parameters on torch's meta device, buffers real. The layout cuts and
 shards it. `fill` then gives every parameter that is still on meta its values, unit by unit; a unit is a repeated
 block or, outside of blocks, one module's own parameters. Random values depend on the seed, the unit's name and the
-kind of device alone, never on the layout: every rank draws the unit whole and keeps its slice.
+device's model alone, never on the layout: every rank draws the unit whole and keeps its slice.
 """
 
 from __future__ import annotations
@@ -202,7 +202,9 @@ class _Drawn:
 
     def __init__(self, whole: PreTrainedModel, seed: int, device: torch.device):
         self._whole, self._seed, self._device = whole, seed, device
-        self._random = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+        self._generators = [torch.default_generator]  # some families draw on the CPU whatever the device is
+        if device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index])
         self._blocks = set(whole._no_split_modules or ())
         self._unit: str | None = None
         self._modules: list[nn.Module] = []
@@ -231,7 +233,8 @@ class _Drawn:
         self._unit, self._modules = unit, list(chain[-1].modules()) if self._is_block(chain[-1]) else [chain[-1]]
         self._give(lambda parameter: torch.full_like(parameter, torch.nan, device=self._device))
         digest = hashlib.sha256(f"{self._seed}:{unit}".encode()).digest()
-        self._random.manual_seed(int.from_bytes(digest[:8], "big"))
+        for generator in self._generators:
+            generator.manual_seed(int.from_bytes(digest[:8], "big"))
         # As transformers does: the innermost model's way, and parents after children, whose values some of them change.
         models = [next(model for model in reversed(chain[:depth + 1]) if isinstance(model, PreTrainedModel))
                   for depth in range(len(chain))]

@@ -128,11 +128,14 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CellError, match=r"broken\.jsonl, line 3, column 16: not valid JSON: Expecting ','"):
         read_documents(Instructions(lines), "train")
     table = tmp_path / "broken.csv"
-    table.write_text("prompt,completion\na,b\na,b,c\n", encoding="utf-8")
-    with pytest.raises(CellError, match=r"broken\.csv is not valid CSV: .*line 3, saw 3"):
-        read_documents(Instructions(table), "train")
+    for rows, message in (("Hello, how are you?,Fine\na,b\n", "line 2: 3 values for the 2 columns prompt, completion"),
+                          ("a,b\na\n", "line 3: 1 values for the 2"),
+                          ('a,"b', "line 2: not valid CSV: unexpected end")):
+        table.write_text(f"prompt,completion\n{rows}", encoding="utf-8")
+        with pytest.raises(CellError, match=rf"broken\.csv, {message}"):
+            read_documents(Instructions(table), "train")
     table.write_text("", encoding="utf-8")
-    with pytest.raises(CellError, match="is not valid CSV: No columns"):
+    with pytest.raises(CellError, match="holds no records"):
         read_documents(Instructions(table), "train")
     table.write_bytes("prompt,completion\na,Ä\n".encode("latin-1"))
     with pytest.raises(CellError, match="is not UTF-8 text"):

@@ -130,6 +130,30 @@ def test_a_backward_pass_that_fails_takes_its_updates_along(together: list[int])
     assert not torch.equal(model[2].weight, before)
 
 
+def test_what_waits_after_a_failure_does_not_reach_restored_weights(together: list[int]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    optimizer = RuleOptimizer(model.parameters(), SGD(), in_backward=True, **PLAIN)
+    model(torch.ones(4)).sum().backward()
+    optimizer.step()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    first = model[0].weight.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.ones(4)).sum().backward()
+    first.remove()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    optimizer.step()
+    assert all(torch.equal(weight, saved[0][name]) for name, weight in model.state_dict().items())
+
+
+def test_a_dropped_optimizer_is_missed() -> None:
+    model = nn.Linear(2, 2)
+    RuleOptimizer(model.parameters(), SGD(), in_backward=True, **PLAIN)
+    gc.collect()
+    with pytest.warns(UserWarning, match="an optimizer in backward is gone"):
+        model(torch.ones(2)).sum().backward()
+
+
 def test_an_optimizer_goes_with_its_model() -> None:
     def train() -> list[weakref.ref[Any]]:
         model = nn.Linear(8, 8)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import collie_lab as lab
 from collie_lab.cells import Adapter
-from collie_lab.folder import RunFolder
+from collie_lab.folder import RunFolder, read_json, write_json
 from collie_lab.training.adapters import adapt
 from collie_lab.training.model import build_model
 from collie_lab.training.weights import blueprint
@@ -84,6 +84,18 @@ def test_a_resumed_adapter_goes_on_as_if_nothing_had_happened(name: str, tmp_pat
     whole = run_here(experiment, tmp_path / "whole")
     resumed = run_here(experiment, tmp_path / "resumed", resume=next(whole.checkpoints.glob("*3")))
     assert losses(resumed) == losses(whole)[3:]
+
+
+def test_frozen_random_weights_are_not_resumed_on_what_draws_others(tmp_path: Path) -> None:
+    experiment = BASE.replace(adapter=ADAPTERS["lora"]).with_("training.checkpoint_every", 3)
+    whole = run_here(experiment, tmp_path / "whole")
+    checkpoint = next(whole.checkpoints.glob("*3"))
+    state = read_json(checkpoint / "state.json")
+    assert state["identity"]["drawn_on"] == "cpu"
+    state["identity"]["drawn_on"] = "NVIDIA H200"
+    write_json(checkpoint / "state.json", state)
+    with pytest.raises(ValueError, match=r"drawn by another device \(NVIDIA H200\), and are others here \(cpu\)"):
+        run_here(experiment, tmp_path / "resumed", resume=checkpoint)
 
 
 def test_bf16_weights_take_adapters(tmp_path: Path) -> None:

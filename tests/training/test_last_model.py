@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from collie_lab.cells import Model
+from collie_lab.cells import OFT, Adapter, LoRA, Model
 from collie_lab.training import last_model, weights
+from collie_lab.training.adapters import adapt
 
 CPU = torch.device("cpu")
 
@@ -54,6 +55,21 @@ def test_the_first_weights_come_back_and_not_the_trained(saved: Path, init: str,
     monkeypatch.setattr(last_model, "_keeps", False)
     monkeypatch.setattr(last_model, "_values", {})
     assert same(again, filled(cell))
+
+
+def test_an_adapters_own_buffers_are_not_those_of_another() -> None:
+    """OFT keeps indices in buffers; the base model is the same for all adapters, and so are its parameters' names."""
+    cell = Model("llama-tiny", init="random")
+
+    def adapted(adapter: Adapter) -> nn.Module:
+        model = adapt(weights.blueprint(cell), adapter)
+        weights.fill(model, cell, 0, CPU)
+        return model
+
+    for adapter in (LoRA(r=2), OFT(block_size=4), OFT(block_size=2), OFT(block_size=4)):
+        wanted = {name: buffer.clone() for name, buffer in adapt(weights.blueprint(cell), adapter).named_buffers()}
+        found = dict(adapted(adapter).named_buffers())
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_another_seed_or_a_changed_file_is_another_model(saved: Path) -> None:
