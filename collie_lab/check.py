@@ -66,7 +66,7 @@ def check(experiment: Experiment) -> Report:
     """All problems of an experiment; reads its model's configuration and its data, starts nothing."""
     problems: list[Problem] = []
     config = _collect(problems, lambda: _model(experiment.model, problems))
-    problems += [*_batches(experiment), *optimizer_problems(experiment), *adapter_problems(experiment, config or {}),
+    problems += [*_batches(experiment), *optimizer_problems(experiment), *adapter_problems(experiment),
                  *parallel_problems(experiment, config or {}), *deepspeed_problems(experiment),
                  *_evaluations(experiment), *_without_effect(experiment), *_gpus(experiment)]
     _collect(problems, lambda: _data(experiment, config or {}, problems))
