@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
-
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from collie_lab.cells._base import Cell
 
@@ -43,16 +41,8 @@ class IA3(Adapter):
     targets: _Names | None = Field(default=None, min_length=1)
     """Names of the linear layers to scale. Default, for families that peft knows: keys, values and the second
     feed-forward layer."""
-    feedforward: _Names | None = None
-    """Those of them whose inputs are scaled, in the place of their outputs. With `targets`, required."""
-
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        if (self.targets is None) != (self.feedforward is None):
-            raise ValueError("targets and feedforward are given together: feedforward=() scales outputs only")
-        if unknown := [name for name in self.feedforward or () if name not in (self.targets or ())]:
-            raise ValueError(f"feedforward: {unknown[0]} is none of targets")
-        return self
+    feedforward: _Names = ()
+    """Those of `targets` whose inputs are scaled, in the place of their outputs."""
 
 
 class OFT(Adapter):
@@ -74,5 +64,10 @@ class Freeze(Adapter):
 
     train: _Names = Field(min_length=1)
 
-    def __init__(self, train: _Names, **fields: object) -> None:
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    def __init__(self, train: _Names | str, **fields: object) -> None:
         super().__init__(**{"train": train, **fields})

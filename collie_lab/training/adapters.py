@@ -61,7 +61,7 @@ def _peft_config(cell: Adapter) -> Any:
             return peft.IA3Config(**task)
         case IA3():
             return peft.IA3Config(target_modules=list(cell.targets or ()),
-                                  feedforward_modules=list(cell.feedforward or ()), **task)
+                                  feedforward_modules=list(cell.feedforward), **task)
         case OFT():
             return peft.OFTConfig(oft_block_size=cell.block_size, module_dropout=cell.dropout,
                                   target_modules=_targets(cell), **task)

@@ -53,13 +53,6 @@ def test_errors(experiment: lab.Experiment, message: str) -> None:
         report.raise_for_errors()
 
 
-def test_ia3_wants_targets_and_feedforward_together() -> None:
-    with pytest.raises(lab.CellError, match="given together"):
-        lab.IA3(targets=("k_proj",))
-    with pytest.raises(lab.CellError, match="down_proj is none of targets"):
-        lab.IA3(targets=("k_proj",), feedforward=("down_proj",))
-
-
 @pytest.mark.parametrize(("experiment", "message"), [
     (GOOD.with_("parallel.zero", 3), "Parallel.zero: nothing to shard on one data-parallel rank"),
     (GOOD.with_("training.checkpoint_every", 5), "no checkpoint within 2 steps"),

@@ -43,7 +43,7 @@ ARMS = {
     "held": BASE.replace(optimizer=AdamW(lr=3e-3, weight_decay=0.1, in_backward=True, accumulate="hold")).replace(
         training=BASE.training.replace(clip_grad_norm=None, clip_grad_value=0.05, micro_batch_size=1)),
     "lion": BASE.replace(optimizer=Lion(lr=1e-3, weight_decay=0.1)),
-    "lora": BASE.replace(optimizer=AdamW(lr=1e-2), adapter=LoRA(r=4)),
+    "lora": BASE.replace(optimizer=AdamW(lr=5e-3), adapter=LoRA(r=4)),
     "accumulation": ADAMW.with_("training.micro_batch_size", 1),
     "recompute": ADAMW.with_("training.recompute", "full"),
 }
