@@ -24,7 +24,7 @@ from torch import Tensor
 
 from collie_lab.optim.rounding import Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, Update
-from collie_lab.optim.table import Owners, aligned, blocks, extra_type, on, pointers, triton_type, upload
+from collie_lab.optim.table import TYPES, Owners, aligned, blocks, clipping, extra_type, on, pointers, upload
 
 __all__ = ["FACTORS", "VECTOR", "Factored"]
 
@@ -42,10 +42,11 @@ _DEEP, _WIDE = 32, 128  # a tile of the sums over blocks
 _LONG = 4096  # a piece of a vector
 
 # The fields of a tensor's row in the table: sizes, the first of its programs in a launch, and addresses.
-_NAMES = ("m", "n", "first_block", "first_row", "first_column", "first_rows", "w", "e", "g", "row_sums",
+_NAMES = ("m", "n", "first_block", "first_row_chunk", "first_column_chunk", "first_tile", "w", "e", "g", "row_sums",
           "column_sums", "squares", "means", "energies", "row", "column", "row_state", "column_state", "numbers")
-(_M, _N, _FIRST_BLOCK, _FIRST_ROW, _FIRST_COLUMN, _FIRST_ROWS, _W, _E, _G, _ROW_SUMS, _COLUMN_SUMS, _SQUARES, _MEANS,
- _ENERGIES, _ROW, _COLUMN, _ROW_STATE, _COLUMN_STATE, _NUMBERS) = [tl.constexpr(at) for at in range(len(_NAMES))]
+(_M, _N, _FIRST_BLOCK, _FIRST_ROW_CHUNK, _FIRST_COLUMN_CHUNK, _FIRST_TILE, _W, _E, _G, _ROW_SUMS, _COLUMN_SUMS,
+ _SQUARES, _MEANS, _ENERGIES, _ROW, _COLUMN, _ROW_STATE, _COLUMN_STATE, _NUMBERS) = [
+    tl.constexpr(at) for at in range(len(_NAMES))]
 _FIELDS = tl.constexpr(len(_NAMES))
 _TINY = tl.constexpr(1e-30)
 
@@ -90,8 +91,8 @@ class Factored:
             "row_sums": across * m, "column_sums": down * n, "squares": down * across, "means": column_chunks,
             "energies": rows, "row": m, "column": n, "numbers": np.ones_like(m)})
         table = self._table({
-            "m": m, "n": n, "first_block": blocks(down * across), "first_rows": blocks(rows),
-            "first_row": blocks(row_chunks), "first_column": blocks(column_chunks), **places,
+            "m": m, "n": n, "first_block": blocks(down * across), "first_tile": blocks(rows),
+            "first_row_chunk": blocks(row_chunks), "first_column_chunk": blocks(column_chunks), **places,
             **(at := _addresses([each.weight for each in updates], [each.gradient for each in updates])),
             "row_state": pointers(each.states["row"] for each in updates),
             "column_state": pointers(each.states["column"] for each in updates)})
@@ -161,14 +162,12 @@ def _noise(updates: Sequence[Update]) -> _Rows:
 
 
 def _weight(weight: Weight) -> dict[str, Any]:
-    return {"W": triton_type(weight.tensor.dtype), "E": triton_type(extra_type(weight.rounding, weight.tensor.dtype)),
+    return {"W": TYPES[weight.tensor.dtype], "E": TYPES[extra_type(weight.rounding, weight.tensor.dtype)],
             "KAHAN": weight.rounding == "kahan", "MASTER": weight.rounding == "master"}
 
 
 def _gradient(gradient: Gradient) -> dict[str, Any]:
-    return {"G": triton_type(gradient.raw.dtype), "scale_ptr": gradient.raw if gradient.scale is None else
-            gradient.scale, "limit": float(gradient.limit or 0), "SCALED": gradient.scale is not None,
-            "LIMITED": gradient.limit is not None}
+    return {"G": TYPES[gradient.raw.dtype], **clipping(gradient.scale, gradient.limit, gradient.raw)}
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -250,11 +249,11 @@ def _means(table_ptr, owner_ptr, beta, fresh, OF_ROWS: tl.constexpr, DOWN: tl.co
     row_ptr = _entry(table_ptr, owner_ptr)
     m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N)
     if OF_ROWS:
-        chunk = tl.program_id(0) - tl.load(row_ptr + _FIRST_ROW)
+        chunk = tl.program_id(0) - tl.load(row_ptr + _FIRST_ROW_CHUNK)
         sums_ptr, state_ptr = _numbers_at(row_ptr, _ROW_SUMS), _numbers_at(row_ptr, _ROW_STATE)
         count, width, size = tl.cdiv(n, ACROSS).to(tl.int32), m, n
     else:
-        chunk = tl.program_id(0) - tl.load(row_ptr + _FIRST_COLUMN)
+        chunk = tl.program_id(0) - tl.load(row_ptr + _FIRST_COLUMN_CHUNK)
         sums_ptr, state_ptr = _numbers_at(row_ptr, _COLUMN_SUMS), _numbers_at(row_ptr, _COLUMN_STATE)
         count, width, size = tl.cdiv(m, DOWN).to(tl.int32), n, m
     at = chunk * WIDE + tl.arange(0, WIDE)
@@ -289,7 +288,7 @@ def _energy(table_ptr, owner_ptr, scale_ptr, limit, G: tl.constexpr, SCALED: tl.
             LIMITED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr = _ROWS,
             COLUMNS: tl.constexpr = _COLUMNS):
     row_ptr = _entry(table_ptr, owner_ptr)
-    block = tl.program_id(0) - tl.load(row_ptr + _FIRST_ROWS)
+    block = tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)
     m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N).to(tl.int32)
     g_ptr = tl.load(row_ptr + _G).to(tl.pointer_type(G))
     if ALIGNED:

@@ -27,13 +27,12 @@ from collie_lab.optim.engine import Eager, Engine, Formula
 from collie_lab.optim.factored import FACTORS, VECTOR, Factored
 from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, States, Update
-from collie_lab.optim.table import Owners, aligned, blocks, extra_type, on, triton_type, upload
+from collie_lab.optim.table import TYPES, Owners, aligned, blocks, clipping, extra_type, on, upload
 from collie_lab.optim.trace import TRITON, operand_kind, trace
 
 __all__ = ["Triton", "build_kernel", "kernel_source"]
 
 _BLOCK = 2048
-_TYPES = {torch.float32, torch.bfloat16}
 #: Columns of a tile of a matrix, where rows and columns have numbers of their own.
 _COLUMNS = 512
 
@@ -70,13 +69,13 @@ _LOAD = {
 }
 _ONE = """
 @triton.jit
-def kernel(w_ptr, e_ptr, g_ptr, scale_ptr, limit, noise, n, width{pointers}{numbers},
+def kernel(w_ptr, e_ptr, g_ptr, noise, n, width{pointers}{numbers}, scale_ptr, limit,
            SCALED: tl.constexpr, LIMITED: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
 """
 _MANY = """
 @triton.jit
-def kernel(table_ptr, owner_ptr, scale_ptr, limit{numbers}, W: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+def kernel(table_ptr, owner_ptr{numbers}, scale_ptr, limit, W: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
            FIELDS: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr,
            BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     row_ptr = table_ptr + tl.load(owner_ptr + tl.program_id(0)).to(tl.int64) * FIELDS
@@ -162,9 +161,8 @@ class Triton(Engine):
         kernel = build_kernel(formula, weight.rounding, launch.kinds, tuple(scalars), many=False)
         with torch.cuda.device_of(w):
             kernel[(launch.programs(w.numel(), width),)](
-                w, w if weight.extra is None else weight.extra, raw, w if launch.scale is None else launch.scale,
-                float(launch.limit or 0), wrap32(weight.noise), w.numel(), width, *operands.values(),
-                *map(float, scalars.values()), SCALED=launch.scale is not None, LIMITED=launch.limit is not None,
+                w, w if weight.extra is None else weight.extra, raw, wrap32(weight.noise), w.numel(), width,
+                *operands.values(), *map(float, scalars.values()), **clipping(gradient.scale, gradient.limit, w),
                 BLOCK=_BLOCK, COLUMNS=launch.columns)
 
     @override
@@ -193,11 +191,10 @@ class Triton(Engine):
         with on(self._device):
             table = upload(np.column_stack([blocks(counts), rows]), self._device)
             kernel[(int(counts.sum()),)](
-                table, self._owners(counts.tolist()), table if launch.scale is None else launch.scale,
-                float(launch.limit or 0), *map(float, scalars.values()), W=triton_type(launch.weight),
-                E=triton_type(extra_type(launch.rounding, launch.weight)), G=triton_type(launch.gradient),
-                FIELDS=rows.shape[1] + 1, ALIGNED=aligned(rows[:, [0, 1, 3, 4, 5, *wide]]),
-                SCALED=launch.scale is not None, LIMITED=launch.limit is not None, BLOCK=_BLOCK,
+                table, self._owners(counts.tolist()), *map(float, scalars.values()),
+                **clipping(launch.scale, launch.limit, table), W=TYPES[launch.weight],
+                E=TYPES[extra_type(launch.rounding, launch.weight)], G=TYPES[launch.gradient],
+                FIELDS=rows.shape[1] + 1, ALIGNED=aligned(rows[:, [0, 1, 3, 4, 5, *wide]]), BLOCK=_BLOCK,
                 COLUMNS=launch.columns)
 
     @override
@@ -291,5 +288,5 @@ def _suits(*tensors: Tensor) -> bool:
 
 def _suits_table(weight: Tensor, gradient: Tensor, operands: States) -> bool:
     """Whether a table's addresses mean what its kernel takes them for."""
-    return (_suits(weight, gradient, *operands.values()) and {weight.dtype, gradient.dtype} <= _TYPES
+    return (_suits(weight, gradient, *operands.values()) and {weight.dtype, gradient.dtype} <= TYPES.keys()
             and all(operand.dtype == torch.float32 for operand in operands.values()))

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,12 +17,12 @@ from typing_extensions import override
 from collie_lab.optim._checks import check_names, check_options
 from collie_lab.optim.clip import clip_coefficient, gradient_norms
 from collie_lab.optim.engine import Engine, choose_engine
-from collie_lab.optim.rounding import Weight, noise_keys
-from collie_lab.optim.rule import Gradient, Rule, Update
+from collie_lab.optim.rule import Rule
 from collie_lab.optim.rules import SophiaG
-from collie_lab.optim.shards import global_norm, local, local_gradient
-from collie_lab.optim.slot import Slot, claim, make_slot, release
-from collie_lab.optim.waves import Ready, Waiting, waves
+from collie_lab.optim.shards import global_norm, local_gradient
+from collie_lab.optim.slot import Ready, Slot, claim, make_slot, release
+from collie_lab.optim.updates import gather
+from collie_lab.optim.waves import Waiting, waves
 
 __all__ = ["RuleOptimizer"]
 
@@ -230,33 +229,17 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _update(self, ready: list[Ready], part: int = 0) -> None:
         """Update parameters with their gradients, or with one more part of them."""
-        slots = [slot for _, slot, _ in ready]
-        counts = [int(slot.step) + (not part) for slot in slots]
-        noise = [0] * len(slots)
-        if any(slot.rounding == "stochastic" for slot in slots):  # every part of a gradient has noise of its own
-            noise = noise_keys(self._seed + part, np.array(counts, dtype=np.uint64),
-                               np.array([slot.index for slot in slots], dtype=np.uint64)).tolist()
-        weights, together = list[Tensor](), dict[tuple[Engine, int, int], list[Update]]()
-        for (parameter, slot, gradient), count, key in zip(ready, counts, noise, strict=True):
-            if gradient.is_sparse:
-                raise ValueError("sparse gradients are not supported: Embedding(sparse=False)")
-            weight = local(parameter)
-            if weight.dtype != slot.dtype or parameter.device not in self._engines:
-                raise RuntimeError(f"a parameter became {weight.dtype} on {weight.device} after the optimizer was made "
-                                   f"for {slot.dtype}: change the model before")
-            weights.append(weight)
-            together.setdefault((slot.engine, slot.group, count - int(slot.start)), []).append(Update(
-                Weight(weight, slot.rounding, slot.extra, key + slot.shards.offset),
-                Gradient(gradient, self._scale, self._max_value), slot.states, slot.shards))
+        together = gather(ready, part=part, seed=self._seed, scale=self._scale, limit=self._max_value)
         if not part:
-            torch._foreach_add_([slot.step for slot in slots], 1)
+            torch._foreach_add_([slot.step for _, slot, _ in ready], 1)
         for (engine, index, step), updates in together.items():
             group = self.param_groups[index]
             if part:  # weight decay is part of a step, not of each part of its gradient
                 group = {**group, "weight_decay": 0.0}
             self.rule.apply(engine, updates, group, step)
         # Engines write behind autograd's back; a graph that still needs the old weights must raise.
-        torch.autograd.graph.increment_version(weights)
+        torch.autograd.graph.increment_version(
+            [update.weight.tensor for updates in together.values() for update in updates])
 
     def _close_norm(self) -> None:
         # In the order of parameters, not of hooks: the same sum in and out of backward, and on every rank.

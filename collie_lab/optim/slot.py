@@ -17,7 +17,7 @@ from collie_lab.optim.rounding import compute_dtype
 from collie_lab.optim.rule import Rule, States
 from collie_lab.optim.shards import Shards, local
 
-__all__ = ["Slot", "claim", "make_slot", "release"]
+__all__ = ["Ready", "Slot", "claim", "make_slot", "release"]
 
 # Who makes another optimizer for the same parameters means that one, even where the old one is still held.
 _hooks: Any = WeakIdKeyDictionary()
@@ -40,6 +40,11 @@ class Slot:
     rounding: str
     engine: Engine
     dtype: torch.dtype
+    device: torch.device
+
+
+Ready = tuple[Tensor, Slot, Tensor]
+"""A parameter, what is kept of it, and its gradient."""
 
 
 def make_slot(parameter: Tensor, rule: Rule, rounding: str, *, index: int, group: int, engine: Engine
@@ -56,7 +61,8 @@ def make_slot(parameter: Tensor, rule: Rule, rounding: str, *, index: int, group
     value = weight.to(compute_dtype(weight.dtype), memory_format=torch.contiguous_format)
     states = rule.init(value)
     entries = {name: torch.zeros((), dtype=torch.int64) for name in ("step", "start")}
-    slot = Slot(index, group, shards, entries["step"], entries["start"], states, None, rounding, engine, weight.dtype)
+    slot = Slot(index, group, shards, entries["step"], entries["start"], states, None, rounding, engine, weight.dtype,
+                weight.device)
     for name, piece in states.items():
         entries[name] = rule.layout(name, shards, piece)
     if rounding == "master":

@@ -17,7 +17,10 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Owners", "aligned", "blocks", "extra_type", "on", "pointers", "triton_type", "upload"]
+__all__ = ["TYPES", "Owners", "aligned", "blocks", "clipping", "extra_type", "on", "pointers", "upload"]
+
+#: The types of weights and gradients that kernels know, in Triton's words.
+TYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 #: Bytes to which addresses and sizes must be aligned, so that a thread loads 16 bytes at once.
 _ALIGNED = 16
@@ -34,9 +37,10 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def triton_type(dtype: torch.dtype) -> Any:
-    """The same type in Triton's words."""
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}[dtype]
+def clipping(scale: Tensor | None, limit: float | None, stand_in: Tensor) -> dict[str, Any]:
+    """A kernel's arguments for what clips a gradient; where nothing scales it, any tensor stands in for the address."""
+    return {"scale_ptr": stand_in if scale is None else scale, "limit": float(limit or 0), "SCALED": scale is not None,
+            "LIMITED": limit is not None}
 
 
 def extra_type(rounding: str, weight: torch.dtype) -> torch.dtype:

@@ -14,12 +14,10 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.utils.weak import WeakIdKeyDictionary
 
-from collie_lab.optim.slot import Slot
+from collie_lab.optim.slot import Ready
 
-__all__ = ["Ready", "Waiting", "waves"]
+__all__ = ["Waiting", "waves"]
 
-Ready = tuple[Tensor, Slot, Tensor]
-"""A parameter, what is kept of it, and its gradient."""
 _Update = Callable[[list[Ready], int], None]
 
 # Elements: from a tenth of a millisecond's work for the fastest GPU to what AdaLomo takes 130 MB of scratch for.
@@ -44,8 +42,8 @@ def waves(ready: list[Ready]) -> Iterator[list[Ready]]:
 class Waiting:
     """Gradients of a backward pass that wait for others to share a launch with.
 
-    Together they never take more than the largest gradient alone: they go before one comes that would be too much,
-    which the order of the backward pass before tells. The end of the pass takes them all.
+    Together they never take more than the largest gradient alone, or 4 MB: they go before one comes that would be too
+    much, which the order of the backward pass before tells. The end of the pass takes them all.
     """
 
     def __init__(self) -> None:

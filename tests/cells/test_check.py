@@ -37,6 +37,8 @@ def test_a_sound_experiment_has_no_problems() -> None:
     (GOOD.replace(optimizer=lab.Adafactor(), parallel=lab.Parallel(dp=2, zero=3)), "fails on sharded tensors"),
     (GOOD.replace(data=lab.RandomTokens(length=64)), "ExactMatch.data: RandomTokens has no prompts"),
     (GOOD.replace(adapter=lab.LoRA(targets=("lm_head",))), "LoRA.targets: lm_head is the output head"),
+    (GOOD.replace(adapter=lab.IA3(targets=("k_proj",), feedforward=("down_proj",))),
+     "IA3.feedforward: down_proj is none of targets"),
     (GOOD.replace(adapter=lab.IA3(), parallel=lab.Parallel(tp=2)), "Parallel.tp: IA3 needs whole matrices"),
     (GOOD.replace(adapter=lab.LoRA(dora=True), parallel=lab.Parallel(tp=2)), "Parallel.tp: DoRA needs whole matrices"),
     (GOOD.replace(evaluate=[lab.Perplexity(), lab.Perplexity(limit=3)]), "two evaluations would write the same"),
@@ -65,6 +67,7 @@ def test_errors(experiment: lab.Experiment, message: str) -> None:
     (GOOD.replace(optimizer=lab.Adan(restart_every=2)), "no restart within 2 steps"),
     (GOOD.replace(optimizer=lab.Muon(), training=lab.Training(steps=2, batch_size=4, precision="bf16", weights="bf16")),
      "rounds bf16 weights to nearest"),
+    (GOOD.replace(adapter=lab.IA3(feedforward=("down_proj",))), "IA3.feedforward: without effect"),
     (GOOD.replace(optimizer=lab.Sophia()), "no Hessian within 2 steps: sign momentum"),
     (GOOD.replace(optimizer=lab.AdaLomo()).with_("training.clip_grad_norm", 1.0), "clipping its norm does little"),
 ])
