@@ -9,17 +9,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+INSTALL := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: venv demo test browser lint bench gpu
 
 venv: $(STAMP)
 
+# torch by pip, whose settings say which build; the rest by uv, in a quarter of the time.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("collie_lab needs Python 3.11 or newer, this is " + sys.version.split()[0] \
 		+ ": make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt uv torch
+	DS_BUILD_OPS=0 $(INSTALL) -e '.[dev]'
 	@touch $@
 
 # The demo is small: it runs on CPU cores wherever it is.
@@ -33,7 +36,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m signals
 
 browser: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	$(INSTALL) --quiet -e '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
 lint: $(STAMP)
