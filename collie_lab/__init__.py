@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from collie_lab._version import __version__
 from collie_lab.cells import (
+    BBH,
+    GSM8K,
     IA3,
+    MMLU,
     OFT,
     SGD,
     SHAPES,
@@ -24,17 +27,22 @@ from collie_lab.cells import (
     Apollo,
     Cell,
     CellError,
+    Classification,
     Data,
     Evaluation,
     ExactMatch,
     Experiment,
     Freeze,
     GaLore,
+    Generation,
+    HumanEval,
     Instructions,
     Lion,
+    LMEval,
     Lomo,
     LoRA,
     Model,
+    MultipleChoice,
     Muon,
     Nodes,
     Optimizer,
@@ -63,11 +71,12 @@ _LAZY = {
 }
 
 __all__ = [
-    "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell", "CellError", "Data",
-    "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore", "IA3", "Instructions", "Lion", "LoRA", "Lomo",
-    "Model", "Muon", "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens",
-    "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text",
-    "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "optim", "pull", "runs", "watch",
+    "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "BBH", "Cell", "CellError",
+    "Classification", "Data", "Evaluation", "ExactMatch", "Experiment", "Freeze", "GSM8K", "GaLore", "Generation",
+    "HumanEval", "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MMLU", "Model", "MultipleChoice", "Muon",
+    "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens", "RankError", "Results",
+    "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text", "Training", "__version__", "attach",
+    "compare", "compose", "doctor", "figure", "optim", "pull", "runs", "watch",
 ]
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from collie_lab.cells import CellError, ExactMatch, Experiment, Instructions, Model, Problem, Skills
+from collie_lab.cells import CellError, Experiment, HeldOut, Instructions, Model, Problem
 from collie_lab.check_adapter import adapter_problems
 from collie_lab.check_deepspeed import deepspeed_problems
+from collie_lab.check_evaluation import evaluation_problems
 from collie_lab.check_optimizer import optimizer_problems
 from collie_lab.check_parallel import parallel_problems
 from collie_lab.data.hub import context_length, model_config
@@ -68,7 +69,7 @@ def check(experiment: Experiment) -> Report:
     config = _collect(problems, lambda: _model(experiment.model, problems))
     problems += [*_batches(experiment), *optimizer_problems(experiment), *adapter_problems(experiment),
                  *parallel_problems(experiment, config or {}), *deepspeed_problems(experiment),
-                 *_evaluations(experiment), *_without_effect(experiment), *_gpus(experiment)]
+                 *evaluation_problems(experiment), *_without_effect(experiment), *_gpus(experiment)]
     _collect(problems, lambda: _data(experiment, config or {}, problems))
     return Report(problems)
 
@@ -117,15 +118,6 @@ def _model(model: Model, problems: list[Problem]) -> dict[str, Any]:
     return model_config(model)
 
 
-def _evaluations(experiment: Experiment) -> Iterator[Problem]:
-    seen: set[tuple[str, str | None]] = set()
-    for cell in experiment.evaluate:
-        if (cell.kind, cell.name) in seen:
-            yield Problem(type(cell).__name__, "name", "two evaluations would write the same figures",
-                          'tell them apart: name="..."')
-        seen.add((cell.kind, cell.name))
-
-
 def _batches(experiment: Experiment) -> Iterator[Problem]:
     training, dp = experiment.training, experiment.parallel.dp
     if training.batch_size % dp:
@@ -168,15 +160,11 @@ def _gpus(experiment: Experiment) -> Iterator[Problem]:
 
 def _data(experiment: Experiment, config: dict[str, Any], problems: list[Problem]) -> None:
     context = context_length(config)
-    cells = [experiment.data, *(cell.data for cell in experiment.evaluate if cell.data is not None)]
+    cells = [experiment.data, *(cell.data for cell in experiment.evaluate
+                                if isinstance(cell, HeldOut) and cell.data is not None)]
     problems += [Problem(type(cell).__name__, "max_length", f"{cell.max_length} tokens do not fit the model's context "
                          f"of {context}", f"at most {context}")
                  for cell in cells if context is not None and (cell.max_length or 0) > context]
-    for evaluation in experiment.evaluate:
-        data = evaluation.data or experiment.data
-        if isinstance(evaluation, ExactMatch) and not isinstance(data, (Instructions, Skills)):
-            problems.append(Problem("ExactMatch", "data", f"{type(data).__name__} has no prompts to answer",
-                                    "use Instructions or Skills"))
     for cell in cells:
         if isinstance(cell, Instructions):  # every record is looked at
             _collect(problems, lambda cell=cell: read_documents(cell, "train"))

@@ -2,8 +2,8 @@
 
     runs/<name>-<id>/  experiment.yaml  launch.json  status.json  metrics.jsonl  events.jsonl  result.json
                        env.json  logs/rank-N.{out,err}  logs/launcher.log  errors/rank-N.json  errors/stacks-N.json
-                       beats/rank-N.json  checkpoints/  model/  stop  attempts/N/ (of a run that was begun again)
-                       nodes/N.json (with several machines)
+                       beats/rank-N.json  checkpoints/  evaluations/<name>-step-N.jsonl  model/  stop
+                       attempts/N/ (of a run that was begun again)  nodes/N.json (with several machines)
 
 `status.json`, `errors/stacks-N.json`, `attempts/` and `nodes/` belong to the parents (the supervisors), everything else
 to the ranks. A JSON file is written whole or not at all; those in `beats/` and `nodes/` change all the time and are
@@ -19,11 +19,11 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["STATUSES", "JsonLines", "RunFolder", "Tail", "checkpoints_in", "read_json", "write_json"]
+__all__ = ["STATUSES", "JsonLines", "RunFolder", "Tail", "checkpoints_in", "read_json", "write_json", "write_lines"]
 
 #: Every state of a run. `lost`: its supervisor died without a word.
 STATUSES: Final = (
@@ -79,6 +79,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def evaluations(self) -> Path:
+        """The raw answers: a file for each evaluation and step, `exact_match-step-000100.jsonl`, a line a sample."""
+        return self.path / "evaluations"
+
+    @property
     def stop_flag(self) -> Path:
         """Its existence asks the ranks to stop after the step they are in."""
         return self.path / "stop"
@@ -127,10 +132,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write JSON by a temporary file, fsync and rename. Numbers that are not finite become null."""
+    _write_whole(path, [json.dumps(finite(value), indent=1, ensure_ascii=False)])
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write a JSONL file likewise, all of it at once."""
+    _write_whole(path, (json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records))
+
+
+def _write_whole(path: Path, parts: Iterable[str]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(finite(value), file, indent=1, ensure_ascii=False)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -2,8 +2,17 @@
 
 from collie_lab.cells._base import Cell, CellError, Problem
 from collie_lab.cells.adapter import IA3, OFT, Adapter, Freeze, LoRA
+from collie_lab.cells.benchmarks import BBH, GSM8K, MMLU, Benchmark, HumanEval, LMEval
 from collie_lab.cells.data import SKILLS, Data, Instructions, RandomTokens, Skills, Text
-from collie_lab.cells.evaluation import Evaluation, ExactMatch, Perplexity
+from collie_lab.cells.evaluation import (
+    Classification,
+    Evaluation,
+    ExactMatch,
+    Generation,
+    HeldOut,
+    MultipleChoice,
+    Perplexity,
+)
 from collie_lab.cells.experiment import Experiment
 from collie_lab.cells.library_optimizer import (
     Adafactor,
@@ -21,8 +30,9 @@ from collie_lab.cells.parallel import Parallel
 from collie_lab.cells.training import Training
 
 __all__ = [
-    "IA3", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter",
-    "Apollo", "Cell", "CellError", "Data", "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore",
-    "Instructions", "LibraryOptimizer", "Lion", "LoRA", "Lomo", "Model", "Muon", "Nodes", "Optimizer", "Parallel",
+    "BBH", "GSM8K", "IA3", "MMLU", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit",
+    "Adan", "Adapter", "Apollo", "Benchmark", "Cell", "CellError", "Classification", "Data", "Evaluation",
+    "ExactMatch", "Experiment", "Freeze", "GaLore", "Generation", "HeldOut", "HumanEval", "Instructions", "LMEval",
+    "LibraryOptimizer", "Lion", "LoRA", "Lomo", "Model", "MultipleChoice", "Muon", "Nodes", "Optimizer", "Parallel",
     "Perplexity", "Problem", "RandomTokens", "RuleCell", "ScheduleFree", "Skills", "Sophia", "Text", "Training",
 ]

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from collie_lab.cells import CellError, Data, Experiment, Instructions, Problem, RandomTokens, Text
+from collie_lab import sandbox
+from collie_lab.cells import (
+    CellError,
+    Classification,
+    Data,
+    Evaluation,
+    Experiment,
+    HeldOut,
+    HumanEval,
+    Instructions,
+    LMEval,
+    Problem,
+    RandomTokens,
+    Text,
+)
 from collie_lab.data._memory import Made, key_of, recall, remember
+from collie_lab.data.benchmarks import read_questions
 from collie_lab.data.documents import Documents
 from collie_lab.data.hub import context_length, model_config
+from collie_lab.data.lm_eval_tasks import check_tasks
+from collie_lab.data.questions import Pieces, Question, Questions, Room, arrange, drawn, tokenize_questions
 from collie_lab.data.records import Document, Split, Style, load_records, question, read_documents
 from collie_lab.data.tokenizer import Tokenizer, save_tokenizer
 from collie_lab.folder import RunFolder
@@ -54,13 +71,14 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
     data = _read_once(experiment.data)
     train, style = maker.documents(data, "train")
     train.save(folder.path / "data" / "train")
-    sets: list[tuple[Data, Split]] = []
+    sets: list[tuple[Data, Split] | Evaluation] = []
     names = []
     for cell in experiment.evaluate:
-        source: tuple[Data, Split] = (data, "test") if cell.data is None else (cell.data, "all")
+        source = _source(cell, data)
         if source not in sets:
             sets.append(source)
-            maker.documents(*source)[0].save(folder.path / "data" / f"evaluation-{len(sets)}")
+            documents = maker.documents(*source)[0] if isinstance(source, tuple) else maker.questions(cell, data)
+            documents.save(folder.path / "data" / f"evaluation-{len(sets)}")
         names.append(f"evaluation-{sets.index(source) + 1}")
     prepared = Prepared(tuple(names), train.fingerprint, maker.summary, maker.warnings, style)
     folder.write("data/index.json", asdict(prepared))
@@ -72,6 +90,17 @@ def _read_once(cell: Data) -> Data:
     if isinstance(cell, (Instructions, Text)) and callable(cell.source):
         return cell.replace(source=load_records(cell, cell.source))
     return cell
+
+
+def _source(cell: Evaluation, data: Data) -> tuple[Data, Split] | Evaluation:
+    """What an evaluation runs on: the documents of a data cell, or questions of its own."""
+    if not isinstance(cell, HeldOut) or (isinstance(cell, Classification) and cell.by == "likelihood"):
+        return cell
+    return _held_out(cell, data)
+
+
+def _held_out(cell: HeldOut, data: Data) -> tuple[Data, Split]:
+    return (data, "test") if cell.data is None else (cell.data, "all")
 
 
 def sequence_length(data: Data, context: int | None) -> int:
@@ -95,13 +124,41 @@ class _Maker:
         self.warnings += made.warnings
         return made.documents, made.style
 
+    def questions(self, cell: Evaluation, data: Data) -> Documents:
+        """The questions of an evaluation that has its own."""
+        if isinstance(cell, LMEval):
+            check_tasks(cell)
+            return arrange([], [], Room(None))[0]  # lm-eval asks on the ranks
+        name, answer = type(cell).__name__, getattr(cell, "max_new_tokens", 0)
+        if isinstance(cell, HumanEval) and cell.execute and (reason := sandbox.unavailable()):
+            raise CellError([Problem(name, "execute", f"no sandbox for programs here: {reason}",
+                                     "leave it out: the completions are kept, and can be judged elsewhere")])
+        if self.context is not None and answer >= self.context:
+            raise CellError([Problem(name, "max_new_tokens", f"{answer} tokens leave nothing of the model's context of "
+                                     f"{self.context} for a prompt", "lower it")])
+        try:
+            if isinstance(cell, Classification):
+                questions, said = label_questions(cell, self._records(*_held_out(cell, data)), self.tokenizer,
+                                                  self.context)
+            else:
+                room = Room(self.context, answer, getattr(cell, "overlong", "truncate"))
+                questions, said = tokenize_questions(read_questions(cell), self.tokenizer, room)
+        except ValueError as error:
+            raise error if isinstance(error, CellError) else CellError([Problem(name, "", str(error))]) from None
+        self.warnings += [f"{cell.name or name}: {text}" for text in said]
+        self.summary |= {f"{cell.name or name}": {"questions": len(questions.items),
+                         "tokens": len(questions.tokens)}}
+        return questions
+
+    def _records(self, cell: Data, split: Split) -> list[Document]:
+        return read_documents(cell, split, self.tokenizer.render_chat if self.tokenizer.chat_template else None)
+
     def _make(self, cell: Data, split: Split) -> Made:
         name = type(cell).__name__
         max_length = sequence_length(cell, self.context)
         if isinstance(cell, RandomTokens):
             return Made(_random_tokens(cell, split, self.vocabulary, max_length), {}, [], "plain")
-        chat = self.tokenizer.render_chat if self.tokenizer.chat_template else None
-        records = read_documents(cell, split, chat)
+        records = self._records(cell, split)
         if not records:
             raise CellError([Problem(name, "holdout", "nothing is held out to evaluate on" if split == "test"
                                      else "no documents are left to train on",
@@ -157,6 +214,33 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_length: in
                 learned.append([False] * len(prefix) + window_mask)
                 answers.append(document.answer or "")
     return _pack_arrays(ids, learned, answers if any(item.answer is not None for item in documents) else []), cut
+
+
+def label_questions(cell: Classification, documents: Sequence[Document], tokenizer: Tokenizer,
+                    context: int | None) -> tuple[Questions, list[str]]:
+    """Which of the labels follows each document's prompt, as the training documents would have it.
+
+    Raises:
+        ValueError: a response is none of the labels; a label is longer than the model's context.
+    """
+    documents = [documents[place] for place in drawn(len(documents), cell.limit)]
+    answers = [document.answer or "" for document in documents]
+    labels = cell.labels or tuple(sorted(set(answers)))
+    if unknown := sorted(set(answers) - set(labels)):
+        raise ValueError(f"{len(unknown)} responses are none of the labels, as {unknown[0]!r}")
+    labelled = [_answered(document, label) for document in documents for label in labels]
+    pieces: list[Pieces] = []
+    for item, (body, mask) in zip(labelled, _encoded(labelled, tokenizer), strict=True):
+        begin = _last_start(mask)
+        pieces.append((([] if item.closed else tokenizer.prefix) + body[:begin], body[begin:]))
+    groups = [pieces[begin : begin + len(labels)] for begin in range(0, len(pieces), len(labels))]
+    return arrange(groups, [Question("", labels.index(answer), labels) for answer in answers], Room(context))
+
+
+def _answered(document: Document, label: str) -> Document:
+    """The document with another last answer."""
+    *before, (text, _) = document.segments
+    return replace(document, segments=(*before, (text.replace(document.answer or "", label, 1), True)), answer=label)
 
 
 def question_tokens(text: str, style: Style, tokenizer: Tokenizer) -> list[int]:

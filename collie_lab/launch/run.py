@@ -116,6 +116,32 @@ class Run:
         measures = dict.fromkeys(key for row in rows for key in row if key not in ("step", "time"))
         return pd.DataFrame(rows, columns=["step", "time", *measures])
 
+    def answers(self, evaluation: str | None = None, step: int | None = None) -> pd.DataFrame:
+        """The raw answers of an evaluation, a row a sample, in the order of the data: what was asked, what the model
+        said or how likely it found each choice, the reference, and the scores.
+
+        `evaluation` is its kind, its `name` before it (`exact_match`, `dev_exact_match`); it may be left out where
+        there is one alone. `step` is the last one by default.
+
+        Raises:
+            ValueError: there are several evaluations, or none of this name or at this step; those that there are.
+        """
+        import pandas as pd
+
+        found: dict[str, dict[int, Path]] = {}
+        for path in sorted(self.folder.evaluations.glob("*-step-*.jsonl")):
+            name, _, number = path.stem.rpartition("-step-")
+            found.setdefault(name, {})[int(number)] = path
+        if evaluation is None and len(found) == 1:
+            evaluation = next(iter(found))
+        if evaluation not in found:
+            raise ValueError(f"{self.id} has answers of: {', '.join(found) or 'no evaluation yet'}"
+                             + (f"; not of {evaluation!r}" if evaluation else "; name one"))
+        steps = found[evaluation]
+        if step is not None and step not in steps:
+            raise ValueError(f"{evaluation} was run after steps {', '.join(map(str, steps))}, not {step}")
+        return pd.DataFrame(list(Tail(steps[step or max(steps)]).new())).set_index("index")
+
     @property
     def result(self) -> dict[str, Any]:
         """What the run wrote at its end; empty before, and where it failed."""

@@ -103,6 +103,13 @@ class Strategy:
             dist.all_reduce(values)
         return values
 
+    def most(self, count: int) -> int:
+        """The largest count of any rank."""
+        found = torch.tensor(count, device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
+
     @property
     def multiple(self) -> int:
         """What the number of tokens of a micro-batch must be a multiple of."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from collie_lab.data import Documents
 from collie_lab.training.packed import PackedLayout, to_device
 
-__all__ = ["Batch", "collate"]
+__all__ = ["Batch", "collate", "collate_scored"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,40 @@ def collate(documents: Documents, indices: NDArray[np.int64], device: torch.devi
         inputs = _flat(tokens, positions, lengths, -len(tokens) % multiple, device)
         inputs["targets"] = (to_device(predicted - 1, device), to_device(labels, device))
     else:
-        inputs = _padded(tokens, positions, lengths, predicted, labels, device)
+        inputs = _padded(tokens, positions, lengths, predicted - 1, labels, device)
     if draw is not None:
         inputs["objective"] = "drawn"
     return Batch({**inputs, "use_cache": False}, len(tokens), int((lengths.astype(np.int64) ** 2).sum()))
+
+
+def collate_scored(documents: Documents, families: Sequence[NDArray[np.int64]], device: torch.device, *, flat: bool,
+                   multiple: int = 1) -> tuple[dict[str, Any], NDArray[np.int64]]:
+    """Arguments with which the model scores the learned tokens of documents, and the document of each score.
+
+    The documents of a family differ in their last token at most: the model reads them once. Their last token it does
+    not read at all, as nothing is predicted from it.
+    """
+    families = sorted(families, key=lambda family: -documents.lengths[family[0]])
+    lengths = np.array([documents.lengths[family[0]] - 1 for family in families])
+    begins = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    tokens = np.concatenate([documents.tokens[documents.offsets[family[0]] :][:length]
+                             for family, length in zip(families, lengths, strict=True)]).astype(np.int64)
+    positions = np.arange(len(tokens)) - np.repeat(begins, lengths)
+    index, labels, owners = [], [], []
+    for family, begin in zip(families, begins, strict=True):
+        for document in family:
+            span = slice(documents.offsets[document], documents.offsets[document + 1])
+            places = np.flatnonzero(documents.learned[span])
+            index.append(begin + places - 1)
+            labels.append(documents.tokens[span][places].astype(np.int64))
+            owners.append(np.full(len(places), document))
+    targets = np.concatenate(index), np.concatenate(labels)
+    if flat:
+        inputs = _flat(tokens, positions, lengths, -len(tokens) % multiple, device)
+        inputs["targets"] = tuple(to_device(part, device) for part in targets)
+    else:
+        inputs = _padded(tokens, positions, lengths, *targets, device)
+    return {**inputs, "use_cache": False, "objective": "scores"}, np.concatenate(owners)
 
 
 def _flat(tokens: NDArray[np.int64], positions: NDArray[np.int64], lengths: NDArray[np.int64], filling: int,
@@ -77,7 +108,7 @@ def _flat(tokens: NDArray[np.int64], positions: NDArray[np.int64], lengths: NDAr
 
 
 def _padded(tokens: NDArray[np.int64], positions: NDArray[np.int64], lengths: NDArray[np.int64],
-            predicted: NDArray[np.int64], labels: NDArray[Any], device: torch.device) -> dict[str, Any]:
+            index: NDArray[np.int64], labels: NDArray[Any], device: torch.device) -> dict[str, Any]:
     rows, width = len(lengths), int(lengths.max())
     place = np.repeat(np.arange(rows), lengths) * width + positions
     ids = np.zeros(rows * width, dtype=np.int64)
@@ -85,4 +116,4 @@ def _padded(tokens: NDArray[np.int64], positions: NDArray[np.int64], lengths: ND
     ids[place], mask[place] = tokens, 1
     return {"input_ids": to_device(ids.reshape(rows, width), device),
             "attention_mask": to_device(mask.reshape(rows, width), device),
-            "targets": (to_device(place[predicted] - 1, device), to_device(labels, device))}
+            "targets": (to_device(place[index], device), to_device(labels, device))}

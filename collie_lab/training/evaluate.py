@@ -1,92 +1,142 @@
-"""The evaluations, on any data-parallel layout; each document counts once."""
+"""The evaluations, on any layout; each document and each question counts once."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from collie_lab.cells import Evaluation, ExactMatch, Perplexity
+from collie_lab.cells import Evaluation, HumanEval, LMEval, Perplexity
 from collie_lab.data import Documents, Tokenizer
+from collie_lab.data.questions import Question, Questions, drawn
 from collie_lab.parallel import Strategy
-from collie_lab.training.batch import collate
-from collie_lab.training.generate import generate
+from collie_lab.training.generate import Draw, generate
+from collie_lab.training.judge import Sample, choose, judge, summarize
+from collie_lab.training.likelihood import score
 
-__all__ = ["evaluate", "exact_match", "perplexity"]
+__all__ = ["evaluate", "file_name"]
+
+Tick = Callable[[], None]
 
 
 def evaluate(cell: Evaluation, model: PreTrainedModel, documents: Documents, tokenizer: Tokenizer,
-             strategy: Strategy, *, flat: bool, tick: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """The figures of one evaluation cell, by name; the same on every rank. `tick` is called before every batch."""
+             strategy: Strategy, *, flat: bool, tick: Tick = lambda: None,
+             keep: Callable[[list[Sample]], None] = lambda samples: None) -> dict[str, float]:
+    """The figures of one evaluation cell, by name; the same on every rank.
+
+    `tick` is called before every batch and at every token; `keep` on rank 0 with all samples, in the order of the data.
+    """
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), strategy.compute():
-            match cell:
-                case Perplexity():
-                    figures = perplexity(cell, model, documents, strategy, flat=flat, tick=tick)
-                case ExactMatch():
-                    with strategy.whole(model):
-                        figures = exact_match(cell, model, documents, tokenizer, strategy, tick=tick)
-                case _:
-                    raise TypeError(f"no evaluation for the cell {type(cell).__name__}")
+            if isinstance(cell, LMEval):
+                from collie_lab.training.lm_eval import run_tasks
+
+                samples, figures = run_tasks(cell, model, tokenizer, strategy, flat=flat, tick=tick)
+            else:
+                asks = _Asks(cell, model, documents, tokenizer, strategy, flat, tick)
+                samples = _gathered(asks.likelihoods() if asks.by_likelihood else asks.answers(), strategy)
+                figures = summarize(cell, samples) if _is_first() else {}
     finally:
         model.train(was_training)
-    return {f"{cell.name}_{key}" if cell.name else key: value for key, value in figures.items()}
+    if _is_first():
+        keep(samples)
+    return {f"{cell.name}_{key}" if cell.name else key: value for key, value in _same(figures).items()}
 
 
-def perplexity(cell: Perplexity, model: PreTrainedModel, documents: Documents, strategy: Strategy, *,
-               flat: bool, tick: Callable[[], None]) -> dict[str, float]:
-    """exp of the mean negative log-likelihood (`nll`, nats) per predicted token."""
-    sums = torch.zeros(2, dtype=torch.float64, device=strategy.device)
-    batches = _shares(documents.lengths, cell, strategy)
-    for step in range(_most_batches(documents.lengths, cell, strategy)):
-        tick()
-        # A sharded model is gathered by all ranks together: who has no batch left repeats a document unheard.
-        counts = step < len(batches)
-        indices = batches[step] if counts else np.zeros(1, dtype=np.int64)
-        batch = collate(documents, indices, strategy.device, flat=flat, multiple=strategy.multiple)
-        loss = model(**batch.inputs, objective="likelihood")
-        if counts:
-            sums[0] += loss
-            sums[1] += int(documents.targets[indices].sum())
-    total, tokens = strategy.total(strategy.counted(sums)).tolist()
-    return {"perplexity": math.exp(min(total / tokens, 700.0)), "nll": total / tokens}
+def file_name(cell: Evaluation, step: int) -> str:
+    """Where the samples of an evaluation go: `exact_match-step-000100.jsonl`, its `name` before it."""
+    return f"{cell.name}_{cell.kind}-step-{step:06d}.jsonl" if cell.name else f"{cell.kind}-step-{step:06d}.jsonl"
 
 
-def exact_match(cell: ExactMatch, model: PreTrainedModel, documents: Documents, tokenizer: Tokenizer,
-                strategy: Strategy, *, tick: Callable[[], None]) -> dict[str, float]:
-    """The mean score of the greedy answers, and its standard error over the documents."""
-    score = cell.score or (lambda answer, reference: float(answer.strip() == reference.strip()))
-    sums = torch.zeros(3, dtype=torch.float64, device=strategy.device)
-    for indices in _shares(documents.prompt_lengths, cell, strategy):
-        tick()
-        prompts = [documents.tokens[documents.offsets[i] : documents.offsets[i] + documents.prompt_lengths[i]]
-                   for i in indices]
-        answers = generate(model, prompts, tokenizer, strategy.device, cell.max_new_tokens)
-        scores = [score(answer, documents.answers[i]) for answer, i in zip(answers, indices, strict=True)]
-        sums += torch.tensor([len(scores), sum(scores), sum(x * x for x in scores)], device=strategy.device)
-    count, total, squares = strategy.total(strategy.counted(sums)).tolist()
-    mean = total / count
-    variance = max(0.0, squares / count - mean * mean)
-    return {"exact_match": mean, "exact_match_se": math.sqrt(variance / max(1.0, count - 1))}
+class _Asks:
+    """Asks the model all questions of an evaluation; each rank its share, and what it makes of the answers."""
+
+    def __init__(self, cell: Evaluation, model: PreTrainedModel, documents: Documents, tokenizer: Tokenizer,
+                 strategy: Strategy, flat: bool, tick: Tick):
+        self._cell, self._model, self._documents, self._tokenizer = cell, model, documents, tokenizer
+        self._strategy, self._flat, self._tick = strategy, flat, tick
+        if isinstance(documents, Questions):
+            self._items: Sequence[Question] = documents.items
+            self._first, chosen = documents.first, np.arange(len(documents.items))
+        else:
+            self._items = [Question("", answer) for answer in documents.answers] or [Question("", "")] * len(documents)
+            self._first, chosen = np.arange(len(documents) + 1), drawn(len(documents), cell.limit)
+        # Of like length together, so that little is padding.
+        sizes = documents.prompt_lengths if len(documents.prompt_lengths) else documents.lengths
+        order = chosen[np.argsort(sizes[self._first[chosen]], kind="stable")]
+        self._mine: NDArray[np.int64] = order[strategy.place.dp :: strategy.cell.dp]
+
+    @property
+    def by_likelihood(self) -> bool:
+        """Whether the model is to find texts likely, and not to write any."""
+        return isinstance(self._cell, Perplexity) or bool(self._items and self._items[0].choices)
+
+    def likelihoods(self) -> list[Sample]:
+        """This rank's samples, with the log-likelihoods of what is asked for."""
+        requests = [np.arange(self._first[place], self._first[place + 1]) for place in self._mine]
+        chosen = np.concatenate([np.zeros(0, dtype=np.int64), *requests])
+        found, greedy = score(self._model, self._documents, chosen, self._strategy, batch_size=self._cell.batch_size,
+                              flat=self._flat, tick=self._tick)
+        samples, end = [], 0
+        for place, request in zip(self._mine.tolist(), requests, strict=True):
+            begin, end = end, end + len(request)
+            tokens = self._documents.targets[request]
+            samples.append({"index": place, **choose(self._cell, self._items[place], found[begin:end],
+                                                     greedy[begin:end], tokens), "prompt": self._prompt(request[0])})
+        return samples
+
+    def answers(self) -> list[Sample]:
+        """This rank's samples, with what the model writes."""
+        cell: Any = self._cell
+        answers: list[str] = []
+        with self._strategy.whole(self._model):
+            for begin in range(0, len(self._mine), cell.batch_size):
+                self._tick()
+                batch = self._mine[begin : begin + cell.batch_size].tolist()
+                draw = Draw(batch, cell.top_p) if isinstance(cell, HumanEval) else None
+                answers += generate(self._model, [self._prompt_tokens(self._first[place]) for place in batch],
+                                    self._tokenizer, self._strategy.device, cell.max_new_tokens,
+                                    getattr(cell, "temperature", 0.0), stop=cell.stop, draw=draw, tick=self._tick)
+        items = [self._items[place] for place in self._mine]
+        judged = judge(cell, items, answers, self._tick) if self._strategy.counts else [{} for _ in items]
+        return [{"index": place, **verdict, "prompt": self._prompt(self._first[place])}
+                for place, verdict in zip(self._mine.tolist(), judged, strict=True)]
+
+    def _prompt_tokens(self, document: int) -> NDArray[np.int32]:
+        begin = self._documents.offsets[document]
+        length = self._documents.prompt_lengths[document] if len(self._documents.prompt_lengths) else 0
+        tokens: NDArray[np.int32] = self._documents.tokens[begin : begin + length]
+        return tokens
+
+    def _prompt(self, document: int) -> str:
+        """What the model has read, as text."""
+        return self._tokenizer.decode(self._prompt_tokens(document).tolist())
 
 
-def _shares(lengths: NDArray[np.int64], cell: Evaluation, strategy: Strategy) -> list[NDArray[np.int64]]:
-    """This rank's batches; documents of like length together, so that little is padding."""
-    chosen = np.arange(len(lengths))
-    if cell.limit is not None and cell.limit < len(lengths):
-        # Files are often sorted, by topic or label: the first documents would be no fair sample.
-        chosen = np.sort(np.random.default_rng(0).permutation(len(lengths))[: cell.limit])
-    order = chosen[np.argsort(lengths[chosen], kind="stable")][strategy.place.dp :: strategy.cell.dp]
-    return [order[begin : begin + cell.batch_size] for begin in range(0, len(order), cell.batch_size)]
+def _gathered(samples: list[Sample], strategy: Strategy) -> list[Sample]:
+    """On rank 0 the samples of all ranks, each once, in the order of the data."""
+    if dist.is_initialized():
+        parts: list[Any] = [None] * dist.get_world_size()
+        # Ranks of one tensor-parallel or pipeline group have all found the same: one of them tells it.
+        dist.gather_object(samples if strategy.counts else [], parts if dist.get_rank() == 0 else None)
+        samples = [sample for part in parts if part for sample in part]
+    return sorted(samples, key=lambda sample: int(sample["index"]))
 
 
-def _most_batches(lengths: NDArray[np.int64], cell: Evaluation, strategy: Strategy) -> int:
-    """Batches of the rank that has most: the first."""
-    count = min(len(lengths), cell.limit or len(lengths))
-    return math.ceil(math.ceil(count / strategy.cell.dp) / cell.batch_size)
+def _same(figures: dict[str, float]) -> dict[str, float]:
+    """Those of rank 0, on every rank."""
+    found = [figures]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -27,7 +27,7 @@ __all__ = ["TokenLoss", "attach_loss", "attach_whole_loss", "linear_loss"]
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 """fp32 logits [N, V] and labels [N] to losses [N]."""
 
-Objective = Literal["train", "likelihood", "drawn"]
+Objective = Literal["train", "likelihood", "drawn", "scores"]
 
 _SMALLEST_CHUNK = 1024
 
@@ -50,6 +50,8 @@ def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None,
     `index` [N] are the places of the flattened batch whose next token is predicted, `labels` [N] those
     tokens. `objective`: `train` takes `token_loss`, `likelihood` cross-entropy whatever that is, and `drawn`
     the cross-entropy of labels that the model itself draws, for which `labels` [N] holds the chances in [0, 1).
+    `scores` is no loss: it gives each label's log-likelihood and whether it is the likeliest, 1 or 0, as one tensor
+    [2, N].
     Called without `targets`, the model is as before. Being its own `forward`, the loss runs inside every wrapper's
     hooks (FSDP2, DDP, peft). `tensor` is what cut the model into pieces, if anything did.
     """
@@ -73,12 +75,14 @@ def attach_loss(model: PreTrainedModel, token_loss: TokenLoss | None = None,
         hidden = model.base_model(*args, **kwargs)[0]
         head = model.get_output_embeddings()
         if head.weight is None:  # another stage of a pipeline has it, and the loss
-            return hidden.new_zeros(())
+            return hidden.new_zeros((2, len(labels)) if objective == "scores" else ())
         weight, bias, group = head.weight, head.bias, None
         if tensor is not None:
             hidden, weight, bias = tensor.whole_tokens(hidden), local_piece(weight), _local_bias(bias)
             group = tensor.group if tensor.cuts_vocabulary else None
         hidden_NC = hidden.flatten(0, 1).index_select(0, index)
+        if objective == "scores":
+            return _linear_scores(hidden_NC, weight, bias, labels, transform, group)
         return linear_loss(hidden_NC, weight, bias, labels, losses[objective], group)
 
     model.forward = forward
@@ -96,6 +100,8 @@ def attach_whole_loss(model: PreTrainedModel, token_loss: TokenLoss | None = Non
             return original(*args, **kwargs)
         index, labels = targets
         logits = original(*args, **kwargs).logits.flatten(0, 1).index_select(0, index).float()
+        if objective == "scores":
+            return _scores(logits, labels, None)
         return losses[objective](logits, labels).sum()
 
     model.forward = forward
@@ -197,9 +203,7 @@ def _shared_loss_and_gradient(logits: Tensor, labels: Tensor, differentiate: boo
     rows = logits.shape[1]
     largest = logits.max(dim=1).values
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    places = labels - group.rank() * rows
-    here = (places >= 0) & (places < rows)
-    places = places.masked_fill(~here, 0)[:, None]
+    places, here = _places(labels, rows, group)
     logits.sub_(largest[:, None])
     chosen = logits.gather(1, places)[:, 0] * here
     exponentials = logits.exp_()
@@ -210,6 +214,41 @@ def _shared_loss_and_gradient(logits: Tensor, labels: Tensor, differentiate: boo
         return loss, None
     probabilities = exponentials.div_(sums[0][:, None])
     return loss, probabilities.scatter_add_(1, places, -here[:, None].to(probabilities.dtype))
+
+
+@torch.no_grad()
+def _linear_scores(hidden_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, labels_N: Tensor,
+                   transform: Callable[[Tensor], Tensor] | None, group: dist.ProcessGroup | None) -> Tensor:
+    """The log-likelihood of every label and whether it is the likeliest, [2, N]; the logits in chunks, in fp32."""
+    device = hidden_NC.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VC.dtype
+    found = []
+    with torch.autocast(device, enabled=False):
+        weight, bias = weight_VC.to(compute), None if bias_V is None else bias_V.to(compute)
+        for begin, end in _chunks(len(labels_N), *weight.shape):
+            logits = F.linear(hidden_NC[begin:end].to(compute), weight, bias).float()
+            found.append(_scores(transform(logits) if transform else logits, labels_N[begin:end], group))
+    return torch.cat(found, 1)
+
+
+def _scores(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """As `_linear_scores`, of the logits [N, V], or [N, V/ranks] of this rank's rows of the vocabulary."""
+    largest = logits.max(dim=1).values
+    if group is None:
+        chosen = logits.gather(1, labels[:, None])[:, 0]
+        return torch.stack([chosen - torch.logsumexp(logits, dim=1), (chosen >= largest).float()])
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    places, here = _places(labels, logits.shape[1], group)
+    sums = torch.stack([(logits - largest[:, None]).exp().sum(1), (logits.gather(1, places)[:, 0] - largest) * here])
+    dist.all_reduce(sums, group=group)
+    return torch.stack([sums[1] - sums[0].log(), (sums[1] >= 0).float()])
+
+
+def _places(labels: Tensor, rows: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The labels' places [N, 1] among this rank's rows of the vocabulary, and which of them are there."""
+    places = labels - group.rank() * rows
+    here = (places >= 0) & (places < rows)
+    return places.masked_fill(~here, 0)[:, None], here
 
 
 def _gathered(logits: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -21,12 +21,13 @@ from collie_lab.beat import Beat
 from collie_lab.cells import Adan, Evaluation, Experiment, LibraryOptimizer, RuleCell, ScheduleFree, Sophia
 from collie_lab.data import Documents, Order, Tokenizer, sequence_length
 from collie_lab.data.order import Step
-from collie_lab.folder import JsonLines, RunFolder, read_json
+from collie_lab.data.questions import load_questions
+from collie_lab.folder import JsonLines, RunFolder, read_json, write_lines
 from collie_lab.parallel import build_strategy
 from collie_lab.training.answers import Answers
 from collie_lab.training.batch import Batch, collate
 from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoint
-from collie_lab.training.evaluate import evaluate
+from collie_lab.training.evaluate import evaluate, file_name
 from collie_lab.training.export import export_model
 from collie_lab.training.flops import peak_flops
 from collie_lab.training.memory import NoMemory, build_memory
@@ -254,7 +255,7 @@ class Trainer:
         folder = self.folder.path / "data"
         self._documents = Documents.load(folder / "train")
         index = self.folder.read("data/index.json")
-        self._held_out = [Documents.load(folder / name) for name in index["evaluations"]]
+        self._held_out = [load_questions(folder / name) for name in index["evaluations"]]
         for text in index["warnings"]:
             self.event("warning", text=text)
         context = getattr(self._causal_lm.config.get_text_config(),
@@ -317,11 +318,15 @@ class Trainer:
         for cell, documents in zip(self.experiment.evaluate, self._held_out, strict=True):
             if due(cell):
                 with self._averaged():
-                    figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy,
-                                       flat=self._flat, tick=self._tick)
+                    figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._flat,
+                                       tick=self._tick, keep=functools.partial(self._keep_answers, cell))
                 self.event("evaluation", step=self.step, **figures)
                 found |= figures
         return found
+
+    def _keep_answers(self, cell: Evaluation, samples: list[dict[str, Any]]) -> None:
+        self.folder.evaluations.mkdir(exist_ok=True)
+        write_lines(self.folder.evaluations / file_name(cell, self.step), samples)
 
     def _answer(self) -> None:
         """Let the model answer what it has been asked."""

@@ -25,9 +25,13 @@ STATUS_WORDS: Final[Mapping[str, str]] = {
 }
 
 
+#: How the names of figures end that are shares.
+_SHARES: Final = ("exact_match", "accuracy", "accuracy_norm", "_macro", "mmlu", "gsm8k", "gsm8k_flexible", "bbh")
+
+
 def metric_text(name: str, value: float | None) -> str:
     """The value of an evaluation's metric."""
-    return percent_text(value) if name == "exact_match" else number_text(value)
+    return percent_text(value) if name.endswith(_SHARES) else number_text(value)
 
 
 def evaluation_text(values: Mapping[str, float]) -> str:

@@ -1,0 +1,78 @@
+"""What is wrong with the evaluations of an experiment, and with their files."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+from collie_lab.cells import (
+    Benchmark,
+    CellError,
+    Classification,
+    Evaluation,
+    Experiment,
+    Generation,
+    HeldOut,
+    HumanEval,
+    Instructions,
+    LMEval,
+    MultipleChoice,
+    Perplexity,
+    Problem,
+    Skills,
+)
+from collie_lab.data.benchmarks import read_questions
+
+__all__ = ["evaluation_problems"]
+
+
+def evaluation_problems(experiment: Experiment) -> Iterator[Problem]:
+    """Problems of the evaluations; reads the files of those that have their own questions."""
+    seen: set[tuple[str, str | None]] = set()
+    for cell in experiment.evaluate:
+        kind = type(cell).__name__
+        if (cell.kind, cell.name) in seen:
+            yield Problem(kind, "name", "two evaluations would write the same figures", 'tell them apart: name="..."')
+        seen.add((cell.kind, cell.name))
+        for package in _packages(cell):
+            if importlib.util.find_spec(package.replace("-", "_").replace("scikit_learn", "sklearn")) is None:
+                yield Problem(kind, "", f"it needs {package}, which is not installed", "pip install collie-lab[eval]")
+        if isinstance(cell, HeldOut) and not isinstance(cell, Perplexity):
+            data = cell.data or experiment.data
+            if not isinstance(data, (Instructions, Skills)):
+                yield Problem(kind, "data", f"{type(data).__name__} has no prompts to answer",
+                              "use Instructions or Skills")
+        if isinstance(cell, HumanEval):
+            yield from _humaneval(cell)
+        if isinstance(cell, (MultipleChoice, Benchmark)):
+            try:
+                read_questions(cell)
+            except CellError as error:
+                yield from error.problems
+
+
+def _packages(cell: Evaluation) -> tuple[str, ...]:
+    """What an evaluation wants of the extra `eval`."""
+    match cell:
+        case Generation():
+            wanted = {"bleu": "sacrebleu", "rouge": "rouge-score"}
+            return tuple(wanted[name] for name in cell.metrics if isinstance(name, str) and name in wanted)
+        case Classification():
+            return ("scikit-learn",)
+        case LMEval():
+            return ("lm-eval",)
+    return ()
+
+
+def _humaneval(cell: HumanEval) -> Iterator[Problem]:
+    if max(cell.k) > cell.samples:
+        yield Problem("HumanEval", "k", f"pass@{max(cell.k)} of {cell.samples} completions a problem",
+                      f"samples={max(cell.k)} or more")
+    if cell.samples > 1 and not cell.temperature:
+        yield Problem("HumanEval", "samples", f"{cell.samples} greedy completions of a problem are all the same",
+                      "set a temperature, as 0.8", level="warning")
+    if cell.top_p < 1 and not cell.temperature:
+        yield Problem("HumanEval", "top_p", "a greedy completion is not drawn", "set a temperature", level="warning")
+    if not cell.execute:
+        yield Problem("HumanEval", "execute", "the completions are kept but not run: there will be no pass@k",
+                      "execute=True runs what the model has written, each program in a sandbox", level="warning")
