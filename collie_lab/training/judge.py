@@ -49,20 +49,18 @@ def choose(cell: Evaluation, item: Question, likelihoods: NDArray[np.float64], g
     if isinstance(cell, Perplexity):
         return {"nll": -float(likelihoods[0]), "tokens": int(tokens[0])}
     best, right = int(np.argmax(likelihoods)), int(item.reference)
-    group = {"group": item.group} if item.group else {}
-    sample = {**group, "choices": list(item.choices), **found, "answer": item.choices[best],
-              "reference": item.choices[right]}
+    texts = [choice.removeprefix(" ") for choice in item.choices]  # the blank after the prompt is no part of a choice
+    sample = {**_group(item), "choices": texts, **found, "answer": texts[best], "reference": texts[right]}
     match cell:
         case MMLU():
             return {**sample, "mmlu": float(best == right)}
         case Classification():
             return {**sample, "accuracy": float(best == right)}
         case MultipleChoice():
-            texts = [choice.removeprefix(" ") for choice in item.choices]
             sizes = {"characters": [len(text) for text in texts], "bytes": [len(text.encode()) for text in texts],
                      "tokens": tokens.tolist()}[cell.normalize]
             best_norm = int(np.argmax(likelihoods / np.array(sizes)))
-            return {**sample, "answer_norm": item.choices[best_norm], "accuracy": float(best == right),
+            return {**sample, "answer_norm": texts[best_norm], "accuracy": float(best == right),
                     "accuracy_norm": float(best_norm == right)}
         case _:
             raise TypeError(f"the cell {type(cell).__name__} has no choices")
@@ -75,10 +73,13 @@ def judge(cell: Evaluation, items: Sequence[Question], answers: Sequence[str], t
         return _programs(cell, items, answers, tick)
     judged = []
     for item, answer in zip(items, answers, strict=True):
-        group = {"group": item.group} if item.group else {}
-        judged.append({**group, "answer": answer, "reference": item.reference,
+        judged.append({**_group(item), "answer": answer, "reference": item.reference,
                        **_scores(cell, answer, str(item.reference))})
     return judged
+
+
+def _group(item: Question) -> Sample:
+    return {"group": item.group} if item.group else {}
 
 
 def _scores(cell: Evaluation, answer: str, reference: str) -> dict[str, float]:
