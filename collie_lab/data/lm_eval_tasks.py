@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from collie_lab.cells import CellError, LMEval, Problem
 
-__all__ = ["check_tasks"]
+__all__ = ["check_tasks", "task_manager"]
 
 
 def check_tasks(cell: LMEval) -> None:
@@ -14,10 +16,10 @@ def check_tasks(cell: LMEval) -> None:
         CellError: lm-eval is not installed, has no such task, cannot load it, or would run what the model writes.
     """
     try:
-        from lm_eval.tasks import TaskManager, get_task_dict
+        from lm_eval.tasks import get_task_dict
     except ImportError as error:
         raise _error("", f"lm-eval does not import: {error}", "pip install collie-lab[eval]") from None
-    manager = TaskManager(include_path=cell.include_path)
+    manager = task_manager(cell)
     known = set(manager.all_tasks)
     if unknown := [name for name in cell.tasks if name not in known]:
         raise _error("tasks", f"lm-eval knows no task {unknown[0]!r}",
@@ -29,6 +31,18 @@ def check_tasks(cell: LMEval) -> None:
     if unsafe := [name for name, task in _flattened(loaded) if getattr(task, "UNSAFE_CODE", False)]:
         raise _error("tasks", f"{unsafe[0]} runs what the model has written, outside of any sandbox",
                      "use the cell HumanEval")
+
+
+def task_manager(cell: LMEval) -> Any:
+    """lm-eval's index of tasks: of the cell's own folder, where that has all it names. To read all that lm-eval ships,
+    14,000 files, takes many seconds."""
+    from lm_eval.tasks import TaskManager
+
+    if cell.include_path is not None:
+        own = TaskManager(include_path=cell.include_path, include_defaults=False)
+        if set(cell.tasks) <= set(own.all_tasks):
+            return own
+    return TaskManager(include_path=cell.include_path)
 
 
 def _flattened(loaded: dict[object, object]) -> list[tuple[object, object]]:

@@ -12,13 +12,13 @@ import lm_eval
 import numpy as np
 import torch.distributed as dist
 from lm_eval.api.model import LM
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from collie_lab.cells import LMEval
 from collie_lab.data import Tokenizer
+from collie_lab.data.lm_eval_tasks import task_manager
 from collie_lab.data.questions import Pieces, Question, Room, arrange, continuation
 from collie_lab.parallel import Strategy
 from collie_lab.training.generate import Draw, generate
@@ -37,10 +37,9 @@ def run_tasks(cell: LMEval, model: PreTrainedModel, tokenizer: Tokenizer, strate
               tick: Callable[[], None]) -> tuple[list[Sample], dict[str, float]]:
     """All samples and figures of the tasks, on rank 0; all ranks call it together."""
     asked = _Model(cell, model, tokenizer, strategy, flat, tick)
-    manager = TaskManager(include_path=cell.include_path)
     # Seeds are None: lm-eval would reset those of the training. Of examples it draws with its own default.
     results = lm_eval.simple_evaluate(
-        asked, tasks=list(cell.tasks), task_manager=manager, num_fewshot=cell.shots, limit=cell.limit,
+        asked, tasks=list(cell.tasks), task_manager=task_manager(cell), num_fewshot=cell.shots, limit=cell.limit,
         bootstrap_iters=0, log_samples=True, random_seed=None, numpy_random_seed=None, torch_random_seed=None)
     if results is None:  # every rank but the first of a machine
         return [], {}
@@ -82,9 +81,11 @@ class _Model(LM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows of the model's context."""
-        first = self._tokenizer.prefix[-1] if self._tokenizer.prefix else self._tokenizer.eos_id
+        prefix = self._tokenizer.prefix
+        first = prefix[-1] if prefix else self._tokenizer.eos_id
+        # The text with the tokenizer's own first token, which is so predicted from itself: as lm-eval's models do.
         windows = [[make_disjoint_window(window) for window in get_rolling_token_windows(
-            token_list=ids, prefix_token=first, max_seq_len=self._context, context_len=1)]
+            token_list=prefix + ids, prefix_token=first, max_seq_len=self._context, context_len=1)]
             for ids in self._tokenizer.encode([request.args[0] for request in requests])]
         found = iter(self._score([window for text in windows for window in text]))
         return [sum(next(found)[0] for _ in text) for text in windows]

@@ -65,8 +65,8 @@ def test_judges_agree_with_lm_evals_filters_and_metrics() -> None:
     from collie_lab.training.judge import judge
 
     solution = "He has 3*400 = <<3*400=1200>>1200 dollars.\n#### 1,200"
-    answers = [" 1200\n#### 1,200", "#### 1200.", "so $1,200.", "#### 12 or 1200", "####1200", "none", "#### 1200 dollars",
-               "#### $1200", "it is 7, no: -1200"]
+    answers = [" 1200\n#### 1,200", "#### 1200.", "so $1,200.", "#### 12 or 1200", "####1200", "none",
+               "#### 1200 dollars", "#### $1200", "it is 7, no: -1200"]
     ignore = [",", "\\$", "(?s).*#### ", "\\.$"]
     samples = judge(GSM8K("gsm8k"), [Question("", solution)] * len(answers), answers, lambda: None)
     for name, chosen in (("gsm8k", RegexFilter("#### (\\-?[0-9\\.\\,]+)")),
@@ -89,8 +89,8 @@ TASK = {"dataset_path": "json", "test_split": "test", "num_fewshot": 0,
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of three local tasks: choices, answers and the likelihood of whole texts."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    records = [{"q": f"There was a {word} ", "choices": ["cat and a dog", "dog"], "gold": 1, "text": f"A {word} story. " * 9}
-               for word in ("big", "small", "red", "happy", "little")]
+    records = [{"q": f"There was a {word} ", "choices": ["cat and a dog", "dog"], "gold": 1,
+                "text": f"A {word} story. " * 9} for word in ("big", "small", "red", "happy", "little")]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     own = {
         "choices": {"output_type": "multiple_choice", "doc_to_text": "q", "doc_to_choice": "choices",
@@ -120,8 +120,9 @@ def test_tasks_of_lm_eval_run_on_the_model_in_training(tasks: Path, shared: Path
         training=lab.Training(steps=1, batch_size=2), optimizer=lab.AdamW(lr=1e-3),
         evaluate=[lab.LMEval(names, include_path=str(tasks), name="lm", batch_size=2)])
     run = run_here(experiment, tmp_path / "run")
-    theirs = simple_evaluate(HFLM(str(run.path / "model"), dtype="float32", device="cpu", batch_size=2), tasks=list(names),
-                             task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=1)["results"]
+    exported = HFLM(str(run.path / "model"), dtype="float32", device="cpu", batch_size=2)
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    theirs = simple_evaluate(exported, tasks=list(names), task_manager=manager, bootstrap_iters=2)["results"]
     ours = run.read("result.json")
     assert ours["lm_own_choices_acc"] == theirs["own_choices"]["acc,none"]
     assert ours["lm_own_choices_acc_se"] == pytest.approx(theirs["own_choices"]["acc_stderr,none"])
@@ -132,11 +133,9 @@ def test_tasks_of_lm_eval_run_on_the_model_in_training(tasks: Path, shared: Path
     assert list(answers["task"].unique()) == list(names)
 
 
-def test_unknown_and_broken_tasks_are_found_before_the_start(tasks: Path) -> None:
+def test_broken_tasks_are_found_before_the_start(tasks: Path) -> None:
     from collie_lab.data.lm_eval_tasks import check_tasks
 
-    with pytest.raises(CellError, match="knows no task 'own_choises'"):
-        check_tasks(lab.LMEval("own_choises", include_path=str(tasks)))
     (tasks.parent / "data.jsonl").unlink()
     with pytest.raises(CellError, match=r"LMEval.tasks: own_choices does not load"):
         check_tasks(lab.LMEval("own_choices", include_path=str(tasks)))
