@@ -28,12 +28,13 @@ __all__ = ["evaluation_problems"]
 
 def evaluation_problems(experiment: Experiment) -> Iterator[Problem]:
     """Problems of the evaluations; reads the files of those that have their own questions."""
-    seen: set[tuple[str, str | None]] = set()
+    seen: set[tuple[str | None, str]] = set()
     for cell in experiment.evaluate:
         kind = type(cell).__name__
-        if (cell.kind, cell.name) in seen:
+        written = {(cell.name, figure) for figure in _figures(cell)}
+        if written & seen:
             yield Problem(kind, "name", "two evaluations would write the same figures", 'tell them apart: name="..."')
-        seen.add((cell.kind, cell.name))
+        seen |= written
         for package in _packages(cell):
             if importlib.util.find_spec(package.replace("-", "_").replace("scikit_learn", "sklearn")) is None:
                 yield Problem(kind, "", f"it needs {package}, which is not installed", "pip install collie-lab[eval]")
@@ -49,6 +50,16 @@ def evaluation_problems(experiment: Experiment) -> Iterator[Problem]:
                 read_questions(cell)
             except CellError as error:
                 yield from error.problems
+
+
+def _figures(cell: Evaluation) -> set[str]:
+    """Names that stand for all that an evaluation writes: its kind, or figures that other kinds write too."""
+    match cell:
+        case Classification() | MultipleChoice():
+            return {"accuracy"}
+        case Generation():
+            return {cell.kind, *(metric.__name__ if callable(metric) else metric for metric in cell.metrics)}
+    return {cell.kind}
 
 
 def _packages(cell: Evaluation) -> tuple[str, ...]:

@@ -25,15 +25,15 @@ def few(shared: Path, tmp_path: Path) -> Path:
     for file in ("test/anatomy_test.csv", "dev/anatomy_dev.csv"):
         target = tmp_path / "mmlu" / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("".join((data / "mmlu" / file).read_text().splitlines(keepends=True)[:25]))
+        target.write_text("".join((data / "mmlu" / file).read_text().splitlines(keepends=True)[:9]))
     (tmp_path / "gsm8k").mkdir()
     for file in ("test.jsonl", "train.jsonl"):
         lines = (data / "gsm8k" / file).read_text().splitlines(keepends=True)
-        (tmp_path / "gsm8k" / file).write_text("".join(lines[:12]))
+        (tmp_path / "gsm8k" / file).write_text("".join(lines[:6]))
     (tmp_path / "bbh/bbh").mkdir(parents=True)
     (tmp_path / "bbh/cot-prompts").mkdir()
     content = json.loads((data / "bbh/bbh/navigate.json").read_text())
-    (tmp_path / "bbh/bbh/navigate.json").write_text(json.dumps({"examples": content["examples"][:8]}))
+    (tmp_path / "bbh/bbh/navigate.json").write_text(json.dumps({"examples": content["examples"][:4]}))
     shutil.copy(data / "bbh/cot-prompts/navigate.txt", tmp_path / "bbh/cot-prompts")
     return tmp_path
 
@@ -44,8 +44,7 @@ def test_evaluators_agree_to_the_last_sample(few: Path, shared: Path) -> None:
               "answer": 1}, {"prompt": "Tom had a ", "choices": ["red ball", "big, big dog"], "answer": 0}]
     cells: list[Evaluation] = [
         MMLU(few / "mmlu", subjects=("anatomy",), shots=1), MultipleChoice(texts),
-        GSM8K(few / "gsm8k", shots=1, max_new_tokens=24), BBH(few / "bbh", tasks=("navigate",), max_new_tokens=16),
-        BBH(few / "bbh", tasks=("navigate",), style="direct", max_new_tokens=16),
+        GSM8K(few / "gsm8k", shots=1, max_new_tokens=12), BBH(few / "bbh", tasks=("navigate",), max_new_tokens=8),
     ]
     for number, cell in enumerate(cells):
         folder = few / str(number)
