@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 		+ ": make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt uv torch
-	DS_BUILD_OPS=0 $(INSTALL) -e '.[dev]'
+	DS_BUILD_OPS=0 $(INSTALL) -e '.[dev,eval]'
 	@touch $@
 
 # The demo is small: it runs on CPU cores wherever it is.

@@ -87,8 +87,8 @@ class HumanEval(Benchmark):
     stop: tuple[str, ...] = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
     seconds: float = Field(default=3.0, gt=0.0)
     """How long a program may run."""
-    memory: int = Field(default=2**30, ge=2**26)
-    """Bytes that a program may map."""
+    memory: float = Field(default=1.0, ge=0.125)
+    """GiB that a program may map."""
 
     @field_validator("k")
     @classmethod

@@ -121,7 +121,7 @@ def _programs(cell: HumanEval, items: Sequence[Question], answers: Sequence[str]
         return samples
     programs = [f"{item.fields['prompt']}{answer}\n{item.fields['test']}\ncheck({item.fields['entry_point']})\n"
                 for item, answer in zip(items, answers, strict=True)]
-    outcomes = sandbox.run_all(programs, seconds=cell.seconds, memory=cell.memory, tick=tick)
+    outcomes = sandbox.run_all(programs, seconds=cell.seconds, memory=int(cell.memory * 2**30), tick=tick)
     return [{**sample, "passed": float(outcome == "passed"), "outcome": outcome}
             for sample, outcome in zip(samples, outcomes, strict=True)]
 

@@ -81,7 +81,7 @@ def _candidates(facts: Facts) -> list[Any]:
     """Values to try in the place of a field's default."""
     numbers = [0.25, 3, 2.0, -0.5] if facts.kinds & {int, float} else []
     return [*(choice for choice in facts.choices if choice != facts.default), *numbers, {"a": 2}, "some_text", "bytes",
-            ("q", "it's (v|w), or"), (0.5, 0.25), (0.5, 0.25, 0.125), ("add", "copy")]
+            ("q", "it's (v|w), or"), (0.5, 0.25), (0.5, 0.25, 0.125), ("add", "copy"), (1, 2), ("bleu", "rouge")]
 
 
 def _changed(cls: type[lab.Cell], required: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +106,8 @@ def test_every_field_of_every_kind_can_be_typed(slot: str, cls: type[lab.Cell],
                                                 compose: Callable[..., Composer]) -> None:
     required = {facts.name: "file.json" for facts in facts_of(cls) if facts.required}
     fields = _changed(cls, required)
-    assert set(cls.model_fields) - set(fields) <= {"data", "score"}  # a cell, and a function
+    functions = {"score", "format"} if cls is lab.MultipleChoice else {"score"}
+    assert set(cls.model_fields) - set(fields) <= {"data", *functions}  # a cell, and functions
     composer = compose(lab.Experiment(model="llama-1m"))
     form = _choose(composer, slot, cls.__name__)
     for name, value in fields.items():
