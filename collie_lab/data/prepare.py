@@ -129,7 +129,8 @@ class _Maker:
         if isinstance(cell, LMEval):
             check_tasks(cell)
             return arrange([], [], Room(None))[0]  # lm-eval asks on the ranks
-        name, answer = type(cell).__name__, getattr(cell, "max_new_tokens", 0)
+        name = type(cell).__name__
+        answer = 0 if isinstance(cell, Classification) else getattr(cell, "max_new_tokens", 0)
         if isinstance(cell, HumanEval) and cell.execute and (reason := sandbox.unavailable()):
             raise CellError([Problem(name, "execute", f"no sandbox for programs here: {reason}",
                                      "leave it out: the completions are kept, and can be judged elsewhere")])
@@ -145,10 +146,16 @@ class _Maker:
                 questions, said = tokenize_questions(read_questions(cell), self.tokenizer, room)
         except ValueError as error:
             raise error if isinstance(error, CellError) else CellError([Problem(name, "", str(error))]) from None
+        self._check_known(questions)
         self.warnings += [f"{cell.name or name}: {text}" for text in said]
         self.summary |= {f"{cell.name or name}": {"questions": len(questions.items),
                          "tokens": len(questions.tokens)}}
         return questions
+
+    def _check_known(self, documents: Documents) -> None:
+        if (largest := int(documents.tokens.max())) >= self.vocabulary:
+            raise CellError([Problem("Model", "tokenizer", f"it makes token {largest}, but the model's vocabulary has "
+                                     f"{self.vocabulary}", "name the model's own tokenizer")])
 
     def _records(self, cell: Data, split: Split) -> list[Document]:
         return read_documents(cell, split, self.tokenizer.render_chat if self.tokenizer.chat_template else None)
@@ -178,9 +185,7 @@ class _Maker:
         if empty := sum(document.answer is not None and not document.answer.strip() for document in records):
             warnings.append(f"{name}, {split}: {empty} of {len(records)} responses are empty; of these only the end is "
                             "learned")
-        if int(documents.tokens.max()) >= self.vocabulary:
-            raise CellError([Problem("Model", "tokenizer", f"it makes token {documents.tokens.max()}, but the "
-                                     f"model's vocabulary has {self.vocabulary}", "name the model's own tokenizer")])
+        self._check_known(documents)
         counts = {
             "documents": len(documents), "tokens": len(documents.tokens), "learned": int(documents.learned.sum()),
         }

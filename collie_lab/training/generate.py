@@ -91,7 +91,7 @@ class _Gumbel(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         drawn = torch.stack([torch.empty_like(scores[0], dtype=torch.float32).exponential_(generator=generator)
                              for generator in self._generators])
-        return torch.log_softmax(scores.float(), -1) - drawn.log()
+        return torch.log_softmax(scores.float(), -1) - drawn.clamp_(min=1e-30).log()  # never 0: its logarithm
 
 
 class _Ending(StoppingCriteria):  # type: ignore[misc]

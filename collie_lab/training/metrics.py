@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -29,21 +30,26 @@ def of_answer(metric: Metric, answer: str, reference: str) -> dict[str, float]:
         return {metric.__name__: float(metric(answer, reference))}
     match metric:
         case "rouge":
-            from rouge_score.rouge_scorer import RougeScorer
-
-            found = RougeScorer(_ROUGE, use_stemmer=True).score(reference, answer)
+            found = _rouge_scorer().score(reference, answer)
             return {name: float(found[name].fmeasure) for name in _ROUGE}
         case "exact_match":
             return {"exact_match": float(answer.strip() == reference.strip())}
     return {}
 
 
+@functools.cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(_ROUGE, use_stemmer=True)
+
+
 def bleu(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Corpus BLEU (0..100) with sacrebleu's defaults, and its standard error by bootstrap over the answers."""
     from sacrebleu.metrics.bleu import BLEU
 
-    metric: Any = BLEU()
-    one = [BLEU(effective_order=True).sentence_score(answer, [reference])
+    sentence: Any = BLEU(effective_order=True)  # of which only the counts are used
+    one = [sentence.sentence_score(answer, [reference])
            for answer, reference in zip(answers, references, strict=True)]
     counts = np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in one])
 
@@ -54,7 +60,7 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
 
     draws = np.random.default_rng(0).integers(0, len(counts), size=(_RESAMPLES, len(counts)))
     error = float(np.std([of(counts[draw]) for draw in draws], ddof=1))
-    return {"bleu": float(metric.corpus_score(answers, [references]).score), "bleu_se": error}
+    return {"bleu": float(BLEU().corpus_score(answers, [references]).score), "bleu_se": error}
 
 
 def f1_macro(pairs: Sequence[tuple[str, str]], labels: Sequence[str]) -> dict[str, float]:
