@@ -28,6 +28,7 @@ from collie_lab.cells import (
     Evaluation,
     ExactMatch,
     Experiment,
+    ExtendTokenizer,
     Freeze,
     GaLore,
     Instructions,
@@ -47,6 +48,7 @@ from collie_lab.cells import (
     Sophia,
     Text,
     Training,
+    TrainTokenizer,
 )
 
 if TYPE_CHECKING:
@@ -64,10 +66,11 @@ _LAZY = {
 
 __all__ = [
     "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell", "CellError", "Data",
-    "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore", "IA3", "Instructions", "Lion", "LoRA", "Lomo",
-    "Model", "Muon", "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens",
-    "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text",
-    "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "optim", "pull", "runs", "watch",
+    "Evaluation", "ExactMatch", "Experiment", "ExtendTokenizer", "Freeze", "GaLore", "IA3", "Instructions", "Lion",
+    "LoRA", "Lomo", "Model", "Muon", "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem",
+    "RandomTokens", "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia",
+    "Text", "TrainTokenizer", "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "optim",
+    "pull", "runs", "watch",
 ]
 
 

@@ -13,6 +13,7 @@ from collie_lab.check_adapter import adapter_problems
 from collie_lab.check_deepspeed import deepspeed_problems
 from collie_lab.check_optimizer import optimizer_problems
 from collie_lab.check_parallel import parallel_problems
+from collie_lab.check_tokenizer import tokenizer_problems
 from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.records import read_documents
 from collie_lab.folder import read_json
@@ -66,7 +67,8 @@ def check(experiment: Experiment) -> Report:
     """All problems of an experiment; reads its model's configuration and its data, starts nothing."""
     problems: list[Problem] = []
     config = _collect(problems, lambda: _model(experiment.model, problems))
-    problems += [*_batches(experiment), *optimizer_problems(experiment), *adapter_problems(experiment),
+    problems += [*_batches(experiment), *tokenizer_problems(experiment), *optimizer_problems(experiment),
+                 *adapter_problems(experiment),
                  *parallel_problems(experiment, config or {}), *deepspeed_problems(experiment),
                  *_evaluations(experiment), *_without_effect(experiment), *_gpus(experiment)]
     _collect(problems, lambda: _data(experiment, config or {}, problems))

@@ -18,11 +18,13 @@ from collie_lab.cells.model import SHAPES, Model
 from collie_lab.cells.nodes import Nodes
 from collie_lab.cells.optimizer import SGD, AdaLomo, AdamW, Adan, Lion, Lomo, Optimizer, RuleCell, Sophia
 from collie_lab.cells.parallel import Parallel
+from collie_lab.cells.tokenizer import ExtendTokenizer, NewTokenizer, TrainTokenizer
 from collie_lab.cells.training import Training
 
 __all__ = [
     "IA3", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter",
-    "Apollo", "Cell", "CellError", "Data", "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore",
-    "Instructions", "LibraryOptimizer", "Lion", "LoRA", "Lomo", "Model", "Muon", "Nodes", "Optimizer", "Parallel",
-    "Perplexity", "Problem", "RandomTokens", "RuleCell", "ScheduleFree", "Skills", "Sophia", "Text", "Training",
+    "Apollo", "Cell", "CellError", "Data", "Evaluation", "ExactMatch", "Experiment", "ExtendTokenizer",
+    "Freeze", "GaLore", "Instructions", "LibraryOptimizer", "Lion", "LoRA", "Lomo", "Model", "Muon", "NewTokenizer",
+    "Nodes", "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens", "RuleCell", "ScheduleFree", "Skills",
+    "Sophia", "Text", "TrainTokenizer", "Training",
 ]

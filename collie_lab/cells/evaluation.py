@@ -27,7 +27,10 @@ class Evaluation(Cell):
 
 
 class Perplexity(Evaluation):
-    """exp of the mean negative log-likelihood per predicted token, weighted by tokens over all ranks."""
+    """exp of the mean negative log-likelihood per predicted token, weighted by tokens over all ranks.
+
+    With `bits_per_byte` of text, which compares models whatever their tokenizers.
+    """
 
 
 class ExactMatch(Evaluation):

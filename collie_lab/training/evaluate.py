@@ -41,8 +41,12 @@ def evaluate(cell: Evaluation, model: PreTrainedModel, documents: Documents, tok
 
 def perplexity(cell: Perplexity, model: PreTrainedModel, documents: Documents, strategy: Strategy, *,
                flat: bool, tick: Callable[[], None]) -> dict[str, float]:
-    """exp of the mean negative log-likelihood (`nll`, nats) per predicted token."""
-    sums = torch.zeros(2, dtype=torch.float64, device=strategy.device)
+    """exp of the mean negative log-likelihood (`nll`, nats) per predicted token, and `bits_per_byte` of their text.
+
+    The latter compares models with different tokenizers (Gao et al., arXiv 2101.00027, section 3.1). An end mark that
+    is predicted costs bits and has no bytes.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=strategy.device)
     batches = _shares(documents.lengths, cell, strategy)
     for step in range(_most_batches(documents.lengths, cell, strategy)):
         tick()
@@ -54,8 +58,10 @@ def perplexity(cell: Perplexity, model: PreTrainedModel, documents: Documents, s
         if counts:
             sums[0] += loss
             sums[1] += int(documents.targets[indices].sum())
-    total, tokens = strategy.total(strategy.counted(sums)).tolist()
-    return {"perplexity": math.exp(min(total / tokens, 700.0)), "nll": total / tokens}
+            sums[2] += int(documents.text_bytes[indices].sum()) if len(documents.text_bytes) else 0
+    total, tokens, size = strategy.total(strategy.counted(sums)).tolist()
+    figures = {"perplexity": math.exp(min(total / tokens, 700.0)), "nll": total / tokens}
+    return {**figures, "bits_per_byte": total / math.log(2) / size} if size else figures
 
 
 def exact_match(cell: ExactMatch, model: PreTrainedModel, documents: Documents, tokenizer: Tokenizer,
