@@ -149,7 +149,9 @@ def _without_effect(experiment: Experiment) -> Iterator[Problem]:
 
     training = experiment.training
     if training.schedule == "constant" and training.final_lr:
-        yield warning("Training", "final_lr", "a constant schedule never falls", "schedule='linear' or 'cosine'")
+        yield warning("Training", "final_lr", "a constant schedule never falls", "schedule='linear', 'cosine' or 'wsd'")
+    if training.schedule != "wsd" and training.decay != type(training).model_fields["decay"].default:
+        yield warning("Training", "decay", "only `wsd` has a decay of its own", "schedule='wsd'")
     if training.checkpoint_every and training.checkpoint_every > training.steps:
         yield warning("Training", "checkpoint_every", f"no checkpoint within {training.steps} steps")
     for cell in experiment.evaluate:

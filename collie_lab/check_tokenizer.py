@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from collie_lab.cells import Experiment, ExtendTokenizer, Freeze, NewTokenizer, Problem, RandomTokens, TrainTokenizer
+from collie_lab.cells import Experiment, ExtendTokenizer, Freeze, Problem, RandomTokens, TrainTokenizer
 
 __all__ = ["tokenizer_problems"]
 
@@ -12,7 +12,7 @@ __all__ = ["tokenizer_problems"]
 def tokenizer_problems(experiment: Experiment) -> Iterator[Problem]:
     """Conflicts of `Model.tokenizer` with weights, configuration, data and adapter."""
     model, cell = experiment.model, experiment.model.tokenizer
-    if not isinstance(cell, NewTokenizer):
+    if not isinstance(cell, (TrainTokenizer, ExtendTokenizer)):
         return
     name = type(cell).__name__
     if isinstance(experiment.data, RandomTokens) and not (isinstance(cell, ExtendTokenizer) and not cell.learn):
@@ -26,6 +26,10 @@ def tokenizer_problems(experiment: Experiment) -> Iterator[Problem]:
     if isinstance(cell, ExtendTokenizer) and model.init == "random" and cell.rows == "mean":
         yield Problem(name, "rows", "with random weights the rows of new tokens are drawn like all others",
                       "leave it out", "warning")
+    field, rows = ("vocab_size", cell.vocab_size) if isinstance(cell, TrainTokenizer) else ("multiple", cell.multiple)
+    if rows % (tp := experiment.parallel.tp):
+        yield Problem(name, field, f"tp={tp} need not divide the tokens: every rank may have embedding and head whole",
+                      f"a multiple of {tp}", "warning")
     adapter = experiment.adapter
     if isinstance(cell, ExtendTokenizer) and adapter is not None and not isinstance(adapter, Freeze):
         yield Problem("Model", "tokenizer", f"{type(adapter).__name__} would leave the rows of new tokens untrained, "

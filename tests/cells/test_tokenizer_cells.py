@@ -49,7 +49,7 @@ def test_what_no_tokenizer_can_be(make: object, message: str) -> None:
 
 
 def _pretrained(folder: Path, tokenizer: lab.Cell) -> lab.Experiment:
-    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 512}')
+    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 512, "num_attention_heads": 4}')
     (folder / "model.safetensors").touch()
     return SCRATCH.replace(model=lab.Model(folder, tokenizer=tokenizer))
 
@@ -70,5 +70,6 @@ def test_conflicts_are_found_before_anything_starts(tmp_path: Path) -> None:
     marks = trained.with_("model.tokenizer", lab.ExtendTokenizer(special=("<a>",)))
     assert marks.replace(data=lab.RandomTokens()).check().problems == []
     assert only(SCRATCH.with_("model.tokenizer", EXTEND)).startswith("warning: ExtendTokenizer.rows: with random")
+    assert "multiple: tp=2 need not divide" in only(trained.replace(parallel=lab.Parallel(tp=2)))
     assert "LoRA would leave the rows of new tokens untrained" in only(trained.replace(adapter=lab.LoRA()))
     assert trained.replace(adapter=lab.Freeze("*embed*")).check().problems == []
