@@ -1,6 +1,6 @@
 """What pre-training and further pre-training reach in CPU minutes, in bits per byte of held-out text.
 
-    python benchmarks/pretraining.py --results FILE.json [--tasks scratch further] [--steps 300]
+    python benchmarks/pretraining.py --results FILE.json [--tasks scratch further] [--steps 200]
 
 `scratch`: a Llama of 1 M parameters from random weights on 1.4 MB of TinyStories, with the byte tokenizer and with
 tokenizers trained on the stories; beside them stories260k, which was trained on all of TinyStories. `further`:
@@ -50,7 +50,7 @@ def experiment(model: lab.Model, task: str, steps: int, held_out: Path, shared: 
         data=lab.Text(source, separator=separator, max_length=_LENGTH, packing=True, holdout=0.0),
         optimizer=lab.AdamW(lr=(3e-3 if task == "scratch" else 1e-3) if steps else 1e-12, betas=(0.9, 0.95),
                             weight_decay=0.1),
-        training=lab.Training(steps=steps or 1, batch_size=16, schedule="cosine", warmup=0.1 if steps else 0,
+        training=lab.Training(steps=steps or 1, batch_size=8, schedule="cosine", warmup=0.1 if steps else 0,
                               final_lr=0.1, clip_grad_norm=1.0, export=False),
         evaluate=[lab.Perplexity(data=lab.Text(held_out, max_length=_LENGTH), batch_size=64)],
         name="pretraining",
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--shared", type=Path, default=_ROOT.parent / "shared")
     parser.add_argument("--tasks", nargs="+", choices=("scratch", "further"), default=["scratch", "further"])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     rows = [row for task in options.tasks for row in run_task(task, options)]
     report(rows)
