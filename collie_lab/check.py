@@ -67,7 +67,7 @@ def check(experiment: Experiment) -> Report:
     """All problems of an experiment; reads its model's configuration and its data, starts nothing."""
     problems: list[Problem] = []
     config = _collect(problems, lambda: _model(experiment.model, problems))
-    problems += [*_batches(experiment), *tokenizer_problems(experiment), *optimizer_problems(experiment),
+    problems += [*_batches(experiment), *tokenizer_problems(experiment, config or {}), *optimizer_problems(experiment),
                  *adapter_problems(experiment),
                  *parallel_problems(experiment, config or {}), *deepspeed_problems(experiment),
                  *_evaluations(experiment), *_without_effect(experiment), *_gpus(experiment)]

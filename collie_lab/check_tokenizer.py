@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from collie_lab.cells import Experiment, ExtendTokenizer, Freeze, Problem, RandomTokens, TrainTokenizer
 
 __all__ = ["tokenizer_problems"]
 
 
-def tokenizer_problems(experiment: Experiment) -> Iterator[Problem]:
-    """Conflicts of `Model.tokenizer` with weights, configuration, data and adapter."""
+def tokenizer_problems(experiment: Experiment, config: dict[str, Any]) -> Iterator[Problem]:
+    """Conflicts of `Model.tokenizer` with weights, configuration, data, layout and adapter."""
     model, cell = experiment.model, experiment.model.tokenizer
     if not isinstance(cell, (TrainTokenizer, ExtendTokenizer)):
         return
@@ -20,6 +21,9 @@ def tokenizer_problems(experiment: Experiment) -> Iterator[Problem]:
                       "from", "train on Text, Instructions or Skills")
     if "vocab_size" in model.config:
         yield Problem("Model", "config", f"vocab_size={model.config['vocab_size']}, but {name} sets it", "leave it out")
+    if isinstance(cell, TrainTokenizer) and "text_config" in config:
+        yield Problem("Model", "tokenizer", f"{model.source} is a model of several parts: it keeps its own tokenizer",
+                      "a named shape, or a model of text alone")
     if isinstance(cell, TrainTokenizer) and model.init == "pretrained":
         yield Problem("Model", "tokenizer", "trained weights know the tokens of their own tokenizer alone",
                       'init="random"; or tokenizer=ExtendTokenizer(...), which adds to it')
