@@ -66,28 +66,39 @@ def make_tokenizer(model: Model, data: Data, vocabulary: int | None, target: Pat
     Raises:
         CellError: there is no tokenizer to begin with, or it cannot be extended so.
     """
-    cell = model.tokenizer
-    if isinstance(cell, TrainTokenizer):
-        texts = _texts_of(data)
-        target.mkdir(parents=True, exist_ok=True)
-        made = _remembered(cell, "", texts, lambda: {"tokenizer": _train(cell, texts)})
-        save_own(RustTokenizer.from_str(made["tokenizer"]), target)
-        tokenizer = Tokenizer(target)
-        few = f"TrainTokenizer: the training documents give {tokenizer.vocab_size:,} tokens; the other rows of the " \
-              f"{cell.vocab_size:,} are never used"
-        return MadeTokenizer(tokenizer, warnings=(few,) if tokenizer.vocab_size < cell.vocab_size else ())
-    if isinstance(cell, ExtendTokenizer):
-        old = save_tokenizer(model.replace(tokenizer=None), target)
-        texts = _texts_of(data, old) if cell.learn else lambda: iter(())
-        made = _remembered(cell, old.fingerprint, texts, lambda: _extend(cell, old, texts))
-        (target / "tokenizer.json").write_text(made["tokenizer"], encoding="utf-8")
-        first, new = made["first"], made["pieces"]
-        before = vocabulary or first
-        rows = max(before, first + len(new))
-        pieces = tuple(tuple(ids) if cell.rows == "pieces" else () for ids in new)
-        extension = Extension(first, pieces, before, -(-rows // cell.multiple) * cell.multiple)
-        return MadeTokenizer(Tokenizer(target), extension, tuple(made["warnings"]))
+    match model.tokenizer:
+        case TrainTokenizer() as cell:
+            return _trained(cell, data, target)
+        case ExtendTokenizer() as cell:
+            return _extended(cell, save_tokenizer(model.replace(tokenizer=None), target), data, vocabulary)
     return MadeTokenizer(save_tokenizer(model, target))
+
+
+def _trained(cell: TrainTokenizer, data: Data, target: Path) -> MadeTokenizer:
+    texts = _texts_of(data)
+    target.mkdir(parents=True, exist_ok=True)
+    made = _remembered(cell, "", texts, lambda: {"tokenizer": _train(cell, texts)})
+    save_own(RustTokenizer.from_str(made["tokenizer"]), target)
+    tokenizer = Tokenizer(target)
+    few = f"TrainTokenizer: the training documents give {tokenizer.vocab_size:,} tokens; the other rows of the " \
+          f"{cell.vocab_size:,} are never used"
+    return MadeTokenizer(tokenizer, warnings=(few,) if tokenizer.vocab_size < cell.vocab_size else ())
+
+
+def _extended(cell: ExtendTokenizer, old: Tokenizer, data: Data, vocabulary: int | None) -> MadeTokenizer:
+    """`old` is changed in its folder."""
+    texts = _texts_of(data, old) if cell.learn else lambda: iter(())
+    made = _remembered(cell, old.fingerprint, texts, lambda: _extend(cell, old, texts))
+    (old.folder / "tokenizer.json").write_text(made["tokenizer"], encoding="utf-8")
+    first, new = made["first"], made["pieces"]
+    before = vocabulary or first
+    if first > before:
+        raise CellError([Problem("Model", "tokenizer", f"it has {first:,} tokens, but the model's vocabulary has "
+                                 f"{before:,}", "extend a model that has a row for each")])
+    rows = max(before, first + len(new))
+    pieces = tuple(tuple(ids) if cell.rows == "pieces" else () for ids in new)
+    extension = Extension(first, pieces, before, -(-rows // cell.multiple) * cell.multiple)
+    return MadeTokenizer(Tokenizer(old.folder), extension, tuple(made["warnings"]))
 
 
 def _texts_of(data: Data, tokenizer: Tokenizer | None = None) -> Texts:

@@ -193,10 +193,10 @@ def read(facts: Facts, cell: str, text: str) -> Any:
 def _read_cell(cls: type[Cell], text: str) -> Cell:
     try:
         call = ast.parse(text, mode="eval").body
-        assert isinstance(call, ast.Call)
-        assert not call.args
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError
         fields = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
+    except (SyntaxError, ValueError):
         raise CellError([Problem(cls.__name__, "", f"cannot be read: {text:.60}", "as in Python: "
                                  f"{cls.__name__}(name=value)")]) from None
     return cls(**fields)

@@ -163,6 +163,8 @@ def test_what_cannot_learn_more(tmp_path: Path) -> None:
     unigram.save(str(tmp_path / "old/tokenizer.json"))
     with pytest.raises(CellError, match=r"ExtendTokenizer\.learn: the model's tokenizer is a Unigram"):
         make_tokenizer(model.replace(tokenizer=ExtendTokenizer(learn=1)), STORIES, 2, tmp_path / "new")
+    with pytest.raises(CellError, match=r"it has 2 tokens, but the model's vocabulary has 1"):
+        make_tokenizer(model.replace(tokenizer=ExtendTokenizer(tokens=("ab",))), STORIES, 1, tmp_path / "new")
     holed = RustTokenizer(models.BPE(vocab={"a": 0, "b": 2}, merges=[]))
     holed.save(str(tmp_path / "old/tokenizer.json"))
     with pytest.raises(CellError, match="have gaps"):
