@@ -1,13 +1,13 @@
 """What pre-training and further pre-training reach in CPU minutes, in bits per byte of held-out text.
 
-    python benchmarks/pretraining.py --results FILE.json [--tasks scratch further] [--steps 200]
+    python benchmarks/pretraining.py --results FILE.json [--tasks scratch further] [--steps 100]
 
 `scratch`: a Llama of 1 M parameters from random weights on 1.4 MB of TinyStories, with the byte tokenizer and with
 tokenizers trained on the stories; beside them stories260k, which was trained on all of TinyStories. `further`:
 stories260k on WikiText-2 with its own tokenizer and with one extended by the text, the new rows begun in two ways.
 Within a task all arms share one recipe and take the same steps of as many tokens, so about the same computation: a
 tokenizer of longer tokens sees more text in them. An arm with no steps is what was there to begin with. Every run is a
-process of its own; nothing is tuned.
+process of its own; nothing is tuned. Rows of other tasks that the file holds already are kept.
 """
 
 from __future__ import annotations
@@ -91,9 +91,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--shared", type=Path, default=_ROOT.parent / "shared")
     parser.add_argument("--tasks", nargs="+", choices=("scratch", "further"), default=["scratch", "further"])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
-    rows = [row for task in options.tasks for row in run_task(task, options)]
+    rows = []
+    if options.results is not None and options.results.is_file():
+        earlier = json.loads(options.results.read_text(encoding="utf-8"))["results"]
+        rows = [row for row in earlier if row["task"] not in options.tasks]
+    rows += [row for task in options.tasks for row in run_task(task, options)]
     report(rows)
     keep(options.results, f"pretraining.py --steps {options.steps} --tasks {' '.join(options.tasks)}", rows)
 
