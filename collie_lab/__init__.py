@@ -32,6 +32,7 @@ from collie_lab.cells import (
     Evaluation,
     ExactMatch,
     Experiment,
+    ExtendTokenizer,
     Freeze,
     GaLore,
     Generation,
@@ -55,6 +56,7 @@ from collie_lab.cells import (
     Sophia,
     Text,
     Training,
+    TrainTokenizer,
 )
 
 if TYPE_CHECKING:
@@ -72,11 +74,12 @@ _LAZY = {
 
 __all__ = [
     "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "BBH", "Cell", "CellError",
-    "Classification", "Data", "Evaluation", "ExactMatch", "Experiment", "Freeze", "GSM8K", "GaLore", "Generation",
-    "HumanEval", "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MMLU", "Model", "MultipleChoice", "Muon",
-    "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens", "RankError", "Results",
-    "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text", "Training", "__version__", "attach",
-    "compare", "compose", "doctor", "figure", "optim", "pull", "runs", "watch",
+    "Classification", "Data", "Evaluation", "ExactMatch", "Experiment", "ExtendTokenizer", "Freeze", "GSM8K", "GaLore",
+    "Generation", "HumanEval", "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MMLU", "Model",
+    "MultipleChoice", "Muon", "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens",
+    "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text",
+    "TrainTokenizer", "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "optim", "pull",
+    "runs", "watch",
 ]
 
 

@@ -14,6 +14,7 @@ from collie_lab.check_deepspeed import deepspeed_problems
 from collie_lab.check_evaluation import evaluation_problems
 from collie_lab.check_optimizer import optimizer_problems
 from collie_lab.check_parallel import parallel_problems
+from collie_lab.check_tokenizer import tokenizer_problems
 from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.records import read_documents
 from collie_lab.folder import read_json
@@ -67,7 +68,8 @@ def check(experiment: Experiment) -> Report:
     """All problems of an experiment; reads its model's configuration and its data, starts nothing."""
     problems: list[Problem] = []
     config = _collect(problems, lambda: _model(experiment.model, problems))
-    problems += [*_batches(experiment), *optimizer_problems(experiment), *adapter_problems(experiment),
+    problems += [*_batches(experiment), *tokenizer_problems(experiment, config or {}), *optimizer_problems(experiment),
+                 *adapter_problems(experiment),
                  *parallel_problems(experiment, config or {}), *deepspeed_problems(experiment),
                  *evaluation_problems(experiment), *_without_effect(experiment), *_gpus(experiment)]
     _collect(problems, lambda: _data(experiment, config or {}, problems))
@@ -139,7 +141,9 @@ def _without_effect(experiment: Experiment) -> Iterator[Problem]:
 
     training = experiment.training
     if training.schedule == "constant" and training.final_lr:
-        yield warning("Training", "final_lr", "a constant schedule never falls", "schedule='linear' or 'cosine'")
+        yield warning("Training", "final_lr", "a constant schedule never falls", "schedule='linear', 'cosine' or 'wsd'")
+    if training.schedule != "wsd" and training.decay != type(training).model_fields["decay"].default:
+        yield warning("Training", "decay", "only `wsd` has a decay of its own", "schedule='wsd'")
     if training.checkpoint_every and training.checkpoint_every > training.steps:
         yield warning("Training", "checkpoint_every", f"no checkpoint within {training.steps} steps")
     for cell in experiment.evaluate:

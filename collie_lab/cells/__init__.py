@@ -27,12 +27,14 @@ from collie_lab.cells.model import SHAPES, Model
 from collie_lab.cells.nodes import Nodes
 from collie_lab.cells.optimizer import SGD, AdaLomo, AdamW, Adan, Lion, Lomo, Optimizer, RuleCell, Sophia
 from collie_lab.cells.parallel import Parallel
+from collie_lab.cells.tokenizer import ExtendTokenizer, NewTokenizer, TrainTokenizer
 from collie_lab.cells.training import Training
 
 __all__ = [
     "BBH", "GSM8K", "IA3", "MMLU", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit",
-    "Adan", "Adapter", "Apollo", "Benchmark", "Cell", "CellError", "Classification", "Data", "Evaluation",
-    "ExactMatch", "Experiment", "Freeze", "GaLore", "Generation", "HeldOut", "HumanEval", "Instructions", "LMEval",
-    "LibraryOptimizer", "Lion", "LoRA", "Lomo", "Model", "MultipleChoice", "Muon", "Nodes", "Optimizer", "Parallel",
-    "Perplexity", "Problem", "RandomTokens", "RuleCell", "ScheduleFree", "Skills", "Sophia", "Text", "Training",
+    "Adan", "Adapter", "Apollo", "Benchmark", "Cell", "CellError", "Classification", "Data", "Evaluation", "ExactMatch",
+    "Experiment", "ExtendTokenizer", "Freeze", "GaLore", "Generation", "HeldOut", "HumanEval", "Instructions", "LMEval",
+    "LibraryOptimizer", "Lion", "LoRA", "Lomo", "Model", "MultipleChoice", "Muon", "NewTokenizer", "Nodes", "Optimizer",
+    "Parallel", "Perplexity", "Problem", "RandomTokens", "RuleCell", "ScheduleFree", "Skills", "Sophia", "Text",
+    "TrainTokenizer", "Training",
 ]

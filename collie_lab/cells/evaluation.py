@@ -41,7 +41,10 @@ class HeldOut(Evaluation):
 
 
 class Perplexity(HeldOut):
-    """exp of the mean negative log-likelihood per predicted token, weighted by tokens over all ranks."""
+    """exp of the mean negative log-likelihood per predicted token, weighted by tokens over all ranks.
+
+    With `bits_per_byte` of text, which compares models whatever their tokenizers.
+    """
 
 
 class _Answers(HeldOut):

@@ -15,6 +15,7 @@ from collie_lab.cells.evaluation import Evaluation
 from collie_lab.cells.model import Model
 from collie_lab.cells.optimizer import AdamW, Optimizer
 from collie_lab.cells.parallel import Parallel
+from collie_lab.cells.tokenizer import NewTokenizer
 from collie_lab.cells.training import Training
 
 if TYPE_CHECKING:
@@ -57,11 +58,7 @@ class Experiment(Cell):
                                      "its fields: " + ", ".join(type(self).model_fields))])
         if not rest:
             return self.replace(**{head: value})
-        cell = getattr(self, head)
-        if not isinstance(cell, Cell):
-            raise CellError([Problem("Experiment", head, f"`{path}`: there is no cell to change",
-                                     f"set it whole: with_({head!r}, ...)")])
-        return self.replace(**{head: cell.replace(**{rest: value})})
+        return self.replace(**{head: _changed(getattr(self, head), head, rest, value)})
 
     def check(self) -> Report:
         """Every conflict between the cells, their files and the model, with its reason and remedy."""
@@ -128,6 +125,17 @@ class Experiment(Cell):
         return cls(**fields)
 
 
+def _changed(cell: Any, place: str, path: str, value: Any) -> Cell:
+    """The cell at `place` of an experiment with the field at `path` in it changed."""
+    if not isinstance(cell, Cell):
+        raise CellError([Problem("Experiment", place.partition(".")[0], f"`{place}.{path}`: there is no cell to change",
+                                 f"set it whole: with_({place!r}, ...)")])
+    head, _, rest = path.partition(".")
+    if not rest or head not in type(cell).model_fields:
+        return cell.replace(**{path: value})
+    return cell.replace(**{head: _changed(getattr(cell, head), f"{place}.{head}", rest, value)})
+
+
 def _cell_from(value: Any, base: type[Cell], slot: str) -> Cell:
     """A cell from its mapping; the classes a slot takes are the subclasses of its base."""
     if isinstance(value, base):
@@ -143,8 +151,10 @@ def _cell_from(value: Any, base: type[Cell], slot: str) -> Cell:
     if kind not in kinds:
         message = "`kind` is missing" if kind is None else f"unknown kind {kind!r}"
         raise CellError([Problem("Experiment", slot, message, "there are: " + ", ".join(sorted(kinds)))])
-    if isinstance(fields.get("data"), Mapping):  # an evaluation's own data
-        fields["data"] = _cell_from(fields["data"], Data, f"{slot}.data")
+    inside: dict[str, type[Cell]] = {"data": Data, "tokenizer": NewTokenizer}  # of an evaluation, of a model
+    for name, inner in inside.items():
+        if isinstance(fields.get(name), Mapping):
+            fields[name] = _cell_from(fields[name], inner, f"{slot}.{name}")
     if base is Model and "source" not in fields:
         raise CellError([Problem("Model", "source", "this field is required")])
     return kinds[kind](**fields)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from collie_lab.cells._base import Cell
+from collie_lab.cells.tokenizer import NewTokenizer, TrainTokenizer
 
 __all__ = ["SHAPES", "Model"]
 
@@ -44,8 +45,9 @@ class Model(Cell):
     source: str = Field(min_length=1)
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: fresh weights, drawn from `Training.seed`."""
-    tokenizer: str | None = None
-    """Hub id or folder; `bytes` for the built-in byte tokenizer. Default: the model's own, `bytes` for a shape."""
+    tokenizer: str | NewTokenizer | None = None
+    """Hub id or folder; `bytes` for the built-in byte tokenizer; `TrainTokenizer(...)` or `ExtendTokenizer(...)` makes
+    one. Default: the model's own, `bytes` for a shape."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of the model's configuration to override, e.g. `{"num_hidden_layers": 2}` with random weights."""
     revision: str | None = None
@@ -58,3 +60,8 @@ class Model(Cell):
     def is_shape(self) -> bool:
         """Whether `source` is one of the named shapes (and no folder of that name exists)."""
         return self.source in SHAPES and not Path(self.source).exists()
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """`config`, with what a tokenizer that is to be trained says of the vocabulary."""
+        return {**self.config, **(self.tokenizer.config if isinstance(self.tokenizer, TrainTokenizer) else {})}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from collie_lab.cells._base import Cell
 
@@ -30,10 +30,13 @@ class Training(Cell):
     """How weights are kept. `bf16` halves them and their gradients; the optimizer's `rounding` keeps their updates."""
     recompute: Literal["none", "full"] = "none"
     """`full`: every block recomputes its activations in the backward pass."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls after the warm-up, to `final_lr` times its peak."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """How the learning rate falls after the warm-up, to `final_lr` times its peak. `wsd` (warm-up, stable, decay: Hu et
+    al., arXiv 2404.06395) falls at the end alone, linearly: a checkpoint from before is one to train on."""
     warmup: float = Field(default=0.0, ge=0.0)
     """Below 1: a share of the steps; from 1 on: steps."""
+    decay: float = Field(default=0.2, gt=0.0)
+    """How long `wsd` falls. Below 1: a share of the steps; from 1 on: steps."""
     final_lr: float = Field(default=0.0, ge=0.0, le=1.0)
     clip_grad_norm: float | None = Field(default=None, gt=0.0)
     """Largest global gradient norm; the gradient is scaled down to it."""
@@ -50,14 +53,22 @@ class Training(Cell):
     """`loss(logits, labels)`: fp32 logits [tokens, vocabulary] and labels [tokens] to losses [tokens].
     Default: cross-entropy."""
 
-    @field_validator("warmup")
+    @field_validator("warmup", "decay")
     @classmethod
-    def _whole_steps(cls, value: float) -> float:
+    def _whole_steps(cls, value: float, info: ValidationInfo) -> float:
         if value >= 1 and value != int(value):
-            raise ValueError("from 1 on, warmup counts whole steps")
+            raise ValueError(f"from 1 on, {info.field_name} counts whole steps")
         return value
 
     @property
     def warmup_steps(self) -> int:
         """Steps over which the learning rate rises from zero."""
-        return int(self.warmup) if self.warmup >= 1 else round(self.warmup * self.steps)
+        return self._steps_of(self.warmup)
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps over which the learning rate falls at the end, with `wsd`."""
+        return self._steps_of(self.decay)
+
+    def _steps_of(self, length: float) -> int:
+        return int(length) if length >= 1 else round(length * self.steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Documents"]
+
+_ARRAYS = ("tokens", "learned", "offsets", "prompt_lengths", "text_bytes")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Documents:
     offsets: NDArray[np.int64]
     prompt_lengths: NDArray[np.int64]
     answers: tuple[str, ...] = ()
+    text_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """UTF-8 bytes of the text that the loss counts, of each document; empty where they were not counted."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -53,7 +57,7 @@ class Documents:
     def save(self, folder: Path) -> None:
         """Write the arrays into `folder`."""
         folder.mkdir(parents=True)
-        for name in ("tokens", "learned", "offsets", "prompt_lengths"):
+        for name in _ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name))
         (folder / "answers.json").write_text(json.dumps(self.answers, ensure_ascii=False), encoding="utf-8")
 
@@ -61,5 +65,5 @@ class Documents:
     def load(cls, folder: Path) -> Documents:
         """Map the arrays of `folder`; nothing is copied until it is used."""
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                  for name in ("tokens", "learned", "offsets", "prompt_lengths")}
+                  for name in _ARRAYS}
         return cls(**arrays, answers=tuple(json.loads((folder / "answers.json").read_text(encoding="utf-8"))))

@@ -42,13 +42,13 @@ def model_config(model: Model) -> dict[str, Any]:
         CellError: there is none.
     """
     if model.is_shape:
-        return {**SHAPES[model.source], **model.config}
+        return {**SHAPES[model.source], **model.overrides}
     file = fetch(model, ("config.json",)) / "config.json"
     if not file.is_file():
         raise CellError([Problem("Model", "source", f"{model.source} holds no config.json",
                                  "name a folder that transformers' save_pretrained wrote")])
     try:
-        return {**json.loads(file.read_text(encoding="utf-8")), **model.config}
+        return {**json.loads(file.read_text(encoding="utf-8")), **model.overrides}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CellError([Problem("Model", "source", f"{file} is no valid JSON: {error}")]) from None
 

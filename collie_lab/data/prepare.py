@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -30,7 +31,8 @@ from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.lm_eval_tasks import check_tasks
 from collie_lab.data.questions import Pieces, Question, Questions, Room, arrange, drawn, tokenize_questions
 from collie_lab.data.records import Document, Split, Style, load_records, question, read_documents
-from collie_lab.data.tokenizer import Tokenizer, save_tokenizer
+from collie_lab.data.tokenizer import Tokenizer
+from collie_lab.data.vocabulary import Extension, make_tokenizer
 from collie_lab.folder import RunFolder
 
 __all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "question_tokens", "sequence_length", "tokenize"]
@@ -52,6 +54,8 @@ class Prepared:
     warnings: list[str] = field(default_factory=list)
     style: Style = "plain"
     """What stands around what a person says, in the training documents."""
+    extension: Extension | None = None
+    """What the model's vocabulary is extended by."""
 
 
 def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
@@ -64,11 +68,13 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
             where `overlong="error"`, token ids that the model does not know, nothing held out to evaluate.
     """
     config = model_config(experiment.model)
-    tokenizer = save_tokenizer(experiment.model, folder.path / "tokenizer")
-    vocabulary = int({**config, **config.get("text_config", {})}.get("vocab_size", tokenizer.vocab_size))
-    maker = _Maker(tokenizer, vocabulary, context_length(config))
-
     data = _read_once(experiment.data)
+    rows = {**config, **config.get("text_config", {})}.get("vocab_size")
+    tokenizer, extension, warnings = make_tokenizer(experiment.model, data, rows, folder.path / "tokenizer")
+    vocabulary = extension.rows if extension else int(rows or tokenizer.vocab_size)
+    maker = _Maker(tokenizer, vocabulary, context_length(config))
+    maker.warnings += warnings
+
     train, style = maker.documents(data, "train")
     train.save(folder.path / "data" / "train")
     sets: list[tuple[Data, Split] | Evaluation] = []
@@ -80,7 +86,7 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
             documents = maker.documents(*source)[0] if isinstance(source, tuple) else maker.questions(cell, data)
             documents.save(folder.path / "data" / f"evaluation-{len(sets)}")
         names.append(f"evaluation-{sets.index(source) + 1}")
-    prepared = Prepared(tuple(names), train.fingerprint, maker.summary, maker.warnings, style)
+    prepared = Prepared(tuple(names), train.fingerprint, maker.summary, maker.warnings, style, extension)
     folder.write("data/index.json", asdict(prepared))
     return prepared
 
@@ -171,7 +177,7 @@ class _Maker:
                                      else "no documents are left to train on",
                                      "change `holdout`, or give the evaluation its own `data`")])
         warnings = []
-        documents, cut = tokenize(records, self.tokenizer, max_length, cell.overlong)
+        documents, cut = tokenize(records, self.tokenizer, max_length, cell.overlong, measured=split != "train")
         if cut and cell.overlong == "error":
             raise CellError([Problem(name, "max_length", f"{cut} of {len(records)} documents are longer than "
                                      f"{max_length} tokens", "raise it, or set `overlong` to truncate or drop")])
@@ -193,19 +199,21 @@ class _Maker:
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_length: int,
-             overlong: str) -> tuple[Documents, int]:
+             overlong: str, *, measured: bool = False) -> tuple[Documents, int]:
     """Token ids with their loss mask, and the number of documents longer than `max_length` tokens.
 
     Each document is the tokenizer's own prefix, its segments, and an end-of-sequence token. Segments are
     tokenized apart, so that a prompt has the same tokens whether or not its answer follows. A closed
     document, which a chat template has rendered with all its marks, is tokenized whole and gets neither.
-    Documents without a token to learn are left out. `split` gives every window the prefix anew.
+    Documents without a token to learn are left out. `split` gives every window the prefix anew. With `measured` the
+    bytes of the text are counted that is learned.
     """
     ids: list[list[int]] = []
     learned: list[list[bool]] = []
+    sizes: list[list[int]] = []
     answers: list[str] = []
     cut = 0
-    for document, (body, mask) in zip(documents, _encoded(documents, tokenizer), strict=True):
+    for document, (body, mask, size) in zip(documents, _encoded(documents, tokenizer, measured), strict=True):
         prefix = [] if document.closed else tokenizer.prefix
         room = max_length - len(prefix)
         cut += (too_long := len(body) > room)
@@ -218,7 +226,8 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_length: in
                 ids.append(prefix + window)
                 learned.append([False] * len(prefix) + window_mask)
                 answers.append(document.answer or "")
-    return _pack_arrays(ids, learned, answers if any(item.answer is not None for item in documents) else []), cut
+                sizes += [[0] * len(prefix) + size[start : start + room]] if measured else []
+    return _pack_arrays(ids, learned, answers if any(item.answer is not None for item in documents) else [], sizes), cut
 
 
 def label_questions(cell: Classification, documents: Sequence[Document], tokenizer: Tokenizer,
@@ -257,30 +266,36 @@ def question_tokens(text: str, style: Style, tokenizer: Tokenizer) -> list[int]:
                                for token in piece]
 
 
-def _encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    """Each document's token ids and which of them are to be learned, without the tokenizer's prefix."""
+def _encoded(documents: Sequence[Document], tokenizer: Tokenizer, measured: bool
+             ) -> Iterator[tuple[list[int], list[bool], list[int]]]:
+    """Each document's token ids, which of them are to be learned, and if `measured` their bytes; without the prefix."""
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for begin in range(0, len(documents), _BATCH):
         batch = documents[begin : begin + _BATCH]
-        encoded = iter(tokenizer.encode([text for item in batch if not item.closed for text, _ in item.segments]))
+        texts = [text for item in batch if not item.closed for text, _ in item.segments]
+        encoded = iter(tokenizer.encode_measured(texts) if measured else ((ids, []) for ids in tokenizer.encode(texts)))
         for document in batch:
             if document.closed:
                 yield tokenizer.encode_marked(document.segments)
                 continue
-            pieces = [(next(encoded), flag) for _, flag in document.segments] + [(end, True)]
-            yield [token for piece, _ in pieces for token in piece], [flag for piece, flag in pieces for _ in piece]
+            pieces = [(*next(encoded), flag) for _, flag in document.segments] + [(end, [0] * len(end), True)]
+            yield ([token for ids, _, _ in pieces for token in ids], [flag for ids, _, flag in pieces for _ in ids],
+                   [size for _, sizes, _ in pieces for size in sizes])
 
 
-def _pack_arrays(ids: list[list[int]], learned: list[list[bool]], answers: list[str]) -> Documents:
+def _pack_arrays(ids: list[list[int]], learned: list[list[bool]], answers: list[str], sizes: list[list[int]]
+                 ) -> Documents:
     offsets = np.zeros(len(ids) + 1, dtype=np.int64)
     np.cumsum([len(item) for item in ids], out=offsets[1:])
     for mask in learned:
         mask[0] = False
     prompts = [_last_start(mask) for mask in learned] if answers else []
+    counted = [sum(itertools.compress(size, mask)) for size, mask in zip(sizes, learned, strict=False)]
     return Documents(
         tokens=np.fromiter((token for item in ids for token in item), dtype=np.int32, count=offsets[-1]),
         learned=np.fromiter((flag for item in learned for flag in item), dtype=np.bool_, count=offsets[-1]),
         offsets=offsets, prompt_lengths=np.array(prompts, dtype=np.int64), answers=tuple(answers),
+        text_bytes=np.array(counted, dtype=np.int64),
     )
 
 

@@ -12,13 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from collie_lab.cells import CellError, Model, Problem
 from collie_lab.data.hub import fetch
 
-__all__ = ["Tokenizer", "save_tokenizer"]
+__all__ = ["Tokenizer", "save_own", "save_tokenizer"]
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -59,12 +60,18 @@ class Tokenizer:
         """Token ids of each text, without special tokens at either end; in parallel over the cores."""
         return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_marked(self, segments: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
-        """Token ids of the joined segments, and for each whether it begins in a segment with the flag."""
+    def encode_measured(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each text, as `encode` gives them, and the UTF-8 bytes that each token stands for."""
+        encodings = self._rust.encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, _sizes(text, encoding.offsets)) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def encode_marked(self, segments: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool], list[int]]:
+        """Token ids of the joined segments, for each whether it begins in a segment with the flag, and its bytes."""
         ends = list(itertools.accumulate(len(text) for text, _ in segments))
-        encoding = self._rust.encode("".join(text for text, _ in segments), add_special_tokens=False)
+        joined = "".join(text for text, _ in segments)
+        encoding = self._rust.encode(joined, add_special_tokens=False)
         flags = [segments[min(bisect.bisect_right(ends, begin), len(ends) - 1)][1] for begin, _ in encoding.offsets]
-        return encoding.ids, flags
+        return encoding.ids, flags, _sizes(joined, encoding.offsets)
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special tokens left out."""
@@ -97,12 +104,28 @@ class Tokenizer:
         return None if content is None else self._rust.token_to_id(content)
 
 
+def _sizes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
+    """UTF-8 bytes of a text by the tokens at `offsets`, in characters; together they are the bytes of the text.
+
+    A character counts where the first of its tokens is, what no token stands for with the one that follows it.
+    """
+    if not offsets:
+        return []
+    until = np.zeros(len(text) + 1, dtype=np.int64)
+    code = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    np.cumsum(1 + (code > 0x7F) + (code > 0x7FF) + (code > 0xFFFF), out=until[1:])
+    ends = np.maximum.accumulate(until[[end for _, end in offsets]])
+    ends[-1] = until[-1]
+    return list(np.diff(ends, prepend=0).tolist())
+
+
 def save_tokenizer(model: Model, target: Path) -> Tokenizer:
     """Put the model's tokenizer into the folder `target` and return it.
 
     Raises:
         CellError: the model has no tokenizer, or it cannot be fetched.
     """
+    assert model.tokenizer is None or isinstance(model.tokenizer, str)  # others: `vocabulary.make_tokenizer`
     source = model.tokenizer or ("bytes" if model.is_shape else model.source)
     target.mkdir(parents=True, exist_ok=True)
     if source == "bytes":
@@ -140,6 +163,11 @@ def _save_bytes(target: Path) -> None:
     tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    save_own(tokenizer, target)
+
+
+def save_own(tokenizer: RustTokenizer, target: Path) -> None:
+    """Write a tokenizer that knows <s>, </s> and <pad>; it puts <s> before every text."""
     tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )

@@ -88,8 +88,10 @@ class _Asks:
         for place, request in zip(self._mine.tolist(), requests, strict=True):
             begin, end = end, end + len(request)
             tokens = self._documents.targets[request]
-            samples.append({"index": place, **choose(self._cell, self._items[place], found[begin:end],
-                                                     greedy[begin:end], tokens), "prompt": self._prompt(request[0])})
+            sample = choose(self._cell, self._items[place], found[begin:end], greedy[begin:end], tokens)
+            if isinstance(self._cell, Perplexity) and len(sizes := self._documents.text_bytes):
+                sample["bytes"] = int(sizes[request[0]])
+            samples.append({"index": place, **sample, "prompt": self._prompt(request[0])})
         return samples
 
     def answers(self) -> list[Sample]:

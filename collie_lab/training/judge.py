@@ -179,15 +179,18 @@ def _macro(samples: Sequence[Sample], name: str) -> float:
 
 
 def _perplexity(samples: Sequence[Sample]) -> dict[str, float]:
-    """exp of the mean negative log-likelihood (`nll`, nats) per predicted token.
+    """exp of the mean negative log-likelihood (`nll`, nats) per predicted token, and `bits_per_byte` of their text.
 
-    Standard errors are those of a ratio of two sums over documents (Cochran, Sampling Techniques, 1977, section 2.11).
+    The latter compares models with different tokenizers (Gao et al., arXiv 2101.00027, section 3.1). An end mark that
+    is predicted costs bits and has no bytes. Standard errors are those of a ratio of two sums over documents (Cochran, Sampling Techniques, 1977, section 2.11).
     """
     nll, tokens = (np.array([sample[name] for sample in samples], dtype=np.float64) for name in ("nll", "tokens"))
     mean, count = float(nll.sum() / tokens.sum()), len(samples)
     spread = float(np.square(nll - mean * tokens).sum()) * count / max(1, count - 1)
     error, perplexity = math.sqrt(spread) / float(tokens.sum()), math.exp(min(mean, 700.0))
-    return {"perplexity": perplexity, "perplexity_se": perplexity * error, "nll": mean, "nll_se": error}
+    figures = {"perplexity": perplexity, "perplexity_se": perplexity * error, "nll": mean, "nll_se": error}
+    size = sum(sample.get("bytes", 0) for sample in samples)
+    return {**figures, "bits_per_byte": float(nll.sum()) / math.log(2) / size} if size else figures
 
 
 def _pass_at_k(cell: HumanEval, samples: Sequence[Sample]) -> dict[str, float]:

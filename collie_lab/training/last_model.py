@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from collie_lab.cells import Model
+from collie_lab.data import Extension
 from collie_lab.training.memory import uncounted
 
 __all__ = ["keep", "recall", "remember"]
 
 #: The share of the host's free memory that the ranks of a machine may keep together.
 _SHARE: Final = 0.25
+
+Origin = tuple[Model, Extension | None]
+"""What weights come from, apart from the seed."""
 
 _keeps = False
 _key = ""
@@ -35,12 +39,12 @@ def keep() -> None:
     _keeps = True
 
 
-def recall(model: nn.Module, cell: Model, seed: int, parameters: Mapping[str, nn.Parameter]) -> bool:
+def recall(model: nn.Module, origin: Origin, seed: int, parameters: Mapping[str, nn.Parameter]) -> bool:
     """Give `parameters`, and all buffers of `model`, their first values, if this was the last model that was filled.
 
     On all ranks together: it is so on all of them, or on none.
     """
-    known = bool(_values) and _key == _key_of(model, cell, seed, parameters)
+    known = bool(_values) and _key == _key_of(model, origin, seed, parameters)
     if _keeps and dist.is_initialized():
         agreed: list[bool] = [False] * dist.get_world_size()
         dist.all_gather_object(agreed, known)
@@ -52,7 +56,7 @@ def recall(model: nn.Module, cell: Model, seed: int, parameters: Mapping[str, nn
     return known
 
 
-def remember(model: nn.Module, cell: Model, seed: int, parameters: Mapping[str, nn.Parameter]) -> None:
+def remember(model: nn.Module, origin: Origin, seed: int, parameters: Mapping[str, nn.Parameter]) -> None:
     """Keep first values for the next `recall`, where they have room, instead of those before."""
     global _key, _values
     if not _keeps:
@@ -61,7 +65,7 @@ def remember(model: nn.Module, cell: Model, seed: int, parameters: Mapping[str, 
     tensors = _locals(model, parameters)
     size = sum(values.nbytes for values in tensors.values()) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if size < _SHARE * psutil.virtual_memory().available:
-        _key = _key_of(model, cell, seed, parameters)
+        _key = _key_of(model, origin, seed, parameters)
         with uncounted():
             _values = {name: values.to("cpu", copy=True) for name, values in tensors.items()}
 
@@ -73,9 +77,10 @@ def _locals(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[st
             for name, values in tensors.items()}
 
 
-def _key_of(model: nn.Module, cell: Model, seed: int, parameters: Mapping[str, nn.Parameter]) -> str:
+def _key_of(model: nn.Module, origin: Origin, seed: int, parameters: Mapping[str, nn.Parameter]) -> str:
     """All that the values depend on: the cell, the state of its files, the seed, buffers and this rank's pieces."""
-    facts: list[Any] = [repr(cell), seed if cell.init == "random" else None]
+    cell, _ = origin
+    facts: list[Any] = [repr(origin), seed if cell.init == "random" else None]
     folder = Path(cell.source).expanduser()
     if cell.init == "pretrained" and folder.is_dir():
         facts += sorted((file.name, state.st_ino, state.st_size, state.st_mtime_ns)

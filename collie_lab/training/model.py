@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from collie_lab.cells import Experiment, Parallel
+from collie_lab.data import Extension
 from collie_lab.parallel import Strategy
 from collie_lab.training.adapters import adapt, set_magnitudes
 from collie_lab.training.flops import StepFlops
 from collie_lab.training.loss import attach_loss, attach_whole_loss
 from collie_lab.training.packed import ATTENTION
-from collie_lab.training.probe import find_path
+from collie_lab.training.probe import ModelWarning, find_path
 from collie_lab.training.weights import blueprint, fill
 
 __all__ = ["BuiltModel", "build_model"]
@@ -32,15 +34,18 @@ class BuiltModel(NamedTuple):
     trainable: int
 
 
-def build_model(experiment: Experiment, device: torch.device, strategy: Strategy | None = None) -> BuiltModel:
+def build_model(experiment: Experiment, device: torch.device, strategy: Strategy | None = None,
+                extension: Extension | None = None) -> BuiltModel:
     """The model of an experiment in the layout of `strategy` (default: one process), ready to train.
+
+    `extension` is what the preparation of its data made of an `ExtendTokenizer`.
 
     `Training.weights` says how its weights are kept; `precision` decides the type of the computation, not theirs.
     """
     training = experiment.training
     strategy = strategy or Strategy(Parallel(), device, training.precision)
     torch.manual_seed(training.seed)
-    model = blueprint(experiment.model)
+    model = blueprint(experiment.model, extension)
     path = find_path(model, experiment.data.packing)
     if path.flat:
         model.set_attn_implementation(ATTENTION)
@@ -57,13 +62,16 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
     if training.recompute == "full":
         _recompute_blocks(model)
     root = model if experiment.adapter is None else adapt(model, experiment.adapter)
+    if extension is not None and not model.get_input_embeddings().weight.requires_grad:
+        warnings.warn("the embedding is frozen: the rows of new tokens stay what they begin with", ModelWarning, 2)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in root.parameters()]
     flops = StepFlops.of_model(model)
     strategy.lay_out(model, root)
     if not any(parameter.requires_grad for parameter in root.parameters()):
         raise ValueError("Parallel.pp: one stage of the pipeline has nothing to train with this adapter; take less pp, "
                          "or let it train something in every layer")
-    fill(root, experiment.model, training.seed, device, torch.bfloat16 if training.weights == "bf16" else torch.float32)
+    fill(root, experiment.model, training.seed, device, torch.bfloat16 if training.weights == "bf16" else torch.float32,
+         extension)
     set_magnitudes(root, strategy.gather)
     return BuiltModel(model, root, flops, sum(size for size, _ in sizes), sum(size for size, on in sizes if on))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from collie_lab import optim
 from collie_lab.beat import Beat
 from collie_lab.cells import Adan, Evaluation, Experiment, LibraryOptimizer, RuleCell, ScheduleFree, Sophia
-from collie_lab.data import Documents, Order, Tokenizer, sequence_length
+from collie_lab.data import Documents, Extension, Order, Tokenizer, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.data.questions import load_questions
 from collie_lab.folder import JsonLines, RunFolder, read_json, write_lines
@@ -213,7 +213,8 @@ class Trainer:
         self._strategy = build_strategy(experiment.parallel, self.device, training.precision)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ModelWarning)
-            built = build_model(experiment, self.device, self._strategy)
+            extension = Extension.of(self.folder.read("data/index.json").get("extension"))
+            built = build_model(experiment, self.device, self._strategy, extension)
         for warning in caught:
             if issubclass(warning.category, ModelWarning):
                 self.event("warning", text=str(warning.message))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import warnings
@@ -19,7 +20,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from typing_extensions import override
 
 from collie_lab.cells import Model
+from collie_lab.data import Extension
 from collie_lab.data.hub import fetch
+from collie_lab.training.new_rows import extended
 from collie_lab.training.probe import ModelWarning
 
 __all__ = ["Source", "pretrained_source"]
@@ -32,7 +35,7 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 @contextlib.contextmanager
 def pretrained_source(cell: Model, whole: PreTrainedModel, owners: dict[str, str], wanted: list[str],
-                      buffers: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Source]:
+                      buffers: dict[str, Tensor], dtype: torch.dtype, extension: Extension | None) -> Iterator[Source]:
     """A checkpoint's weights `wanted`, by their names in `whole` (`owners`: tied names to the first); fills `buffers`.
 
     Nothing is read but what the caller slices. Where the files hold other tensors than the model (experts one by
@@ -45,7 +48,9 @@ def pretrained_source(cell: Model, whole: PreTrainedModel, owners: dict[str, str
         tensors: Mapping[str, Any] | None = _map(cell, whole, stack)
         if tensors is None:
             stack.enter_context(_in_turn())
-            tensors = _converted(cell, whole, dtype)
+            tensors = _converted(cell, whole, dtype, extension)
+        if extension is not None:
+            tensors = extended(tensors, whole, extension)
         names = {owner: [name for name in owners if owners[name] == owner and name in tensors] for owner in wanted}
         _check(cell, names, {name: buffers[name].shape for name in buffers.keys() & tensors.keys()}, tensors, whole)
         for name in buffers.keys() & tensors.keys():
@@ -113,11 +118,15 @@ def _map(cell: Model, whole: PreTrainedModel, stack: contextlib.ExitStack) -> _S
     return _Slices(cell, where, stack)
 
 
-def _converted(cell: Model, whole: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+def _converted(cell: Model, whole: PreTrainedModel, dtype: torch.dtype, extension: Extension | None
+               ) -> dict[str, Tensor]:
     warnings.warn(f"transformers has to convert the weights of {cell.source}: every rank holds the whole model for a "
                   "moment, one after another on a machine; export it once to read slices", ModelWarning, 2)
+    config = copy.deepcopy(whole.config)
+    if extension is not None:
+        config.get_text_config().vocab_size = extension.rows_before
     loaded, report = AutoModelForCausalLM.from_pretrained(
-        cell.source, config=whole.config, dtype=dtype, revision=cell.revision, ignore_mismatched_sizes=True,
+        cell.source, config=config, dtype=dtype, revision=cell.revision, ignore_mismatched_sizes=True,
         trust_remote_code=cell.trust_remote_code, output_loading_info=True)
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     return {name: values for name, values in loaded.state_dict().items() if name not in missing}

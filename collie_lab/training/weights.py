@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from collie_lab.cells import SHAPES, Model
+from collie_lab.data import Extension
 from collie_lab.training import last_model
 from collie_lab.training.weight_files import Source, pretrained_source
 
@@ -31,14 +32,18 @@ __all__ = ["blueprint", "copy_into", "fill"]
 _Region = tuple[slice, ...]
 
 
-def blueprint(cell: Model) -> PreTrainedModel:
+def blueprint(cell: Model, extension: Extension | None = None) -> PreTrainedModel:
     """The cell's causal LM without weights: parameters on meta (fp32, tied where the family ties them), buffers real.
+
+    With an `extension` it has that many rows for tokens.
 
     Raises:
         ValueError: `Model.config` overrides a field that the family does not have.
     """
     options: dict[str, Any] = {"trust_remote_code": cell.trust_remote_code}
     config = _config(cell, options)
+    if extension is not None:
+        config.get_text_config().vocab_size = extension.rows
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     model.tie_weights()
@@ -47,10 +52,11 @@ def blueprint(cell: Model) -> PreTrainedModel:
     return model
 
 
-def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: torch.dtype = torch.float32,
+         extension: Extension | None = None) -> None:
     """Give every parameter of `model` that is on meta its values, on `device` in `dtype`; move the rest to `device`.
 
-    `model` is `blueprint(cell)`, or what a layout made of it: modules cut out, parameters as DTensors, FSDP2, peft's
+    `model` is that of `blueprint`, or what a layout made of it: modules cut out, parameters as DTensors, FSDP2, peft's
     wrapper. What is real already, an adapter say, keeps its values and type. Parameter objects may be replaced (so
     build optimizers later); ties and FSDP2's bookkeeping hold. On all ranks together.
 
@@ -58,7 +64,7 @@ def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: 
         ValueError: weights that the checkpoint lacks or holds in another shape, that the family's initialisation
             leaves out, or that are none of the family's.
     """
-    whole = blueprint(cell)
+    whole = blueprint(cell, extension)
     owners = _canonical_names(whole)
     wanted: dict[str, list[str]] = {}  # the name in the whole model -> the names in this one
     for name, parameter in model.named_parameters(remove_duplicate=True):
@@ -70,26 +76,26 @@ def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: 
     _materialise(model, device, dtype)
     mine = {name: model.get_parameter(name) for names in wanted.values() for name in names}
     drawn = cell.init == "random" and device.type == "cuda"  # faster than from the host's memory
-    if not drawn and last_model.recall(model, cell, seed, mine):
+    if not drawn and last_model.recall(model, (cell, extension), seed, mine):
         return
     ordered = {owner: wanted[owner] for owner in dict.fromkeys(owners.values()) if owner in wanted}  # unit by unit
     buffers = {_plain_name(name): buffer for name, buffer in model.named_buffers()}
-    with torch.no_grad(), _source(cell, seed, device, whole, owners, ordered, buffers, dtype) as source:
+    with torch.no_grad(), _source(cell, seed, device, whole, owners, ordered, buffers, dtype, extension) as source:
         for owner, names in ordered.items():
             for name in names:
                 copy_into(source(owner), model.get_parameter(name))  # no name here for it, which would outlive its unit
     if drawn:
         torch.cuda.empty_cache()  # the pieces that units were drawn in: a model may need all of the memory that is left
     else:
-        last_model.remember(model, cell, seed, mine)
+        last_model.remember(model, (cell, extension), seed, mine)
 
 
 def _config(cell: Model, options: dict[str, Any]) -> PretrainedConfig:
     if cell.is_shape:
-        fields = {**SHAPES[cell.source], **cell.config}
+        fields = {**SHAPES[cell.source], **cell.overrides}
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     else:
-        config = AutoConfig.from_pretrained(cell.source, revision=cell.revision, **options, **cell.config)
+        config = AutoConfig.from_pretrained(cell.source, revision=cell.revision, **options, **cell.overrides)
     if unknown := [name for name in cell.config if not hasattr(type(config)(), name)]:
         raise ValueError(f"Model.config: {type(config).__name__} has no field {unknown[0]!r}")
     return config
@@ -186,14 +192,15 @@ def _runs(index: Tensor) -> list[tuple[slice, slice]]:
 
 @contextlib.contextmanager
 def _source(cell: Model, seed: int, device: torch.device, whole: PreTrainedModel, owners: dict[str, str],
-            wanted: dict[str, list[str]], buffers: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Source]:
+            wanted: dict[str, list[str]], buffers: dict[str, Tensor], dtype: torch.dtype,
+            extension: Extension | None) -> Iterator[Source]:
     if cell.init == "random":
         # A core draws 100 million numbers a second: 65 billion would take it eleven minutes, a GPU some seconds.
         gpus = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus):
             yield _Drawn(whole, seed, device if gpus else torch.device("cpu"))
     else:
-        with pretrained_source(cell, whole, owners, list(wanted), buffers, dtype) as source:
+        with pretrained_source(cell, whole, owners, list(wanted), buffers, dtype, extension) as source:
             yield source
 
 

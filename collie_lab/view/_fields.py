@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from collie_lab.cells import Cell, CellError, Problem
-from collie_lab.cells._source import literal
+from collie_lab.cells._source import literal, to_source
 
 __all__ = ["Facts", "facts_of", "field_docs", "read", "summary", "write"]
 
@@ -41,6 +41,8 @@ class Facts:
     """Whether it takes any number of those."""
     kinds: frozenset[Any]
     """Other types that it takes, by their origin: int, float, str, tuple, dict, Callable."""
+    written: tuple[type[Cell], ...]
+    """The cells that may be typed, as in Python, where it takes a text too."""
     main: bool
     """Whether the form shows it at once: the first few, a cell's own before those that it inherits."""
     doc: str
@@ -67,7 +69,7 @@ class Facts:
                 return self.typed and bool(ast.literal_eval(repr(value)) == value)
             except (ValueError, SyntaxError):
                 return False
-        return self.typed and (value is None or isinstance(value, (int, float, str)))
+        return self.typed and (value is None or isinstance(value, (int, float, str, *self.written)))
 
 
 @cache
@@ -89,7 +91,8 @@ def _facts(name: str, field: FieldInfo, doc: str) -> Facts:
     members, constraints = _members(field.annotation), list(field.metadata)
     kinds: set[Any] = set()
     choices: list[Any] = []
-    base, several = None, False
+    base: type[Cell] | None = None
+    several = False
     for member, more in members:
         constraints += more
         origin, arguments = get_origin(member) or member, get_args(member)
@@ -105,15 +108,20 @@ def _facts(name: str, field: FieldInfo, doc: str) -> Facts:
             base = origin
         elif member is not types.NoneType:
             kinds.add(dict if inspect.isclass(origin) and issubclass(origin, Mapping) else origin)
+    written: tuple[type[Cell], ...] = ()
+    if base is not None and str in kinds:
+        written, base = tuple(base.kinds().values()), None
     optional = any(member is types.NoneType for member, _ in members)
     required = field.is_required()
     default = None if required else field.get_default(call_default_factory=True)
     value = "" if required or base else f"default {summary(default)}"
-    values = ", ".join(filter(None, (_type_text(kinds, constraints), value)))
+    word = " or ".join([_type_text(kinds, constraints), *(f"{cls.__name__}(...)" for cls in written)])
+    values = ", ".join(filter(None, (word, value)))
     if optional and choices:
         choices.insert(0, None)
     return Facts(name=name, default=default, required=required, optional=optional, choices=tuple(choices), base=base,
-                 several=several, kinds=frozenset(kinds), main=False, doc=" ".join(doc.split()), values=values)
+                 several=several, kinds=frozenset(kinds), written=written, main=False, doc=" ".join(doc.split()),
+                 values=values)
 
 
 def _members(annotation: Any) -> list[tuple[Any, list[Any]]]:
@@ -161,9 +169,12 @@ def read(facts: Facts, cell: str, text: str) -> Any:
     """The value that a text stands for; numbers stay text, which pydantic reads and judges.
 
     Raises:
-        CellError: a mapping or a quoted text that is no Python.
+        CellError: a mapping, a quoted text or a cell that is no Python, or a wrong cell.
     """
     text = text.strip()
+    for cls in facts.written:
+        if text.removeprefix("lab.").startswith(f"{cls.__name__}("):
+            return _read_cell(cls, text)
     if text == "None" and facts.optional:
         return None
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
@@ -179,8 +190,22 @@ def read(facts: Facts, cell: str, text: str) -> Any:
     return text
 
 
+def _read_cell(cls: type[Cell], text: str) -> Cell:
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError
+        fields = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        raise CellError([Problem(cls.__name__, "", f"cannot be read: {text:.60}", "as in Python: "
+                                 f"{cls.__name__}(name=value)")]) from None
+    return cls(**fields)
+
+
 def write(value: Any) -> str:
     """The text that `read` turns into an equal value."""
+    if isinstance(value, Cell):
+        return " ".join(line.strip() for line in to_source(value)[0].splitlines())
     if isinstance(value, str):
         plain = value.isprintable() and value == value.strip() and value not in ("", "None")
         return value if plain and value[0] not in "\"'" else literal(value)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from collie_lab import Instructions, Model, Text
@@ -55,6 +57,36 @@ def test_documents_that_are_too_long(overlong: str, lengths: list[int], tmp_path
     documents, found = tokenize(records, tokenizer, 8, overlong)
     assert documents.lengths.tolist() == lengths
     assert found == 1
+
+
+@pytest.mark.parametrize("overlong", ["split", "truncate"])
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_the_bytes_of_what_is_predicted(overlong: str, prefixed: bool, tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(Model("llama-tiny"), tmp_path)
+    if not prefixed:
+        rust = RustTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        rust.post_processor = processors.Sequence([])  # type: ignore[assignment]
+        rust.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.prefix == ([256] if prefixed else [])
+    texts = ["Once upon a time,", "a 🐶", "ü", "日本 は"]
+    documents, _ = tokenize(read_documents(Text(texts, holdout=0), "all"), tokenizer, 8, overlong, measured=True)
+    pairs = zip(documents.offsets, documents.offsets[1:], strict=False)
+    windows = [documents.tokens[begin + 1 : end] for begin, end in pairs]  # a token of this tokenizer is a byte
+    letters = [sum(token < 256 for token in window) for window in windows]
+    if overlong == "split" and prefixed:
+        assert documents.text_bytes.sum() == sum(letters) == len("".join(texts).encode())
+    # A character that is cut in two counts where it begins.
+    assert abs(documents.text_bytes - letters).max() <= 3
+    assert documents.text_bytes[0] == letters[0]
+
+
+def test_only_answers_have_bytes_that_count(tmp_path: Path, shared: Path) -> None:
+    cell = Instructions([{"prompt": "ab", "completion": "thère 🐶 ☃"}, {"prompt": "c", "completion": ""}], holdout=0)
+    for model in (Model("llama-tiny"), Model(shared / "models/stories260k"), Model(shared / "models/babyllama-1m")):
+        tokenizer = save_tokenizer(model, tmp_path / Path(model.source).name)  # the last knows no snowman
+        documents, _ = tokenize(read_documents(cell, "all"), tokenizer, 64, "truncate", measured=True)
+        assert documents.text_bytes.tolist() == [len("thère 🐶 ☃".encode()), 0]
 
 
 def test_the_chat_template_of_the_tokenizer(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from collie_lab import AdamW, ExactMatch, Experiment, Model, Perplexity, Skills, Text, Training
 from collie_lab.cells import Parallel
@@ -38,6 +38,24 @@ def test_stories260k_has_its_known_likelihood(shared: Path, tmp_path: Path) -> N
     half = evaluate(Perplexity(limit=20, name="half"), model, first, tokenizer, Strategy(Parallel(), CPU, "fp32"),
                     flat=True)
     assert half["half_nll"] == pytest.approx(1.505, abs=0.1)
+
+
+def test_bits_per_byte_are_those_of_transformers(shared: Path, tmp_path: Path) -> None:
+    cell = Model(shared / "models/stories260k")
+    texts = ["Once upon a time, there was a thère 🐶. " * 3, "She said:\n\"No.\"", "日本"]
+    tokenizer = save_tokenizer(cell, tmp_path)
+    documents, _ = tokenize(read_documents(Text(texts), "all"), tokenizer, 32, "split", measured=True)
+    reference, nats = AutoModelForCausalLM.from_pretrained(cell.source), 0.0
+    own = AutoTokenizer.from_pretrained(cell.source)
+    for text in texts:
+        ids = [*own(text, add_special_tokens=False)["input_ids"], 2]
+        for start in range(0, len(ids), 31):
+            window = torch.tensor([[1, *ids[start : start + 31]]])
+            with torch.no_grad():
+                nats += float(reference(window, labels=window).loss) * (window.shape[1] - 1)
+    model, *_ = build_model(Experiment(model=cell), CPU)
+    found = evaluate(Perplexity(), model, documents, tokenizer, Strategy(Parallel(), CPU, "fp32"), flat=True)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len("".join(texts).encode()), rel=1e-5)
 
 
 def test_stories260k_tells_its_known_story(shared: Path, tmp_path: Path) -> None:

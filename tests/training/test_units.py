@@ -31,6 +31,9 @@ def test_schedules() -> None:
         [0.1 + 0.9 * (1 + math.cos(math.pi * k / 10)) / 2 for k in range(11)])
     assert curve(warmup=4)[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert curve(warmup=0.2, schedule="linear")[1:4] == pytest.approx([2 / 3, 1.0, 7 / 8])
+    assert curve(warmup=2, schedule="wsd", decay=4, final_lr=0.2) == pytest.approx(
+        [1 / 3, 2 / 3, *[1.0] * 5, 0.8, 0.6, 0.4, 0.2])
+    assert curve(warmup=8, schedule="wsd", decay=0.9) == curve(warmup=8, schedule="linear")
 
 
 def test_flops_by_hand() -> None:
