@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Final, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-from collie_lab.cells import CellError, Data, Experiment, Instructions, Problem, RandomTokens, Text
+from collie_lab.cells import CellError, Data, Experiment, Problem, RandomTokens
+from collie_lab.data import cache
 from collie_lab.data._memory import Made, key_of, recall, remember
-from collie_lab.data.documents import Documents
+from collie_lab.data.documents import Documents, Writer
 from collie_lab.data.hub import context_length, model_config
-from collie_lab.data.records import Document, Split, Style, load_records, question, read_documents
+from collie_lab.data.progress import Progress
+from collie_lab.data.records import Corpus, Split, Style, question
+from collie_lab.data.tokenize import Tally, tokenize, tokenize_into
 from collie_lab.data.tokenizer import Tokenizer, save_tokenizer
 from collie_lab.folder import RunFolder
 
@@ -20,7 +24,10 @@ __all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "question_tokens", "sequ
 
 #: Tokens of a sequence where neither the data cell nor the model's context says less.
 DEFAULT_MAX_LENGTH = 2048
-_BATCH = 1000
+#: Tokens from which on documents are kept on disk for other processes: fewer are made in a second.
+_WORTH_KEEPING: Final = 500_000
+#: Fields of a data cell that say how documents are used, and not what they are.
+_USES: Final = {"packing", "shuffle", "group_by_length"}
 
 
 @dataclass(frozen=True)
@@ -49,29 +56,23 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
     config = model_config(experiment.model)
     tokenizer = save_tokenizer(experiment.model, folder.path / "tokenizer")
     vocabulary = int({**config, **config.get("text_config", {})}.get("vocab_size", tokenizer.vocab_size))
-    maker = _Maker(tokenizer, vocabulary, context_length(config))
+    with cache.scratch(folder.path) as scratch:
+        maker = _Maker(tokenizer, vocabulary, context_length(config), Path(scratch))
 
-    data = _read_once(experiment.data)
-    train, style = maker.documents(data, "train")
-    train.save(folder.path / "data" / "train")
-    sets: list[tuple[Data, Split]] = []
-    names = []
-    for cell in experiment.evaluate:
-        source: tuple[Data, Split] = (data, "test") if cell.data is None else (cell.data, "all")
-        if source not in sets:
-            sets.append(source)
-            maker.documents(*source)[0].save(folder.path / "data" / f"evaluation-{len(sets)}")
-        names.append(f"evaluation-{sets.index(source) + 1}")
+        data = experiment.data
+        train, style = maker.documents(data, "train")
+        train.save(folder.path / "data" / "train")
+        sets: list[tuple[Data, Split]] = []
+        names = []
+        for cell in experiment.evaluate:
+            source: tuple[Data, Split] = (data, "test") if cell.data is None else (cell.data, "all")
+            if source not in sets:
+                sets.append(source)
+                maker.documents(*source)[0].save(folder.path / "data" / f"evaluation-{len(sets)}")
+            names.append(f"evaluation-{sets.index(source) + 1}")
     prepared = Prepared(tuple(names), train.fingerprint, maker.summary, maker.warnings, style)
     folder.write("data/index.json", asdict(prepared))
     return prepared
-
-
-def _read_once(cell: Data) -> Data:
-    """The cell with the records of a callable source: called twice, it might give other ones."""
-    if isinstance(cell, (Instructions, Text)) and callable(cell.source):
-        return cell.replace(source=load_records(cell, cell.source))
-    return cell
 
 
 def sequence_length(data: Data, context: int | None) -> int:
@@ -80,12 +81,14 @@ def sequence_length(data: Data, context: int | None) -> int:
 
 
 class _Maker:
-    """From data cells to documents for one model; keeps counts and warnings."""
+    """From data cells to documents for one model; keeps counts and warnings. Training documents come first."""
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary: int, context: int | None):
-        self.tokenizer, self.vocabulary, self.context = tokenizer, vocabulary, context
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, context: int | None, scratch: Path):
+        self.tokenizer, self.vocabulary, self.context, self._scratch = tokenizer, vocabulary, context, scratch
         self.summary: dict[str, dict[str, int]] = {}
         self.warnings: list[str] = []
+        self._corpora: dict[int, Corpus] = {}
+        self._trained: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
 
     def documents(self, cell: Data, split: Split) -> tuple[Documents, Style]:
         """The documents of a split, and their style; from memory, where this process has made the same before."""
@@ -93,115 +96,103 @@ class _Maker:
         made = recall(key) or remember(key, self._make(cell, split))
         self.summary |= made.counts
         self.warnings += made.warnings
+        if split == "train":
+            self._trained = made.keys
+        elif leaks := int(np.isin(made.keys, self._trained).sum()):
+            self.warnings.append(f"{type(cell).__name__}, {split}: {leaks} of {len(made.keys)} documents to evaluate "
+                                 "on ask, or are, what also stands in the training data")
         return made.documents, made.style
 
     def _make(self, cell: Data, split: Split) -> Made:
-        name = type(cell).__name__
-        max_length = sequence_length(cell, self.context)
+        """The documents of a split, from the cache on disk or anew."""
         if isinstance(cell, RandomTokens):
+            max_length = sequence_length(cell, self.context)
             return Made(_random_tokens(cell, split, self.vocabulary, max_length), {}, [], "plain")
-        chat = self.tokenizer.render_chat if self.tokenizer.chat_template else None
-        records = read_documents(cell, split, chat)
-        if not records:
-            raise CellError([Problem(name, "holdout", "nothing is held out to evaluate on" if split == "test"
-                                     else "no documents are left to train on",
-                                     "change `holdout`, or give the evaluation its own `data`")])
-        warnings = []
-        documents, cut = tokenize(records, self.tokenizer, max_length, cell.overlong)
-        if cut and cell.overlong == "error":
-            raise CellError([Problem(name, "max_length", f"{cut} of {len(records)} documents are longer than "
-                                     f"{max_length} tokens", "raise it, or set `overlong` to truncate or drop")])
-        if not len(documents):
-            raise CellError([Problem(name, "max_length", "no document keeps anything to learn within "
-                                     f"{max_length} tokens", "raise it")])
-        if cut and cell.overlong in ("truncate", "drop"):
-            verb = "truncated" if cell.overlong == "truncate" else "dropped"
-            warnings.append(f"{name}, {split}: {cut} of {len(records)} documents longer than {max_length} tokens "
-                            f"were {verb}")
-        if empty := sum(document.answer is not None and not document.answer.strip() for document in records):
-            warnings.append(f"{name}, {split}: {empty} of {len(records)} responses are empty; of these only the end is "
-                            "learned")
-        if int(documents.tokens.max()) >= self.vocabulary:
-            raise CellError([Problem("Model", "tokenizer", f"it makes token {documents.tokens.max()}, but the "
-                                     f"model's vocabulary has {self.vocabulary}", "name the model's own tokenizer")])
+        content = self._corpus(cell).content
+        if not content or callable(getattr(cell, "format", None)):
+            return self._tokenize(cell, split)
+        fields = {name: value for name, value in cell if name not in {*_USES, "source"}}
+        key = cache.key_of(type(cell).__name__, fields, content, split, self.tokenizer.fingerprint, self.vocabulary,
+                           self.context)
+        try:
+            if found := cache.find(key):
+                documents, keys, facts = found
+                return Made(documents, facts["counts"], facts["warnings"], facts["style"], keys)
+        except cache.DamagedEntryError as error:
+            self.warnings.append(f"{type(cell).__name__}, {split}: tokenized anew: the cache was damaged: {error}")
+        made = self._tokenize(cell, split)
+        if len(made.documents.tokens) >= _WORTH_KEEPING:
+            cache.keep(key, made.documents, made.keys, {"counts": made.counts, "warnings": made.warnings,
+                                                        "style": made.style})
+        return made
+
+    def _corpus(self, cell: Data) -> Corpus:
+        """The documents of a cell, opened once: a function that is called twice might give other records."""
+        if id(cell) not in self._corpora:
+            chat = self.tokenizer.render_chat if self.tokenizer.chat_template else None
+            self._corpora[id(cell)] = Corpus(cell, chat, hashed=cache.cache_folder() is not None)
+        return self._corpora[id(cell)]
+
+    def _tokenize(self, cell: Data, split: Split) -> Made:
+        name, max_length = type(cell).__name__, sequence_length(cell, self.context)
+        selection, tally = self._corpus(cell).select(split), Tally()
+        writer = Writer(self._scratch / f"{id(cell)}-{split}")
+        with Progress(f"{name}, {split}: tokenizing", lambda: selection.count) as progress:
+            for block in tokenize_into(tally, selection, self.tokenizer, max_length, cell.overlong,
+                                       answers=split != "train"):
+                writer.add(block)
+                progress.advance(tally.documents - progress.done)
+        documents = writer.finish()
+        self._refuse(cell, split, tally, documents)
         counts = {
             "documents": len(documents), "tokens": len(documents.tokens), "learned": int(documents.learned.sum()),
         }
-        return Made(documents, {f"{name}, {split}": counts}, warnings, records[0].style)
+        return Made(documents, {f"{name}, {split}": counts}, _remarks(cell, split, tally, max_length, selection.moved),
+                    cast("Style", tally.style), np.concatenate(tally.keys))
+
+    def _refuse(self, cell: Data, split: Split, tally: Tally, documents: Documents) -> None:
+        """Raise where nothing is left, or where there is what may not be."""
+        name, max_length = type(cell).__name__, sequence_length(cell, self.context)
+        if not tally.documents:
+            raise CellError([Problem(name, "holdout", "nothing is held out to evaluate on" if split == "test"
+                                     else "no documents are left to train on",
+                                     "change `holdout`, or give the evaluation its own `data`")])
+        if tally.overlong and cell.overlong == "error":
+            raise CellError([Problem(name, "max_length", f"{tally.overlong} of {tally.documents} documents are longer "
+                                     f"than {max_length} tokens", "raise it, or set `overlong` to truncate or drop")])
+        if not len(documents):
+            raise CellError([Problem(name, "max_length", "no document keeps anything to learn within "
+                                     f"{max_length} tokens", "raise it")])
+        if (largest := int(documents.tokens.max())) >= self.vocabulary:
+            raise CellError([Problem("Model", "tokenizer", f"it makes token {largest}, but the model's vocabulary has "
+                                     f"{self.vocabulary}", "name the model's own tokenizer")])
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_length: int,
-             overlong: str) -> tuple[Documents, int]:
-    """Token ids with their loss mask, and the number of documents longer than `max_length` tokens.
-
-    Each document is the tokenizer's own prefix, its segments, and an end-of-sequence token. Segments are
-    tokenized apart, so that a prompt has the same tokens whether or not its answer follows. A closed
-    document, which a chat template has rendered with all its marks, is tokenized whole and gets neither.
-    Documents without a token to learn are left out. `split` gives every window the prefix anew.
-    """
-    ids: list[list[int]] = []
-    learned: list[list[bool]] = []
-    answers: list[str] = []
-    cut = 0
-    for document, (body, mask) in zip(documents, _encoded(documents, tokenizer), strict=True):
-        prefix = [] if document.closed else tokenizer.prefix
-        room = max_length - len(prefix)
-        cut += (too_long := len(body) > room)
-        if too_long and overlong == "drop":
-            continue
-        starts = range(0, len(body), room) if overlong == "split" else (0,)
-        for start in starts:
-            window, window_mask = body[start : start + room], mask[start : start + room]
-            if any((*(False for _ in prefix), *window_mask)[1:]):  # nothing predicts the first token
-                ids.append(prefix + window)
-                learned.append([False] * len(prefix) + window_mask)
-                answers.append(document.answer or "")
-    return _pack_arrays(ids, learned, answers if any(item.answer is not None for item in documents) else []), cut
+def _remarks(cell: Data, split: Split, tally: Tally, max_length: int, moved: int) -> list[str]:
+    """What a person should know of what became of the documents."""
+    where, of = f"{type(cell).__name__}, {split}: ", f"of {tally.documents}"
+    remarks = []
+    if tally.overlong and cell.overlong in ("truncate", "drop"):
+        verb = "truncated" if cell.overlong == "truncate" else "dropped"
+        remarks.append(f"{where}{tally.overlong} {of} documents longer than {max_length} tokens were {verb}")
+    if tally.unlearnable:
+        remarks.append(f"{where}{tally.unlearnable} {of} documents have nothing to learn within {max_length} tokens, "
+                       "and were left out")
+    if tally.empty:
+        remarks.append(f"{where}{tally.empty} {of} responses are empty; of these only the end is learned")
+    if moved and split == "train":
+        remarks.append(f"{where}{moved} records that repeat another one went where that is, so that none stands in "
+                       "train and test")
+    return remarks
 
 
 def question_tokens(text: str, style: Style, tokenizer: Tokenizer) -> list[int]:
     """The tokens of what a person says, up to where the model is to answer, as training documents have them."""
     document = question(text, style, tokenizer.render_chat)
     if document.closed:
-        return tokenizer.encode_marked(document.segments)[0]
+        return tokenizer.encode_marked([document.segments])[0][0]
     return tokenizer.prefix + [token for piece in tokenizer.encode([part for part, _ in document.segments])
                                for token in piece]
-
-
-def _encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    """Each document's token ids and which of them are to be learned, without the tokenizer's prefix."""
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    for begin in range(0, len(documents), _BATCH):
-        batch = documents[begin : begin + _BATCH]
-        encoded = iter(tokenizer.encode([text for item in batch if not item.closed for text, _ in item.segments]))
-        for document in batch:
-            if document.closed:
-                yield tokenizer.encode_marked(document.segments)
-                continue
-            pieces = [(next(encoded), flag) for _, flag in document.segments] + [(end, True)]
-            yield [token for piece, _ in pieces for token in piece], [flag for piece, flag in pieces for _ in piece]
-
-
-def _pack_arrays(ids: list[list[int]], learned: list[list[bool]], answers: list[str]) -> Documents:
-    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
-    np.cumsum([len(item) for item in ids], out=offsets[1:])
-    for mask in learned:
-        mask[0] = False
-    prompts = [_last_start(mask) for mask in learned] if answers else []
-    return Documents(
-        tokens=np.fromiter((token for item in ids for token in item), dtype=np.int32, count=offsets[-1]),
-        learned=np.fromiter((flag for item in learned for flag in item), dtype=np.bool_, count=offsets[-1]),
-        offsets=offsets, prompt_lengths=np.array(prompts, dtype=np.int64), answers=tuple(answers),
-    )
-
-
-def _last_start(mask: list[bool]) -> int:
-    """Where the last run of True begins: the tokens before it are the prompt of the last answer."""
-    end = len(mask) - mask[::-1].index(True)
-    start = end
-    while start > 0 and mask[start - 1]:
-        start -= 1
-    return start
 
 
 def _random_tokens(cell: RandomTokens, split: Split, vocabulary: int, max_length: int) -> Documents:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
-import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -59,33 +59,60 @@ class Tokenizer:
         """Token ids of each text, without special tokens at either end; in parallel over the cores."""
         return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_marked(self, segments: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
-        """Token ids of the joined segments, and for each whether it begins in a segment with the flag."""
-        ends = list(itertools.accumulate(len(text) for text, _ in segments))
-        encoding = self._rust.encode("".join(text for text, _ in segments), add_special_tokens=False)
-        flags = [segments[min(bisect.bisect_right(ends, begin), len(ends) - 1)][1] for begin, _ in encoding.offsets]
-        return encoding.ids, flags
+    def encode_marked(self, documents: Sequence[Sequence[tuple[str, bool]]]
+                      ) -> list[tuple[list[int], NDArray[np.bool_]]]:
+        """Token ids of the joined segments of each document, and for each whether it begins in a segment with the flag;
+        in parallel over the cores."""
+        texts = ["".join(text for text, _ in segments) for segments in documents]
+        encodings = self._rust.encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, _flags(encoding.offsets, segments))
+                for encoding, segments in zip(encodings, documents, strict=True)]
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special tokens left out."""
         return str(self._rust.decode(ids, skip_special_tokens=True))
 
+    def pieces(self, ids: list[int]) -> list[tuple[str, bool]]:
+        """The text that each token adds, and whether it is a special token. A character of several tokens is that of
+        its last one."""
+        special = {id_: token.content for id_, token in self._rust.get_added_tokens_decoder().items() if token.special}
+        stream, pieces = decoders.DecodeStream(skip_special_tokens=False), []
+        for id_ in ids:
+            if id_ in special:
+                pieces.append((special[id_], True))
+                stream = decoders.DecodeStream(skip_special_tokens=False)
+            else:
+                pieces.append((stream.step(self._rust, id_) or "", False))
+        return pieces
+
     def render_chat(self, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
         """Messages as segments by the tokenizer's own chat template; the assistant's are to be learned.
 
         Raises:
-            ValueError: the template does not render a conversation as a continuation of its beginning.
+            ValueError: the template refuses the conversation, is none, or does not render a conversation as a
+                continuation of its beginning.
         """
+        from jinja2 import TemplateError
+
+        try:
+            return self._render_chat(messages)
+        except TemplateError as error:
+            raise ValueError(f"the chat template: {error}") from None
+
+    @cached_property
+    def _chat(self) -> Any:
         # Rendering needs transformers (Jinja with its extensions), and that imports torch: only on demand.
         from transformers import AutoTokenizer
 
-        chat = AutoTokenizer.from_pretrained(self.folder)
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def _render_chat(self, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
         segments, done = [], ""
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = chat.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-            whole = chat.apply_chat_template(messages[: index + 1], tokenize=False)
+            prompt = self._chat.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+            whole = self._chat.apply_chat_template(messages[: index + 1], tokenize=False)
             if not (whole.startswith(prompt) and prompt.startswith(done)):
                 raise ValueError("the chat template rewrites earlier messages; give `format` a function instead")
             segments += [(prompt[len(done):], False), (whole[len(prompt):], True)]
@@ -95,6 +122,15 @@ class Tokenizer:
     def _special(self, token: Any) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token
         return None if content is None else self._rust.token_to_id(content)
+
+
+def _flags(offsets: list[tuple[int, int]], segments: Sequence[tuple[str, bool]]) -> NDArray[np.bool_]:
+    """The flag of the segment in which each token begins."""
+    ends = np.cumsum([len(text) for text, _ in segments])
+    begins = np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
+    inside = np.minimum(np.searchsorted(ends, begins, side="right"), len(ends) - 1)
+    flags: NDArray[np.bool_] = np.array([flag for _, flag in segments], dtype=np.bool_)[inside]
+    return flags
 
 
 def save_tokenizer(model: Model, target: Path) -> Tokenizer:

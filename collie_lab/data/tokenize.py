@@ -1,0 +1,150 @@
+"""From documents to token ids with their loss mask, block by block: a corpus may be larger than memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collie_lab.data.documents import Documents, Writer
+from collie_lab.data.records import Document
+from collie_lab.data.tokenizer import Tokenizer
+
+__all__ = ["Tally", "tokenize", "tokenize_into"]
+
+#: A block ends after so many documents or characters: enough for all cores, little beside the memory of a machine.
+_DOCUMENTS: Final = 1000
+_CHARACTERS: Final = 2_000_000
+
+
+@dataclass
+class Tally:
+    """What became of the documents."""
+
+    documents: int = 0
+    """Documents that were read."""
+    overlong: int = 0
+    """Those with more than `max_length` tokens."""
+    unlearnable: int = 0
+    """Those that were left out, since within `max_length` tokens there is nothing to learn."""
+    empty: int = 0
+    """Those whose answer is blank."""
+    style: str = "plain"
+    """What stands around what a person says, in the first."""
+    keys: list[NDArray[np.uint64]] = field(default_factory=list)
+    """`Document.key` of each, block by block."""
+
+
+def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_length: int,
+             overlong: str) -> tuple[Documents, int]:
+    """Token ids with their loss mask, and the number of documents longer than `max_length` tokens.
+
+    Each document is the tokenizer's own prefix, its segments, and an end-of-sequence token. Segments are
+    tokenized apart, so that a prompt has the same tokens whether or not its answer follows. A closed
+    document, which a chat template has rendered with all its marks, is tokenized whole and gets neither.
+    Documents without a token to learn are left out. `split` gives every window the prefix anew.
+    """
+    tally = Tally()
+    return Writer.gather(tokenize_into(tally, documents, tokenizer, max_length, overlong)), tally.overlong
+
+
+def tokenize_into(tally: Tally, documents: Iterable[Document], tokenizer: Tokenizer, max_length: int, overlong: str, *,
+                  answers: bool = True) -> Iterator[Documents]:
+    """As `tokenize`, a block at a time; counts go into `tally`. Without `answers` prompts and answers are not kept.
+
+    The documents are closed all or none, as those of a cell are.
+    """
+    for block in _blocks(documents):
+        tally.style = tally.style if tally.documents else block[0].style
+        tally.documents += len(block)
+        tally.empty += sum(item.answer is not None and not item.answer.strip() for item in block)
+        tally.keys.append(np.fromiter((item.key for item in block), dtype=np.uint64, count=len(block)))
+        yield _windows(tally, block, *_encode(block, tokenizer), tokenizer.prefix, max_length, overlong, answers)
+
+
+def _blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    block: list[Document] = []
+    characters = 0
+    for document in documents:
+        block.append(document)
+        characters += sum(len(text) for text, _ in document.segments)
+        if len(block) == _DOCUMENTS or characters >= _CHARACTERS:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def _encode(block: list[Document], tokenizer: Tokenizer
+            ) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]:
+    """The tokens of all documents one after the other, which are to be learned, and how many each has."""
+    if block[0].closed:
+        marked = tokenizer.encode_marked([item.segments for item in block])
+        return _flat([ids for ids, _ in marked]), np.concatenate([flags for _, flags in marked]), np.array(
+            [len(ids) for ids, _ in marked], dtype=np.int64)
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    encoded = iter(tokenizer.encode([text for item in block for text, _ in item.segments]))
+    pieces = [piece for item in block for piece in (*itertools.islice(encoded, len(item.segments)), end)]
+    flags = [flag for item in block for flag in (*(flag for _, flag in item.segments), True)]
+    sizes = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    ends = np.cumsum([len(item.segments) + 1 for item in block])
+    lengths = np.diff(np.cumsum(sizes)[ends - 1], prepend=0)
+    return _flat(pieces), np.repeat(np.array(flags, dtype=np.bool_), sizes), lengths
+
+
+def _flat(pieces: list[list[int]]) -> NDArray[np.int32]:
+    return np.fromiter(itertools.chain.from_iterable(pieces), dtype=np.int32, count=sum(map(len, pieces)))
+
+
+def _windows(tally: Tally, block: list[Document], tokens: NDArray[np.int32], learned: NDArray[np.bool_],
+             lengths: NDArray[np.int64], prefix: list[int], max_length: int, overlong: str, answers: bool) -> Documents:
+    """What is kept of each document: its beginning, all of it in windows, or nothing; with the prefix before it."""
+    front = 0 if block[0].closed else len(prefix)
+    room = max_length - front
+    too_long = lengths > room
+    tally.overlong += int(too_long.sum())
+    counts = np.ones(len(block), dtype=np.int64)
+    if overlong == "split":
+        counts = np.maximum(1, -(-lengths // room))
+    elif overlong == "drop":
+        counts[too_long] = 0
+    # From here on arrays have an item for every window.
+    source = np.repeat(np.arange(len(block)), counts)
+    inside = _ranges(np.zeros(len(counts), dtype=np.int64), counts) * room
+    bodies = np.minimum(room, lengths[source] - inside)
+    begins = (np.cumsum(lengths) - lengths)[source] + inside
+    # A token counts if it is to be learned and something precedes it.
+    sums = np.concatenate([[0], np.cumsum(learned)])
+    kept = sums[begins + bodies] - sums[begins + ((bodies > 0) & (front == 0))] > 0
+    tally.unlearnable += len(np.unique(source)) - len(np.unique(source[kept]))
+    source, bodies, begins = source[kept], bodies[kept], begins[kept]
+
+    offsets = np.concatenate([[0], np.cumsum(front + bodies)])
+    filled = np.zeros(offsets[-1], dtype=np.int32)
+    mask = np.zeros(offsets[-1], dtype=np.bool_)
+    for place, token in enumerate(prefix[:front]):
+        filled[offsets[:-1] + place] = token
+    to, from_ = _ranges(offsets[:-1] + front, bodies), _ranges(begins, bodies)
+    filled[to], mask[to] = tokens[from_], learned[from_]
+    mask[offsets[:-1]] = False
+    if not answers or all(item.answer is None for item in block):
+        return Documents(filled, mask, offsets, np.zeros(0, dtype=np.int64))
+    prompts = [_last_start(mask[begin:end]) for begin, end in itertools.pairwise(offsets.tolist())]
+    return Documents(filled, mask, offsets, np.array(prompts, dtype=np.int64),
+                     tuple(block[index].answer or "" for index in source.tolist()))
+
+
+def _ranges(begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`begins[0], begins[0] + 1, ...` so many as its length says, then those of the next."""
+    ends = np.cumsum(lengths)
+    return np.repeat(begins - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def _last_start(mask: NDArray[np.bool_]) -> int:
+    """Where the last run of True begins: the tokens before it are the prompt of the last answer."""
+    end = int(np.flatnonzero(mask)[-1])
+    return int(np.flatnonzero(~mask[:end])[-1]) + 1
