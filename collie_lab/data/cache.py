@@ -37,6 +37,8 @@ _KEYS: Final = "keys.npy"
 _TEMPORARY: Final = "tmp-"
 _ABANDONED: Final = 24 * 3600.0  # seconds after which a temporary folder belongs to nobody
 _GIGABYTE: Final = 1e9
+#: Fewer tokens are made again in a second, and not kept.
+_WORTH_KEEPING: Final = 500_000
 #: The modules on which the documents of a source depend.
 _MAKERS: Final = ("hub_datasets", "records", "sources", "tokenize", "tokenizer")
 
@@ -79,10 +81,10 @@ def scratch(otherwise: Path) -> tempfile.TemporaryDirectory[str]:
 def keep(key: str, documents: Documents, keys: NDArray[np.uint64], facts: Mapping[str, Any]) -> None:
     """Make an entry of the documents, the keys of what they were made of, and facts that JSON can hold.
 
-    Does nothing where the cache is off, or the disk does not take it.
+    Does nothing where they are few, the cache is off, or the disk does not take it.
     """
     folder = cache_folder()
-    if folder is None:
+    if folder is None or len(documents.tokens) < _WORTH_KEEPING:
         return
     with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=folder, prefix=_TEMPORARY) as temporary:
         made = Path(temporary) / "entry"
@@ -91,7 +93,7 @@ def keep(key: str, documents: Documents, keys: NDArray[np.uint64], facts: Mappin
         files = {file.name: [file.stat().st_size, _hash(file)] for file in sorted(made.iterdir())}
         write_json(made / _INDEX, {"files": files, "facts": facts})
         made.rename(folder / key)  # refused where another process was quicker: its entry is the same
-    _limit(folder, spare=key)
+        _limit(folder, spare=key)
 
 
 def find(key: str) -> tuple[Documents, NDArray[np.uint64], dict[str, Any]] | None:

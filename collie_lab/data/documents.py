@@ -90,11 +90,12 @@ class Writer:
 
     Args:
         folder: where files go, made when they are needed.
-        limit: tokens that may stay in memory.
+        limit: tokens that may stay in memory; default: 16 Mi.
     """
 
-    def __init__(self, folder: Path, limit: int = _IN_MEMORY):
-        self._folder, self._limit, self._size = folder, limit, 0
+    def __init__(self, folder: Path, limit: int | None = None):
+        self._folder, self._size = folder, 0
+        self._limit = _IN_MEMORY if limit is None else limit
         self._blocks: list[Documents] = []
         self._lengths: list[NDArray[np.int64]] = []
         self._prompts: list[NDArray[np.int64]] = []

@@ -24,8 +24,6 @@ __all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "question_tokens", "sequ
 
 #: Tokens of a sequence where neither the data cell nor the model's context says less.
 DEFAULT_MAX_LENGTH = 2048
-#: Tokens from which on documents are kept on disk for other processes: fewer are made in a second.
-_WORTH_KEEPING: Final = 500_000
 #: Fields of a data cell that say how documents are used, and not what they are.
 _USES: Final = {"packing", "shuffle", "group_by_length"}
 
@@ -116,14 +114,13 @@ class _Maker:
                            self.context)
         try:
             if found := cache.find(key):
-                documents, keys, facts = found
-                return Made(documents, facts["counts"], facts["warnings"], facts["style"], keys)
+                documents, keys, told = found
+                return Made(documents, told["counts"], told["warnings"], told["style"], keys)
         except cache.DamagedEntryError as error:
             self.warnings.append(f"{type(cell).__name__}, {split}: tokenized anew: the cache was damaged: {error}")
         made = self._tokenize(cell, split)
-        if len(made.documents.tokens) >= _WORTH_KEEPING:
-            cache.keep(key, made.documents, made.keys, {"counts": made.counts, "warnings": made.warnings,
-                                                        "style": made.style})
+        facts = {"counts": made.counts, "warnings": made.warnings, "style": made.style}
+        cache.keep(key, made.documents, made.keys, facts)
         return made
 
     def _corpus(self, cell: Data) -> Corpus:
