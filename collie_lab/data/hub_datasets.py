@@ -63,10 +63,14 @@ def _splits(path: str, options: dict[str, str]) -> dict[str, Any]:
     folder = Path(path).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            if needless := sorted({"name", "revision"} & options.keys()):
+                raise DatasetError(f"a saved folder has no {' or '.join(needless)}", "leave it out")
             found = datasets.load_from_disk(str(folder))
         else:
             where = str(folder) if folder.is_dir() else path
             found = datasets.load_dataset(where, name=options.get("name"), revision=options.get("revision"))
+    except DatasetError:
+        raise
     except Exception as error:  # the library and the hub's client raise many types, from bad names to closed networks
         what = next(iter(str(error).splitlines()), "")
         raise DatasetError(f"it does not load: {type(error).__name__}: {what}",

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collie_lab.cells import Data, Instructions, Skills, Text
+from collie_lab.data.progress import Progress
 from collie_lab.data.skills import make_skills
 from collie_lab.data.sources import Anew, Source, open_source, problem
 
@@ -68,14 +69,16 @@ class Selection:
     read: Callable[[], Iterator[Document]]
     moved: int = 0
     """Of the whole source: how many went to the other split, since an earlier one has the same key."""
+    size: int | None = None
+    """How many there are, where that is known."""
 
     def __iter__(self) -> Iterator[Document]:
         return self.read()
 
     @cached_property
     def count(self) -> int:
-        """How many there are; found by reading them."""
-        return sum(1 for _ in self.read())
+        """How many there are; where it is not known, by reading them."""
+        return sum(1 for _ in self.read()) if self.size is None else self.size
 
 
 class Corpus:
@@ -106,9 +109,11 @@ class Corpus:
 
     def read_all(self) -> None:
         """Read every record, of a test split too, and forget it: what cannot be read is raised."""
-        for records in (self._source.train, self._source.test):
-            for _ in self._documents(records, self._render) if records is not None else ():
-                pass
+        with Progress(f"{type(self._cell).__name__}: checking every record") as progress:
+            for records in (self._source.train, self._source.test):
+                if records is not None:
+                    for _ in progress.each(self._documents(records, self._render)):
+                        pass
 
     def select(self, split: Split) -> Selection:
         """The documents of a split: `train`, `test` (the source's own test split, or the held-out share), or `all`
@@ -124,7 +129,7 @@ class Corpus:
         # Files are often sorted, by topic or label: the first records would be no fair sample.
         drawn = np.zeros(selection.count, dtype=np.bool_)
         drawn[random.Random(0).sample(range(selection.count), limit)] = True
-        return Selection(lambda: itertools.compress(selection, drawn), selection.moved)
+        return Selection(lambda: itertools.compress(selection, drawn), selection.moved, limit)
 
     def _part(self, split: Split) -> Selection:
         """A split of a source that has none of its own."""
@@ -136,13 +141,15 @@ class Corpus:
             return Selection(lambda: iter(_part_of_text(document, holdout, split)))
         chosen, moved = hold_out(self._keys, holdout)
         wanted = chosen if split == "test" else ~chosen
-        return Selection(lambda: itertools.compress(self._documents(self._source.train, self._render), wanted), moved)
+        return Selection(lambda: itertools.compress(self._documents(self._source.train, self._render), wanted), moved,
+                         int(wanted.sum()))
 
     @cached_property
     def _keys(self) -> NDArray[np.uint64]:
         """The key of every document; chats are rendered plainly for it, which is quick."""
         documents = self._documents(self._source.train, None)
-        return np.fromiter((document.key for document in documents), dtype=np.uint64)
+        with Progress(f"{type(self._cell).__name__}: looking for repeats") as progress:
+            return np.fromiter((document.key for document in progress.each(documents)), dtype=np.uint64)
 
     def _documents(self, records: Iterable[Any], render: Render | None) -> Iterator[Document]:
         match self._cell:
