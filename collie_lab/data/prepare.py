@@ -177,6 +177,9 @@ def _remarks(cell: Data, split: Split, tally: Tally, max_length: int, moved: int
                        "and were left out")
     if tally.empty:
         remarks.append(f"{where}{tally.empty} {of} responses are empty; of these only the end is learned")
+    if tally.partial:
+        remarks.append(f"{where}of {tally.partial} {of} chats only the last reply is learned: the tokenizer's template "
+                       "rewrites the earlier ones")
     if moved and split == "train":
         remarks.append(f"{where}{moved} records that repeat another one went where that is, so that none stands in "
                        "train and test")

@@ -40,6 +40,8 @@ class Document:
     """The text has its own end mark (a chat template's); else an end-of-sequence token is added."""
     style: Style = "plain"
     """What stands around what a person says."""
+    partial: bool = False
+    """Not every reply of a chat is to be learned, since its template rewrites earlier ones."""
 
     @property
     def key(self) -> int:
@@ -263,7 +265,7 @@ def _chat(record: dict[str, Any], render: Render | None) -> Document:
     messages = messages[: answered[-1] + 1]  # what nobody answers teaches nothing
     segments = render(messages) if render else _plain_chat(messages)
     return Document(tuple(segments), messages[-1]["content"], closed=render is not None,
-                    style="chat" if render else "headed")
+                    style="chat" if render else "headed", partial=sum(flag for _, flag in segments) < len(answered))
 
 
 def _plain_chat(messages: list[dict[str, str]]) -> list[tuple[str, bool]]:

@@ -33,6 +33,8 @@ class Tally:
     """Those that were left out, since within `max_length` tokens there is nothing to learn."""
     empty: int = 0
     """Those whose answer is blank."""
+    partial: int = 0
+    """Those of which only the last reply is learned."""
     style: str = "plain"
     """What stands around what a person says, in the first."""
     keys: list[NDArray[np.uint64]] = field(default_factory=list)
@@ -62,6 +64,7 @@ def tokenize_into(tally: Tally, documents: Iterable[Document], tokenizer: Tokeni
         tally.style = tally.style if tally.documents else block[0].style
         tally.documents += len(block)
         tally.empty += sum(item.answer is not None and not item.answer.strip() for item in block)
+        tally.partial += sum(item.partial for item in block)
         tally.keys.append(np.fromiter((item.key for item in block), dtype=np.uint64, count=len(block)))
         yield _windows(tally, block, *_encode(block, tokenizer), tokenizer.prefix, max_length, overlong, answers)
 

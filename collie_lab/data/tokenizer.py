@@ -88,9 +88,12 @@ class Tokenizer:
     def render_chat(self, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
         """Messages as segments by the tokenizer's own chat template; the assistant's are to be learned.
 
+        Where the template rewrites earlier messages (as those that drop earlier reasoning do), only the last one is:
+        what a model says later then follows on another text than what it said before.
+
         Raises:
-            ValueError: the template refuses the conversation, is none, or does not render a conversation as a
-                continuation of its beginning.
+            ValueError: the template is none, refuses the conversation, or a reply does not begin where the template
+                asks for it.
         """
         from jinja2 import TemplateError
 
@@ -107,17 +110,21 @@ class Tokenizer:
         return AutoTokenizer.from_pretrained(self.folder)
 
     def _render_chat(self, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
-        segments, done = [], ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._chat.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-            whole = self._chat.apply_chat_template(messages[: index + 1], tokenize=False)
-            if not (whole.startswith(prompt) and prompt.startswith(done)):
-                raise ValueError("the chat template rewrites earlier messages; give `format` a function instead")
-            segments += [(prompt[len(done):], False), (whole[len(prompt):], True)]
-            done = whole
-        return segments
+        turns = [self._turn(messages[: index + 1]) for index, message in enumerate(messages)
+                 if message["role"] == "assistant"]
+        before = ["", *(whole for _, whole in turns[:-1])]
+        if not all(prompt.startswith(done) for (prompt, _), done in zip(turns, before, strict=True)):
+            turns, before = turns[-1:], [""]
+        return [segment for (prompt, whole), done in zip(turns, before, strict=True)
+                for segment in ((prompt[len(done):], False), (whole[len(prompt):], True))]
+
+    def _turn(self, messages: list[dict[str, str]]) -> tuple[str, str]:
+        """The text up to where the assistant's last message begins, and all of it."""
+        prompt = self._chat.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = self._chat.apply_chat_template(messages, tokenize=False)
+        if not whole.startswith(prompt):
+            raise ValueError("the chat template renders a reply otherwise than it asks for one")
+        return prompt, whole
 
     def _special(self, token: Any) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token

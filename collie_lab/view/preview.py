@@ -128,7 +128,12 @@ def _rows(document: Document, tokenizer: Tokenizer, max_length: int, overlong: s
         ids = documents.tokens[begin:end].tolist()
         texts = zip(ids, tokenizer.pieces(ids), documents.learned[begin:end].tolist(), strict=True)
         yield Row(tuple(Token(id_, text, learned, special) for id_, (text, special), learned in texts),
-                  "truncated" if tally.overlong and not note else note)
+                  note or _note(tally))
+
+
+def _note(tally: Tally) -> str:
+    said = {"truncated": tally.overlong, "only the last reply, since the chat template rewrites others": tally.partial}
+    return "; ".join(text for text, so in said.items() if so)
 
 
 def _shortened(row: Row) -> Iterator[Token | str]:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from collie_lab import CellError, Instructions, Model, Text
-from collie_lab.data import Documents, Tokenizer, read_documents, save_tokenizer
+from collie_lab import CellError, Experiment, Instructions, Model, Text
+from collie_lab.data import Documents, Tokenizer, prepare, read_documents, save_tokenizer
 from collie_lab.data.prepare import tokenize
+from collie_lab.folder import RunFolder
 
 TEXT = "Once upon a time,\n thère was 🐶 <b>"
 
@@ -76,8 +77,7 @@ def test_the_chat_template_of_the_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("template", "message"), [
     ("{% for m in messages %}{{ m.content }}", "the chat template: Unexpected end of template"),
     ("{{ raise_exception('roles must alternate') }}", "the chat template: roles must alternate"),
-    ("{% for m in messages %}{% if not loop.last or m.role != 'assistant' %}{{ m.content | upper }}{% else %}"
-     "{{ m.content }}{% endif %}{% endfor %}", "the chat template rewrites earlier messages"),
+    ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "the chat template renders a reply otherwise"),
     ("{{ messages[0].content.text.more }}", "the chat template: "),
 ])
 def test_templates_that_do_not_do(template: str, message: str, tmp_path: Path) -> None:
@@ -86,6 +86,26 @@ def test_templates_that_do_not_do(template: str, message: str, tmp_path: Path) -
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
     with pytest.raises(CellError, match=rf"Instructions.source: the source: record 0 cannot be read \({message}"):
         read_documents(Instructions([{"messages": turns}], holdout=0), "train", Tokenizer(tmp_path).render_chat)
+
+
+def test_a_template_that_rewrites_what_was_said(tmp_path: Path) -> None:
+    """As those of reasoning models, which drop earlier thoughts: only the last reply is learned, and it is counted."""
+    save_tokenizer(Model("llama-tiny"), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}", encoding="utf-8")
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    cell, tokenizer = Instructions([{"messages": turns}, {"messages": turns[:2]}], holdout=0), Tokenizer(tmp_path)
+    items = read_documents(cell, "train", tokenizer.render_chat)
+    assert [item.segments for item in items] == [
+        (("<user>a<assistant>b<user>c<assistant>", False), ("<think></think>d", True)),
+        (("<user>a<assistant>", False), ("<think></think>b", True))]
+    assert [item.partial for item in items] == [True, False]
+    run = RunFolder.create(tmp_path, "run")
+    prepare(Experiment(model=Model("llama-tiny", init="random", tokenizer=str(tmp_path)), data=cell), run)
+    assert run.read("data/index.json")["warnings"] == [
+        "Instructions, train: of 1 of 2 chats only the last reply is learned: the tokenizer's template rewrites the "
+        "earlier ones"]
 
 
 def test_a_chat_is_tokenized_whole_and_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
