@@ -27,7 +27,7 @@ def _no_iterator(source: Any) -> Any:
     return source
 
 
-Again = BeforeValidator(_no_iterator)
+_Again = BeforeValidator(_no_iterator)
 """For sources, which are read more than once."""
 
 
@@ -70,7 +70,7 @@ class Instructions(Data):
     from a record to `(prompt, response)`. `auto` recognises the first four.
     """
 
-    source: Annotated[str | list[Record] | Callable[[], Iterable[Record]], Again]
+    source: Annotated[str | list[Record] | Callable[[], Iterable[Record]], _Again]
     format: Format | Callable[[Record], tuple[str, str]] = "auto"
     holdout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the records kept for evaluation, where the source has no test split of its own. Records that ask the
@@ -86,7 +86,7 @@ class Text(Data):
     `separator` splits a .txt file into documents. `source` may be all that it is in `Instructions`.
     """
 
-    source: Annotated[str | list[str] | Callable[[], Iterable[str]], Again]
+    source: Annotated[str | list[str] | Callable[[], Iterable[str]], _Again]
     separator: str | None = None
     holdout: float = Field(default=0.05, ge=0.0, lt=1.0)
     overlong: Literal["truncate", "drop", "error", "split"] = "split"  # type: ignore[assignment]
