@@ -140,19 +140,20 @@ class _Maker:
                 writer.add(block)
                 progress.advance(tally.documents - progress.done)
         documents = writer.finish()
-        self._refuse(cell, split, tally, documents)
+        self._refuse(cell, split, tally, documents, selection.moved)
         counts = {
             "documents": len(documents), "tokens": len(documents.tokens), "learned": int(documents.learned.sum()),
         }
         return Made(documents, {f"{name}, {split}": counts}, _remarks(cell, split, tally, max_length, selection.moved),
                     cast("Style", tally.style), np.concatenate(tally.keys))
 
-    def _refuse(self, cell: Data, split: Split, tally: Tally, documents: Documents) -> None:
+    def _refuse(self, cell: Data, split: Split, tally: Tally, documents: Documents, moved: int) -> None:
         """Raise where nothing is left, or where there is what may not be."""
         name, max_length = type(cell).__name__, sequence_length(cell, self.context)
         if not tally.documents:
-            raise CellError([Problem(name, "holdout", "nothing is held out to evaluate on" if split == "test"
-                                     else "no documents are left to train on",
+            what = "nothing is held out to evaluate on" if split == "test" else "no documents are left to train on"
+            why = f": {moved} of those drawn for it repeat records of the training split" if moved else ""
+            raise CellError([Problem(name, "holdout", what + why,
                                      "change `holdout`, or give the evaluation its own `data`")])
         if tally.overlong and cell.overlong == "error":
             raise CellError([Problem(name, "max_length", f"{tally.overlong} of {tally.documents} documents are longer "

@@ -171,12 +171,13 @@ def hold_out(keys: NDArray[np.uint64], holdout: float) -> tuple[NDArray[np.bool_
     """Which documents are the test split, and how many are not where the draw had put them.
 
     A share is drawn by a fixed shuffle that no other setting moves. Then a document whose key an earlier one has goes
-    where that one is: nothing stands in train and test at once.
+    where that one is: nothing stands in train and test at once. What is repeated so often that it would be more than
+    the whole test split stays in train.
     """
-    drawn = np.zeros(len(keys), dtype=np.bool_)
-    drawn[random.Random(0).sample(range(len(keys)), round(len(keys) * holdout))] = True
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-    chosen: NDArray[np.bool_] = drawn[first[group]]
+    drawn, share = np.zeros(len(keys), dtype=np.bool_), round(len(keys) * holdout)
+    drawn[random.Random(0).sample(range(len(keys)), share)] = True
+    _, first, group, repeats = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    chosen: NDArray[np.bool_] = (drawn[first] & (repeats <= share))[group]
     return chosen, int((chosen != drawn).sum())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from collie_lab import Experiment, Instructions, Model, Perplexity, Text
+from collie_lab import CellError, Experiment, Instructions, Model, Perplexity, Text
 from collie_lab.data import prepare, read_documents
 from collie_lab.data.records import hold_out
 from collie_lab.folder import RunFolder
@@ -30,12 +30,23 @@ def test_without_repeats_the_draw_stands() -> None:
 
 def test_repeats_go_where_the_first_is() -> None:
     keys = np.random.default_rng(0).integers(0, 60, 400).astype(np.uint64)
-    test, moved = hold_out(keys, 0.3)
+    test, moved = hold_out(keys, 0.3)  # no key is there more than 120 times
     drawn = np.isin(np.arange(400), random.Random(0).sample(range(400), 120))
     first = [keys.tolist().index(key) for key in keys.tolist()]
     assert test.tolist() == drawn[first].tolist()
     assert moved == int((test != drawn).sum()) > 0
     assert not set(keys[test]) & set(keys[~test])
+
+
+def test_what_would_be_all_of_the_test_split_stays_in_train(tmp_path: Path) -> None:
+    keys = np.array([7] * 90 + list(range(100, 110)), dtype=np.uint64)
+    test, _ = hold_out(keys, 0.2)
+    assert not test[:90].any()
+    assert test[90:].any()
+    same = Instructions([{"prompt": "Tell a story.", "completion": str(n)} for n in range(40)])
+    prepare(Experiment(model=Model("llama-tiny", init="random"), data=same), RunFolder.create(tmp_path, "run"))
+    with pytest.raises(CellError, match="nothing is held out to evaluate on: 2 of those drawn for it repeat records"):
+        _index(tmp_path, same)
 
 
 @pytest.mark.parametrize("kind", ["prompts", "texts", "chats", "empty prompts"])
