@@ -181,7 +181,7 @@ print(peaks[0] - before)
 """
 
 
-def memory(megabytes: tuple[int, ...] = (16, 128)) -> list[Result]:
+def memory(megabytes: tuple[int, ...] = (8, 64)) -> list[Result]:
     """Bytes of anonymous memory that tokenizing a JSONL corpus adds at most, by the size of the corpus."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -234,23 +234,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     datasets.disable_progress_bars()
-    files = sorted(chosen.data.glob("*.json"))
+    files, folders = sorted(chosen.data.glob("*.json")), chosen.tokenizers
+    parts: dict[str, Callable[[], Any]] = {
+        "packing": lambda: packing(files, folders),
+        "groups": lambda: groups(files[-1], folders[0]),
+        "loader": lambda: [loader(shape, files[-1], packed, steps=6)
+                           for shape in ("llama-1m", "llama-5m") for packed in (True, False)],
+        "large_batch": lambda: large_batch(files[-1], folders[0]),
+        "memory": memory,
+        "tokenization": lambda: [tokenization(file, folder, chosen.repeats) for file in files for folder in folders],
+    }
     print(machine()["cpu"])
     results: Result = {}
-    print("packing")
-    results["packing"] = packing(files, chosen.tokenizers)
-    print("tokenization")
-    results["tokenization"] = [tokenization(file, folder, chosen.repeats)
-                               for file in files for folder in chosen.tokenizers]
-    print("loader")
-    results["loader"] = [loader(shape, files[-1], packed, steps=14)
-                         for shape in ("llama-1m", "llama-5m") for packed in (True, False)]
-    results["large_batch"] = large_batch(files[-1], chosen.tokenizers[0])
-    print("memory")
-    results["memory"] = memory()
-    print("groups of like length")
-    results["groups"] = groups(files[-1], chosen.tokenizers[0])
-    keep(chosen.json, "data.py --data alpaca-subsets --tokenizers gpt2 stories260k", results)
+    names = " ".join(folder.name for folder in folders)
+    for part, measure in parts.items():
+        print(part)
+        results[part] = measure()
+        keep(chosen.json, f"data.py --data {chosen.data.name} --tokenizers {names} --repeats {chosen.repeats}", results)
 
 
 if __name__ == "__main__":
