@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from collie_lab.cells import CellError, Experiment, HeldOut, Instructions, Model, Problem
+from collie_lab.cells import CellError, Experiment, HeldOut, Instructions, Model, Problem, Text
 from collie_lab.check_adapter import adapter_problems
 from collie_lab.check_deepspeed import deepspeed_problems
 from collie_lab.check_evaluation import evaluation_problems
@@ -16,7 +16,7 @@ from collie_lab.check_optimizer import optimizer_problems
 from collie_lab.check_parallel import parallel_problems
 from collie_lab.check_tokenizer import tokenizer_problems
 from collie_lab.data.hub import context_length, model_config
-from collie_lab.data.records import read_documents
+from collie_lab.data.records import Corpus
 from collie_lab.folder import read_json
 
 __all__ = ["Report", "check", "check_resume"]
@@ -139,7 +139,9 @@ def _without_effect(experiment: Experiment) -> Iterator[Problem]:
     def warning(cell: str, field: str, message: str, remedy: str = "") -> Problem:
         return Problem(cell, field, message, remedy, level="warning")
 
-    training = experiment.training
+    training, data = experiment.training, experiment.data
+    if data.packing and data.group_by_length:
+        yield warning(type(data).__name__, "group_by_length", "packed sequences are all of a length", "leave it out")
     if training.schedule == "constant" and training.final_lr:
         yield warning("Training", "final_lr", "a constant schedule never falls", "schedule='linear', 'cosine' or 'wsd'")
     if training.schedule != "wsd" and training.decay != type(training).model_fields["decay"].default:
@@ -170,7 +172,5 @@ def _data(experiment: Experiment, config: dict[str, Any], problems: list[Problem
                          f"of {context}", f"at most {context}")
                  for cell in cells if context is not None and (cell.max_length or 0) > context]
     for cell in cells:
-        if isinstance(cell, Instructions):  # every record is looked at
-            _collect(problems, lambda cell=cell: read_documents(cell, "train"))
-        elif cell.kind == "text":
-            _collect(problems, lambda cell=cell: read_documents(cell, "all"))
+        if isinstance(cell, (Instructions, Text)):  # every record is looked at
+            _collect(problems, lambda cell=cell: Corpus(cell).read_all())

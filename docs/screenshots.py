@@ -1,6 +1,7 @@
 """The pictures of the panel, from real runs on CPU cores in JupyterLab: `python docs/screenshots.py`.
 
-Needs the extra `browser` and a `chromium`. Writes docs/panel_{light,dark,finished,failed,comparison}.png.
+Needs the extra `browser`, a `chromium`, and for the preview of data the hub's tokenizer `gpt2`, or a folder that
+`COLLIE_LAB_GPT2` names. Writes docs/preview.png and docs/panel_{light,dark,finished,failed,comparison}.png.
 """
 
 from __future__ import annotations
@@ -44,6 +45,16 @@ runs = [short.replace(name=name, optimizer=optimizer).launch(wait=False, show=Fa
         for name, optimizer in arms.items()]
 lab.watch(*runs, labels=list(arms))
 """
+PREVIEW = """
+import os
+import collie_lab as lab
+lab.Instructions([
+    {"instruction": "Name three primary colours of light.", "output": "Red, green and blue."},
+    {"instruction": "Mend the program.", "input": "for i in range(3)\\n    print(i)",
+     "output": "for i in range(3):\\n    print(i)"},
+    {"instruction": "Is a < b, if a = 2 and b = 3?", "output": "Yes: 2 is less than 3, so a < b."},
+], holdout=0).preview(lab.Model("llama-1m", init="random", tokenizer=os.environ.get("COLLIE_LAB_GPT2", "gpt2")))
+"""
 
 #: CSS pixels around a panel, so that no letter touches the edge; above it is the cell's code.
 SIDE, ABOVE, BELOW = 14, 4, 8
@@ -52,6 +63,11 @@ SIDE, ABOVE, BELOW = 14, 4, 8
 def main() -> None:
     """Take all pictures."""
     with jupyterlab(scale=2) as lab:
+        notebook = lab.open("preview.ipynb", PREVIEW)
+        notebook.run_all()
+        notebook.until_panel("less than 3")
+        save(notebook, "preview")
+
         notebook = lab.open("panel.ipynb", EXPERIMENT, RUN)
         notebook.run_all()
         notebook.until_panel(r"step (2[4-9]|3\d)\d/", seconds=600)

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from collie_lab.cells._base import Cell
+from collie_lab.cells.model import Model
+
+if TYPE_CHECKING:
+    from collie_lab.view.preview import Preview
 
 __all__ = ["SKILLS", "Data", "Instructions", "RandomTokens", "Skills", "Text"]
 
 Record = dict[str, Any]
 Format = Literal["auto", "alpaca", "prompt_completion", "chat", "clinc"]
+
+
+def _no_iterator(source: Any) -> Any:
+    if isinstance(source, Iterator):
+        raise ValueError(f"a {type(source).__name__} can be read only once, and cannot travel: give the function that "
+                         "makes it, `source=records` and not `source=records()`")
+    return source
+
+
+_Again = BeforeValidator(_no_iterator)
+"""For sources, which are read more than once."""
 
 
 class Data(Cell):
@@ -27,35 +42,51 @@ class Data(Cell):
     """What happens to a document longer than `max_length`; the count is reported."""
     shuffle: bool = True
     """A new order every epoch, drawn from `Training.seed`; the same on every layout."""
+    group_by_length: bool = False
+    """Draw the sequences of a step from those of like length: less padding where a model needs padded rows, and ranks
+    that wait less for each other. Packed sequences are all of a length."""
     limit: int | None = Field(default=None, ge=1)
     """Train on a fixed random sample of so many documents."""
+
+    def preview(self, model: Model | str | Path = "llama-tiny", n: int = 3, *,
+                split: Literal["train", "test"] = "train") -> Preview:
+        """The first documents as the model will see them: every token, and which of them the loss counts.
+
+        In a notebook it shows itself in colour, in a terminal as text. `model` is a cell, a folder or a hub id, for its
+        tokenizer and its context; the default has a token for every byte.
+        """
+        from collie_lab.view.preview import preview
+
+        return preview(self, model if isinstance(model, Model) else Model(model), n, split)
 
 
 class Instructions(Data):
     """Records of an instruction and its response; the loss is on the response only.
 
-    `source` is a JSON, JSONL or CSV file, a list of records, or a callable that returns one. Formats:
-    Alpaca (`instruction`, `input`, `output`), `prompt_completion` (`prompt`, `completion`), `chat`
+    `source` is a JSON, JSONL, CSV or Parquet file (also gzipped, also several by a pattern: `part-*.jsonl`), a data set
+    of the hub (`hf:owner/name`; see docs/data.md), a list of records, or a callable that returns or yields them.
+    Formats: Alpaca (`instruction`, `input`, `output`), `prompt_completion` (`prompt`, `completion`), `chat`
     (`messages` with `role` and `content`), `clinc` (CLINC150's file of splits), or a callable
     from a record to `(prompt, response)`. `auto` recognises the first four.
     """
 
-    source: str | list[Record] | Callable[[], Iterable[Record]]
+    source: Annotated[str | list[Record] | Callable[[], Iterable[Record]], _Again]
     format: Format | Callable[[Record], tuple[str, str]] = "auto"
     holdout: float = Field(default=0.05, ge=0.0, lt=1.0)
-    """Share of the records kept for evaluation, where the file has no test split of its own."""
+    """Share of the records kept for evaluation, where the source has no test split of its own. Records that ask the
+    same stay together."""
 
     def __init__(self, source: str | Path | list[Record] | Callable[[], Iterable[Record]], **fields: Any) -> None:
         super().__init__(source=str(source) if isinstance(source, Path) else source, **fields)  # type: ignore[call-arg]
 
 
 class Text(Data):
-    """Plain text for next-token training: .txt, .json (a list of strings), .jsonl or .csv (a `text` field).
+    """Plain text for next-token training: .txt, .json (a list of strings), .jsonl, .csv, .parquet (a `text` field).
 
-    `separator` splits a .txt file into documents. `source` may be a list of strings or a callable.
+    `separator` splits a .txt file into documents. `source` may be all that it is in `Instructions`.
     """
 
-    source: str | list[str] | Callable[[], Iterable[str]]
+    source: Annotated[str | list[str] | Callable[[], Iterable[str]], _Again]
     separator: str | None = None
     holdout: float = Field(default=0.05, ge=0.0, lt=1.0)
     overlong: Literal["truncate", "drop", "error", "split"] = "split"  # type: ignore[assignment]

@@ -6,9 +6,14 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from collie_lab.cells import Data
 from collie_lab.data.documents import Documents
+from collie_lab.data.hub_datasets import PREFIX
 from collie_lab.data.records import Style
+from collie_lab.data.sources import files_of
 
 __all__ = ["Made", "key_of", "recall", "remember"]
 
@@ -20,6 +25,8 @@ class Made(NamedTuple):
     counts: dict[str, dict[str, int]]
     warnings: list[str]
     style: Style
+    keys: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
+    """`Document.key` of each document of the source; none of random tokens."""
 
 
 #: Tokens that are kept at most, of all documents together: half a GiB.
@@ -34,11 +41,11 @@ def key_of(cell: Data, split: str, tokenizer: str, *more: Any) -> str | None:
     fields = dict(cell)
     if any(isinstance(value, list) or callable(value) for value in fields.values()):
         return None
-    file = Path(fields["source"]).expanduser() if "source" in fields else None
-    if file is not None and not file.is_file():
+    source = fields.get("source")
+    if source is not None and source.startswith(PREFIX):  # a data set may be another one the next time
         return None
-    state = file.stat() if file is not None else None
-    facts = (state.st_ino, state.st_size, state.st_mtime_ns) if state is not None else ()
+    states = [path.stat() for path in files_of(cell, source)] if source is not None else []
+    facts = [(state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
     return repr((type(cell).__name__, fields, split, tokenizer, more, str(Path.cwd()), facts))
 
 

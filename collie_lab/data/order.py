@@ -22,6 +22,8 @@ Sequence = NDArray[np.int64]
 
 # Packing looks at so many documents at a time: enough to fill sequences, few enough to keep the order random.
 _WINDOW = 4096
+# Documents of like length are looked for among those of so many steps (transformers' `LengthGroupedSampler` takes 50).
+_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class Order:
     """
 
     def __init__(self, documents: Documents, *, batch_size: int, micro_batch_size: int, dp_rank: int = 0,
-                 dp_size: int = 1, seed: int = 0, shuffle: bool = True, packing: int | None = None):
-        """`packing` is the length of packed sequences in tokens; None packs nothing."""
+                 dp_size: int = 1, seed: int = 0, shuffle: bool = True, packing: int | None = None,
+                 group_by_length: bool = False):
+        """`packing` is the length of packed sequences in tokens; None packs nothing. `group_by_length` fills a step
+        with documents of like length; packed sequences need none of it."""
         self._lengths, self._targets = documents.lengths, documents.targets
         self._batch_size, self._micro, self._packing = batch_size, micro_batch_size, packing
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._shuffle, self._group = seed, shuffle, group_by_length
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """The steps from `start` (counted from 0) on, without end."""
@@ -66,11 +70,14 @@ class Order:
         return Step(micro_batches, int(self._lengths[everything].sum()), int(self._targets[everything].sum()))
 
     def _sequences(self) -> Iterator[Sequence]:
-        epoch = 0
+        epoch = dealt = 0
         while True:
             rng = np.random.default_rng([self._seed, epoch])
             order = rng.permutation(len(self._lengths)) if self._shuffle else np.arange(len(self._lengths))
             if self._packing is None:
+                if self._group:
+                    order = self._grouped(order, -dealt % self._batch_size, rng)
+                dealt += len(order)
                 yield from order[:, None]
             else:
                 sequences = pack(self._lengths, order, self._packing)
@@ -78,6 +85,20 @@ class Order:
                     sequences = [sequences[index] for index in rng.permutation(len(sequences))]
                 yield from sequences
             epoch += 1
+
+    def _grouped(self, order: NDArray[np.int64], lead: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """The order with documents of like length in every step: those of many steps are sorted, longest first, and the
+        steps shuffled. `lead` documents complete the step that the last epoch began; they, and those of the step that
+        this one leaves open, are as they come."""
+        size = self._batch_size
+        full = max(0, len(order) - lead) // size * size
+        steps: list[NDArray[np.int64]] = []
+        for begin in range(lead, lead + full, _STEPS * size):
+            window = order[begin : min(begin + _STEPS * size, lead + full)]
+            steps += [*window[np.argsort(-self._lengths[window], kind="stable")].reshape(-1, size)]
+        if self._shuffle:
+            steps = [steps[index] for index in rng.permutation(len(steps))]
+        return np.concatenate([order[:lead], *steps, order[lead + full :]])
 
 
 def pack(lengths: NDArray[np.int64], order: NDArray[np.int64], capacity: int) -> list[Sequence]:

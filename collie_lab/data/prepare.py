@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from collie_lab import sandbox
 from collie_lab.cells import (
@@ -18,19 +18,21 @@ from collie_lab.cells import (
     Experiment,
     HeldOut,
     HumanEval,
-    Instructions,
     LMEval,
     Problem,
     RandomTokens,
-    Text,
 )
+from collie_lab.data import cache
 from collie_lab.data._memory import Made, key_of, recall, remember
 from collie_lab.data.benchmarks import read_questions
-from collie_lab.data.documents import Documents
+from collie_lab.data.documents import Documents, Writer
 from collie_lab.data.hub import context_length, model_config
+from collie_lab.data.labels import label_questions
 from collie_lab.data.lm_eval_tasks import check_tasks
-from collie_lab.data.questions import Pieces, Question, Questions, Room, arrange, drawn, tokenize_questions
-from collie_lab.data.records import Document, Split, Style, load_records, question, read_documents
+from collie_lab.data.progress import Progress
+from collie_lab.data.questions import Room, arrange, tokenize_questions
+from collie_lab.data.records import Corpus, Document, Split, Style, question
+from collie_lab.data.tokenize import Tally, tokenize, tokenize_into
 from collie_lab.data.tokenizer import Tokenizer
 from collie_lab.data.vocabulary import Extension, make_tokenizer
 from collie_lab.folder import RunFolder
@@ -39,7 +41,8 @@ __all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "question_tokens", "sequ
 
 #: Tokens of a sequence where neither the data cell nor the model's context says less.
 DEFAULT_MAX_LENGTH = 2048
-_BATCH = 1000
+#: Fields of a data cell that say how documents are used, and not what they are.
+_USES: Final = {"packing", "shuffle", "group_by_length"}
 
 
 @dataclass(frozen=True)
@@ -68,34 +71,27 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
             where `overlong="error"`, token ids that the model does not know, nothing held out to evaluate.
     """
     config = model_config(experiment.model)
-    data = _read_once(experiment.data)
+    data = experiment.data
     rows = {**config, **config.get("text_config", {})}.get("vocab_size")
     tokenizer, extension, warnings = make_tokenizer(experiment.model, data, rows, folder.path / "tokenizer")
     vocabulary = extension.rows if extension else int(rows or tokenizer.vocab_size)
-    maker = _Maker(tokenizer, vocabulary, context_length(config))
-    maker.warnings += warnings
-
-    train, style = maker.documents(data, "train")
-    train.save(folder.path / "data" / "train")
-    sets: list[tuple[Data, Split] | Evaluation] = []
-    names = []
-    for cell in experiment.evaluate:
-        source = _source(cell, data)
-        if source not in sets:
-            sets.append(source)
-            documents = maker.documents(*source)[0] if isinstance(source, tuple) else maker.questions(cell, data)
-            documents.save(folder.path / "data" / f"evaluation-{len(sets)}")
-        names.append(f"evaluation-{sets.index(source) + 1}")
+    with cache.scratch(folder.path) as scratch:
+        maker = _Maker(tokenizer, vocabulary, context_length(config), Path(scratch))
+        maker.warnings += warnings
+        train, style = maker.documents(data, "train")
+        train.save(folder.path / "data" / "train")
+        sets: list[tuple[Data, Split] | Evaluation] = []
+        names = []
+        for cell in experiment.evaluate:
+            source = _source(cell, data)
+            if source not in sets:
+                sets.append(source)
+                documents = maker.documents(*source)[0] if isinstance(source, tuple) else maker.questions(cell, data)
+                documents.save(folder.path / "data" / f"evaluation-{len(sets)}")
+            names.append(f"evaluation-{sets.index(source) + 1}")
     prepared = Prepared(tuple(names), train.fingerprint, maker.summary, maker.warnings, style, extension)
     folder.write("data/index.json", asdict(prepared))
     return prepared
-
-
-def _read_once(cell: Data) -> Data:
-    """The cell with the records of a callable source: called twice, it might give other ones."""
-    if isinstance(cell, (Instructions, Text)) and callable(cell.source):
-        return cell.replace(source=load_records(cell, cell.source))
-    return cell
 
 
 def _source(cell: Evaluation, data: Data) -> tuple[Data, Split] | Evaluation:
@@ -115,12 +111,14 @@ def sequence_length(data: Data, context: int | None) -> int:
 
 
 class _Maker:
-    """From data cells to documents for one model; keeps counts and warnings."""
+    """From data cells to documents for one model; keeps counts and warnings. Training documents come first."""
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary: int, context: int | None):
-        self.tokenizer, self.vocabulary, self.context = tokenizer, vocabulary, context
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, context: int | None, scratch: Path):
+        self.tokenizer, self.vocabulary, self.context, self._scratch = tokenizer, vocabulary, context, scratch
         self.summary: dict[str, dict[str, int]] = {}
         self.warnings: list[str] = []
+        self._corpora: dict[int, Corpus] = {}
+        self._trained: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
 
     def documents(self, cell: Data, split: Split) -> tuple[Documents, Style]:
         """The documents of a split, and their style; from memory, where this process has made the same before."""
@@ -128,6 +126,11 @@ class _Maker:
         made = recall(key) or remember(key, self._make(cell, split))
         self.summary |= made.counts
         self.warnings += made.warnings
+        if split == "train":
+            self._trained = made.keys
+        elif leaks := int(np.isin(made.keys, self._trained).sum()):
+            self.warnings.append(f"{type(cell).__name__}, {split}: {leaks} of {len(made.keys)} documents to evaluate "
+                                 "on ask, or are, what also stands in the training data")
         return made.documents, made.style
 
     def questions(self, cell: Evaluation, data: Data) -> Documents:
@@ -164,148 +167,99 @@ class _Maker:
                                      f"{self.vocabulary}", "name the model's own tokenizer")])
 
     def _records(self, cell: Data, split: Split) -> list[Document]:
-        return read_documents(cell, split, self.tokenizer.render_chat if self.tokenizer.chat_template else None)
+        return list(self._corpus(cell).select(split))
 
     def _make(self, cell: Data, split: Split) -> Made:
-        name = type(cell).__name__
-        max_length = sequence_length(cell, self.context)
+        """The documents of a split, from the cache on disk or anew."""
         if isinstance(cell, RandomTokens):
+            max_length = sequence_length(cell, self.context)
             return Made(_random_tokens(cell, split, self.vocabulary, max_length), {}, [], "plain")
-        records = self._records(cell, split)
-        if not records:
-            raise CellError([Problem(name, "holdout", "nothing is held out to evaluate on" if split == "test"
-                                     else "no documents are left to train on",
-                                     "change `holdout`, or give the evaluation its own `data`")])
-        warnings = []
-        documents, cut = tokenize(records, self.tokenizer, max_length, cell.overlong, measured=split != "train")
-        if cut and cell.overlong == "error":
-            raise CellError([Problem(name, "max_length", f"{cut} of {len(records)} documents are longer than "
-                                     f"{max_length} tokens", "raise it, or set `overlong` to truncate or drop")])
-        if not len(documents):
-            raise CellError([Problem(name, "max_length", "no document keeps anything to learn within "
-                                     f"{max_length} tokens", "raise it")])
-        if cut and cell.overlong in ("truncate", "drop"):
-            verb = "truncated" if cell.overlong == "truncate" else "dropped"
-            warnings.append(f"{name}, {split}: {cut} of {len(records)} documents longer than {max_length} tokens "
-                            f"were {verb}")
-        if empty := sum(document.answer is not None and not document.answer.strip() for document in records):
-            warnings.append(f"{name}, {split}: {empty} of {len(records)} responses are empty; of these only the end is "
-                            "learned")
-        self._check_known(documents)
+        content = self._corpus(cell).content
+        if not content or callable(getattr(cell, "format", None)):
+            return self._tokenize(cell, split)
+        fields = {name: value for name, value in cell if name not in {*_USES, "source"}}
+        key = cache.key_of(type(cell).__name__, fields, content, split, self.tokenizer.fingerprint, self.vocabulary,
+                           self.context)
+        try:
+            if found := cache.find(key):
+                documents, keys, told = found
+                return Made(documents, told["counts"], told["warnings"], told["style"], keys)
+        except cache.DamagedEntryError as error:
+            self.warnings.append(f"{type(cell).__name__}, {split}: tokenized anew: the cache was damaged: {error}")
+        made = self._tokenize(cell, split)
+        facts = {"counts": made.counts, "warnings": made.warnings, "style": made.style}
+        cache.keep(key, made.documents, made.keys, facts)
+        return made
+
+    def _corpus(self, cell: Data) -> Corpus:
+        """The documents of a cell, opened once: a function that is called twice might give other records."""
+        if id(cell) not in self._corpora:
+            chat = self.tokenizer.render_chat if self.tokenizer.chat_template else None
+            self._corpora[id(cell)] = Corpus(cell, chat, hashed=cache.cache_folder() is not None)
+        return self._corpora[id(cell)]
+
+    def _tokenize(self, cell: Data, split: Split) -> Made:
+        name, max_length = type(cell).__name__, sequence_length(cell, self.context)
+        selection, tally = self._corpus(cell).select(split), Tally()
+        writer = Writer(self._scratch / f"{id(cell)}-{split}")
+        with Progress(f"{name}, {split}: tokenizing", lambda: selection.count) as progress:
+            for block in tokenize_into(tally, selection, self.tokenizer, max_length, cell.overlong,
+                                       answers=split != "train", measured=split != "train"):
+                writer.add(block)
+                progress.advance(tally.documents - progress.done)
+        documents = writer.finish()
+        self._refuse(cell, split, tally, documents, selection.moved)
         counts = {
             "documents": len(documents), "tokens": len(documents.tokens), "learned": int(documents.learned.sum()),
         }
-        return Made(documents, {f"{name}, {split}": counts}, warnings, records[0].style)
+        return Made(documents, {f"{name}, {split}": counts}, _remarks(cell, split, tally, max_length, selection.moved),
+                    cast("Style", tally.style), np.concatenate(tally.keys))
+
+    def _refuse(self, cell: Data, split: Split, tally: Tally, documents: Documents, moved: int) -> None:
+        """Raise where nothing is left, or where there is what may not be."""
+        name, max_length = type(cell).__name__, sequence_length(cell, self.context)
+        if not tally.documents:
+            what = "nothing is held out to evaluate on" if split == "test" else "no documents are left to train on"
+            why = f": {moved} of those drawn for it repeat records of the training split" if moved else ""
+            raise CellError([Problem(name, "holdout", what + why,
+                                     "change `holdout`, or give the evaluation its own `data`")])
+        if tally.overlong and cell.overlong == "error":
+            raise CellError([Problem(name, "max_length", f"{tally.overlong} of {tally.documents} documents are longer "
+                                     f"than {max_length} tokens", "raise it, or set `overlong` to truncate or drop")])
+        if not len(documents):
+            raise CellError([Problem(name, "max_length", "no document keeps anything to learn within "
+                                     f"{max_length} tokens", "raise it")])
+        self._check_known(documents)
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, max_length: int,
-             overlong: str, *, measured: bool = False) -> tuple[Documents, int]:
-    """Token ids with their loss mask, and the number of documents longer than `max_length` tokens.
-
-    Each document is the tokenizer's own prefix, its segments, and an end-of-sequence token. Segments are
-    tokenized apart, so that a prompt has the same tokens whether or not its answer follows. A closed
-    document, which a chat template has rendered with all its marks, is tokenized whole and gets neither.
-    Documents without a token to learn are left out. `split` gives every window the prefix anew. With `measured` the
-    bytes of the text are counted that is learned.
-    """
-    ids: list[list[int]] = []
-    learned: list[list[bool]] = []
-    sizes: list[list[int]] = []
-    answers: list[str] = []
-    cut = 0
-    for document, (body, mask, size) in zip(documents, _encoded(documents, tokenizer, measured), strict=True):
-        prefix = [] if document.closed else tokenizer.prefix
-        room = max_length - len(prefix)
-        cut += (too_long := len(body) > room)
-        if too_long and overlong == "drop":
-            continue
-        starts = range(0, len(body), room) if overlong == "split" else (0,)
-        for start in starts:
-            window, window_mask = body[start : start + room], mask[start : start + room]
-            if any((*(False for _ in prefix), *window_mask)[1:]):  # nothing predicts the first token
-                ids.append(prefix + window)
-                learned.append([False] * len(prefix) + window_mask)
-                answers.append(document.answer or "")
-                sizes += [[0] * len(prefix) + size[start : start + room]] if measured else []
-    return _pack_arrays(ids, learned, answers if any(item.answer is not None for item in documents) else [], sizes), cut
-
-
-def label_questions(cell: Classification, documents: Sequence[Document], tokenizer: Tokenizer,
-                    context: int | None) -> tuple[Questions, list[str]]:
-    """Which of the labels follows each document's prompt, as the training documents would have it.
-
-    Raises:
-        ValueError: a response is none of the labels; a label is longer than the model's context.
-    """
-    documents = [documents[place] for place in drawn(len(documents), cell.limit)]
-    answers = [document.answer or "" for document in documents]
-    labels = cell.labels or tuple(sorted(set(answers)))
-    if unknown := sorted(set(answers) - set(labels)):
-        raise ValueError(f"{len(unknown)} responses are none of the labels, as {unknown[0]!r}")
-    labelled = [_answered(document, label) for document in documents for label in labels]
-    pieces: list[Pieces] = []
-    for item, (body, mask) in zip(labelled, _encoded(labelled, tokenizer), strict=True):
-        begin = _last_start(mask)
-        pieces.append((([] if item.closed else tokenizer.prefix) + body[:begin], body[begin:]))
-    groups = [pieces[begin : begin + len(labels)] for begin in range(0, len(pieces), len(labels))]
-    return arrange(groups, [Question("", labels.index(answer), labels) for answer in answers], Room(context))
-
-
-def _answered(document: Document, label: str) -> Document:
-    """The document with another last answer."""
-    *before, (text, _) = document.segments
-    return replace(document, segments=(*before, (text.replace(document.answer or "", label, 1), True)), answer=label)
+def _remarks(cell: Data, split: Split, tally: Tally, max_length: int, moved: int) -> list[str]:
+    """What a person should know of what became of the documents."""
+    where, of = f"{type(cell).__name__}, {split}: ", f"of {tally.documents}"
+    remarks = []
+    if tally.overlong and cell.overlong in ("truncate", "drop"):
+        verb = "truncated" if cell.overlong == "truncate" else "dropped"
+        remarks.append(f"{where}{tally.overlong} {of} documents longer than {max_length} tokens were {verb}")
+    if tally.unlearnable:
+        remarks.append(f"{where}{tally.unlearnable} {of} documents have nothing to learn within {max_length} tokens, "
+                       "and were left out")
+    if tally.empty:
+        remarks.append(f"{where}{tally.empty} {of} responses are empty; of these only the end is learned")
+    if tally.partial:
+        remarks.append(f"{where}of {tally.partial} {of} chats only the last reply is learned: the tokenizer's template "
+                       "rewrites the earlier ones")
+    if moved and split == "train":
+        remarks.append(f"{where}{moved} records that repeat another one went where that is, so that none stands in "
+                       "train and test")
+    return remarks
 
 
 def question_tokens(text: str, style: Style, tokenizer: Tokenizer) -> list[int]:
     """The tokens of what a person says, up to where the model is to answer, as training documents have them."""
     document = question(text, style, tokenizer.render_chat)
     if document.closed:
-        return tokenizer.encode_marked(document.segments)[0]
+        return tokenizer.encode_marked([document.segments])[0][0]
     return tokenizer.prefix + [token for piece in tokenizer.encode([part for part, _ in document.segments])
                                for token in piece]
-
-
-def _encoded(documents: Sequence[Document], tokenizer: Tokenizer, measured: bool
-             ) -> Iterator[tuple[list[int], list[bool], list[int]]]:
-    """Each document's token ids, which of them are to be learned, and if `measured` their bytes; without the prefix."""
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    for begin in range(0, len(documents), _BATCH):
-        batch = documents[begin : begin + _BATCH]
-        texts = [text for item in batch if not item.closed for text, _ in item.segments]
-        encoded = iter(tokenizer.encode_measured(texts) if measured else ((ids, []) for ids in tokenizer.encode(texts)))
-        for document in batch:
-            if document.closed:
-                yield tokenizer.encode_marked(document.segments)
-                continue
-            pieces = [(*next(encoded), flag) for _, flag in document.segments] + [(end, [0] * len(end), True)]
-            yield ([token for ids, _, _ in pieces for token in ids], [flag for ids, _, flag in pieces for _ in ids],
-                   [size for _, sizes, _ in pieces for size in sizes])
-
-
-def _pack_arrays(ids: list[list[int]], learned: list[list[bool]], answers: list[str], sizes: list[list[int]]
-                 ) -> Documents:
-    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
-    np.cumsum([len(item) for item in ids], out=offsets[1:])
-    for mask in learned:
-        mask[0] = False
-    prompts = [_last_start(mask) for mask in learned] if answers else []
-    counted = [sum(itertools.compress(size, mask)) for size, mask in zip(sizes, learned, strict=False)]
-    return Documents(
-        tokens=np.fromiter((token for item in ids for token in item), dtype=np.int32, count=offsets[-1]),
-        learned=np.fromiter((flag for item in learned for flag in item), dtype=np.bool_, count=offsets[-1]),
-        offsets=offsets, prompt_lengths=np.array(prompts, dtype=np.int64), answers=tuple(answers),
-        text_bytes=np.array(counted, dtype=np.int64),
-    )
-
-
-def _last_start(mask: list[bool]) -> int:
-    """Where the last run of True begins: the tokens before it are the prompt of the last answer."""
-    end = len(mask) - mask[::-1].index(True)
-    start = end
-    while start > 0 and mask[start - 1]:
-        start -= 1
-    return start
 
 
 def _random_tokens(cell: RandomTokens, split: Split, vocabulary: int, max_length: int) -> Documents:

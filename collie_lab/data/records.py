@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import hashlib
+import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from functools import cached_property, partial
+from typing import Any, Final, Literal
 
-from collie_lab.cells import CellError, Data, Instructions, Problem, Skills, Text
+import numpy as np
+from numpy.typing import NDArray
+
+from collie_lab.cells import Data, Instructions, Skills, Text
+from collie_lab.data.progress import Progress
 from collie_lab.data.skills import make_skills
+from collie_lab.data.sources import Anew, Source, open_source, problem
 
-__all__ = ["Document", "Split", "Style", "load_records", "question", "read_documents"]
+__all__ = ["Corpus", "Document", "Selection", "Split", "Style", "hold_out", "question", "read_documents"]
 
 Split = Literal["train", "test", "all"]
 Style = Literal["plain", "line", "alpaca", "clinc", "headed", "chat"]
-Item = TypeVar("Item")
 Render = Callable[[list[dict[str, str]]], list[tuple[str, bool]]]
 """From messages to segments, by a tokenizer's chat template."""
+
+#: Who speaks in a chat.
+_ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -34,32 +40,145 @@ class Document:
     """The text has its own end mark (a chat template's); else an end-of-sequence token is added."""
     style: Style = "plain"
     """What stands around what a person says."""
+    partial: bool = False
+    """Not every reply of a chat is to be learned, since its template rewrites earlier ones."""
+
+    @property
+    def key(self) -> int:
+        """A 64-bit hash of what is asked first; of the whole text where nothing is asked.
+
+        Documents of one key may not stand in train and test at once.
+        """
+        asked = "".join(text for text, _ in itertools.takewhile(lambda segment: not segment[1], self.segments)).strip()
+        text = asked or "".join(text for text, _ in self.segments).strip()
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
+        return int.from_bytes(digest.digest(), "little")
 
 
 def read_documents(cell: Data, split: Split, render_chat: Render | None = None) -> list[Document]:
-    """The documents of one split, in the order of the source.
-
-    Args:
-        cell: Instructions, Text or Skills.
-        split: `train`, `test` (the source's own test split, or the held-out share), or `all` for a source
-            that an evaluation names itself (still the test split where the source has one of its own).
-        render_chat: from messages to segments, by the tokenizer's chat template; default: a plain one.
+    """The documents of one split, in the order of the source, all in memory; see `Corpus.select`.
 
     Raises:
         CellError: a missing or unreadable file, an empty source, a record without its field.
     """
-    if isinstance(cell, Skills):
-        documents = [_pair(f"{prompt}\n", answer, "line") for prompt, answer in make_skills(cell, split)]
-    elif isinstance(cell, Text):
-        documents = [Document(((text, True),)) for text in _split_texts(_texts(cell), cell.holdout, split)]
-    elif isinstance(cell, Instructions):
-        documents = _instructions(cell, split, render_chat)
-    else:
-        raise TypeError(f"{type(cell).__name__} has no text")
-    if split == "train" and cell.limit is not None and cell.limit < len(documents):
+    return list(Corpus(cell, render_chat).select(split))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Documents of one split, read anew whenever they are iterated over."""
+
+    read: Callable[[], Iterator[Document]]
+    moved: int = 0
+    """Of the whole source: how many went to the other split, since an earlier one has the same key."""
+    size: int | None = None
+    """How many there are, where that is known."""
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.read()
+
+    @cached_property
+    def count(self) -> int:
+        """How many there are; where it is not known, by reading them."""
+        return sum(1 for _ in self.read()) if self.size is None else self.size
+
+
+class Corpus:
+    """The documents of a data cell. They are read one by one, and may be more than memory holds.
+
+    Args:
+        cell: Instructions, Text or Skills.
+        render_chat: from messages to segments, by the tokenizer's chat template; default: a plain one.
+        hashed: whether to find out `content`, for which files are read once more.
+
+    Raises:
+        CellError: a source that does not open; a record that cannot be read is raised on the way.
+    """
+
+    def __init__(self, cell: Data, render_chat: Render | None = None, *, hashed: bool = False):
+        self._cell, self._render = cell, render_chat
+        if isinstance(cell, Skills):
+            self._source = Source("skills", Anew(partial(_skills, cell, "train")), Anew(partial(_skills, cell, "test")))
+        elif isinstance(cell, (Instructions, Text)):
+            self._source = open_source(cell, hashed=hashed)
+        else:
+            raise TypeError(f"{type(cell).__name__} has no text")
+
+    @property
+    def content(self) -> str:
+        """A hash of all records; "" where it is not known."""
+        return self._source.content
+
+    def read_all(self) -> None:
+        """Read every record, of a test split too, and forget it: what cannot be read is raised."""
+        with Progress(f"{type(self._cell).__name__}: checking every record") as progress:
+            for records in (self._source.train, self._source.test):
+                if records is not None:
+                    for _ in progress.each(self._documents(records, self._render)):
+                        pass
+
+    def select(self, split: Split) -> Selection:
+        """The documents of a split: `train`, `test` (the source's own test split, or the held-out share), or `all`
+        for a source that an evaluation names itself (still the test split where the source has one of its own)."""
+        if self._source.test is not None:
+            own = self._source.train if split == "train" else self._source.test
+            selection = Selection(lambda: self._documents(own, self._render))
+        else:
+            selection = self._part(split)
+        limit = self._cell.limit
+        if split != "train" or limit is None or selection.count <= limit:
+            return selection
         # Files are often sorted, by topic or label: the first records would be no fair sample.
-        documents = [documents[index] for index in sorted(random.Random(0).sample(range(len(documents)), cell.limit))]
-    return documents
+        drawn = np.zeros(selection.count, dtype=np.bool_)
+        drawn[random.Random(0).sample(range(selection.count), limit)] = True
+        return Selection(lambda: itertools.compress(selection, drawn), selection.moved, limit)
+
+    def _part(self, split: Split) -> Selection:
+        """A split of a source that has none of its own."""
+        cell, holdout = self._cell, getattr(self._cell, "holdout", 0.0)
+        if split == "all" or (split == "train" and not holdout):
+            return Selection(lambda: self._documents(self._source.train, self._render))
+        if isinstance(cell, Text) and len(self._keys) == 1:
+            (document,) = self._documents(self._source.train, self._render)
+            return Selection(lambda: iter(_part_of_text(document, holdout, split)))
+        chosen, moved = hold_out(self._keys, holdout)
+        wanted = chosen if split == "test" else ~chosen
+        return Selection(lambda: itertools.compress(self._documents(self._source.train, self._render), wanted), moved,
+                         int(wanted.sum()))
+
+    @cached_property
+    def _keys(self) -> NDArray[np.uint64]:
+        """The key of every document; chats are rendered plainly for it, which is quick."""
+        documents = self._documents(self._source.train, None)
+        with Progress(f"{type(self._cell).__name__}: looking for repeats") as progress:
+            return np.fromiter((document.key for document in progress.each(documents)), dtype=np.uint64)
+
+    def _documents(self, records: Iterable[Any], render: Render | None) -> Iterator[Document]:
+        match self._cell:
+            case Skills():
+                return (_pair(f"{prompt}\n", answer, "line") for prompt, answer in records)
+            case Text():
+                return _texts(self._cell, records, self._source.name)
+        assert isinstance(self._cell, Instructions)
+        return _instructions(self._cell, records, self._source.name, render)
+
+
+def _skills(cell: Skills, split: Split) -> Iterator[tuple[str, str]]:
+    return iter(make_skills(cell, split))
+
+
+def hold_out(keys: NDArray[np.uint64], holdout: float) -> tuple[NDArray[np.bool_], int]:
+    """Which documents are the test split, and how many are not where the draw had put them.
+
+    A share is drawn by a fixed shuffle that no other setting moves. Then a document whose key an earlier one has goes
+    where that one is: nothing stands in train and test at once. What is repeated so often that it would be more than
+    the whole test split stays in train.
+    """
+    drawn, share = np.zeros(len(keys), dtype=np.bool_), round(len(keys) * holdout)
+    drawn[random.Random(0).sample(range(len(keys)), share)] = True
+    _, first, group, repeats = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    chosen: NDArray[np.bool_] = (drawn[first] & (repeats <= share))[group]
+    return chosen, int((chosen != drawn).sum())
 
 
 def question(text: str, style: Style, render_chat: Render) -> Document:
@@ -88,46 +207,40 @@ def _pair(prompt: str, answer: str, style: Style = "plain") -> Document:
 # --- instructions ---------------------------------------------------------------------------------
 
 
-def _instructions(cell: Instructions, split: Split, render_chat: Render | None) -> list[Document]:
-    records = load_records(cell, cell.source)
-    name = cell.format if not callable(cell.format) else "callable"
-    if isinstance(records, dict):
-        if name not in ("auto", "clinc") or not {"train", "test"} <= records.keys():
-            raise _error(cell, "source", f"{cell.source}: a JSON object, not a list of records",
-                         "only the CLINC format (splits `train`, `val`, `test`) is an object")
-        pairs = records["train" if split == "train" else "test"]
-        return [_pair(_clinc_prompt(text), intent.replace("_", " "), "clinc")
-                for text, intent in (_clinc(cell, item, index) for index, item in enumerate(pairs))]
-    if not records:
-        raise _error(cell, "source", f"{_name(cell.source)} holds no records", "give it at least one")
-    reader = _reader(cell, records[0], render_chat)
-    documents = []
+def _instructions(cell: Instructions, records: Iterable[Any], name: str, render: Render | None) -> Iterator[Document]:
+    reader = None
     for index, record in enumerate(records):
+        reader = reader or _reader(cell, record, name, render)
         try:
-            documents.append(reader(record))
+            document = reader(record)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             missing = f"has no field {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
-            raise _error(cell, "source", f"{_name(cell.source)}: record {index} {missing}: {record!r:.120}",
-                         "mend the record, or give `format` a function from a record to (prompt, response)") from None
-    return _split(documents, cell.holdout, split)
+            raise problem(cell, "source", f"{name}: record {index} {missing}: {record!r:.120}",
+                          "mend the record, or give `format` a function from a record to (prompt, response)") from None
+        yield document
+    if reader is None:
+        raise problem(cell, "source", f"{name} holds no records", "give it at least one")
 
 
-def _reader(cell: Instructions, first: Any, render_chat: Render | None) -> Callable[[Any], Document]:
+def _reader(cell: Instructions, first: Any, name: str, render: Render | None) -> Callable[[Any], Document]:
     """The reader of one format; `auto` goes by the fields of the first record."""
     if callable(cell.format):
         to_pair = cell.format
         return lambda record: _pair(*to_pair(record))
+    keys = first.keys() if isinstance(first, dict) else ()
     fields = {"alpaca": "instruction", "prompt_completion": "prompt", "chat": "messages"}
-    name: str = cell.format
-    if name == "auto":
-        keys = first.keys() if isinstance(first, dict) else ()
-        name = next((format_ for format_, field in fields.items() if field in keys), "")
-    if name not in fields:
-        raise _error(cell, "format", f"the records of {_name(cell.source)} fit no known format: {first!r:.120}",
-                     "name their format, or give a function from a record to (prompt, response)")
-    if name == "chat":
-        return lambda record: _chat(record, render_chat)
-    return _alpaca if name == "alpaca" else lambda record: _pair(record["prompt"], record["completion"])
+    found = next((format_ for format_, field in fields.items() if field in keys), "clinc" if _is_pair(first) else "")
+    match found if cell.format == "auto" else cell.format:
+        case "alpaca":
+            return _alpaca
+        case "prompt_completion":
+            return lambda record: _pair(record["prompt"], record["completion"])
+        case "chat":
+            return lambda record: _chat(record, render)
+        case "clinc":
+            return _clinc
+    raise problem(cell, "format", f"the records of {name} fit no known format: {first!r:.120}",
+                  "name their format, or give a function from a record to (prompt, response)")
 
 
 def _alpaca(record: dict[str, str]) -> Document:
@@ -142,13 +255,18 @@ def _alpaca_prompt(instruction: str, context: str = "") -> str:
 
 def _chat(record: dict[str, Any], render: Render | None) -> Document:
     messages = record["messages"]
+    for message in messages:
+        if message["role"] not in _ROLES:
+            raise TypeError(f"unknown role {message['role']!r}; there are {', '.join(_ROLES)}")
+        if not isinstance(message["content"], str):
+            raise TypeError(f"the content of a message must be text, not {type(message['content']).__name__}")
     answered = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answered:
         raise TypeError("no message of the assistant")
     messages = messages[: answered[-1] + 1]  # what nobody answers teaches nothing
     segments = render(messages) if render else _plain_chat(messages)
     return Document(tuple(segments), messages[-1]["content"], closed=render is not None,
-                    style="chat" if render else "headed")
+                    style="chat" if render else "headed", partial=sum(flag for _, flag in segments) < len(answered))
 
 
 def _plain_chat(messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
@@ -164,118 +282,38 @@ def _clinc_prompt(text: str) -> str:
     return f"Query: {text}\nIntent: "
 
 
-def _clinc(cell: Instructions, item: Any, index: int) -> tuple[str, str]:
-    if not (isinstance(item, list) and len(item) == 2 and all(isinstance(part, str) for part in item)):
-        raise _error(cell, "source", f"{_name(cell.source)}: record {index} is no [text, intent] pair: {item!r:.80}")
-    return item[0], item[1]
+def _is_pair(record: Any) -> bool:
+    return isinstance(record, (list, tuple)) and len(record) == 2 and all(isinstance(part, str) for part in record)
+
+
+def _clinc(record: Any) -> Document:
+    """Larson et al. 2019: a text and its intent."""
+    if not _is_pair(record):
+        raise TypeError("no [text, intent] pair")
+    return _pair(_clinc_prompt(record[0]), record[1].replace("_", " "), "clinc")
 
 
 # --- text -----------------------------------------------------------------------------------------
 
 
-def _texts(cell: Text) -> list[str]:
-    source = cell.source
-    if isinstance(source, str) and not source.endswith((".json", ".jsonl", ".csv")):
-        text = _read_file(cell, source)
-        texts = text.split(cell.separator) if cell.separator else [text]
-    else:
-        records = load_records(cell, source)
-        texts = [record["text"] if isinstance(record, dict) and "text" in record else record for record in records]
-        wrong = next((index for index, text in enumerate(texts) if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise _error(cell, "source", f"{_name(source)}: record {wrong} is neither a string nor has a `text` field")
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise _error(cell, "source", f"{_name(source)} holds no text", "give it at least one document")
-    return texts
+def _texts(cell: Text, records: Iterable[Any], name: str) -> Iterator[Document]:
+    """A document for every text that is not blank."""
+    empty = True
+    for index, record in enumerate(records):
+        text = record["text"] if isinstance(record, dict) and "text" in record else record
+        if not isinstance(text, str):
+            raise problem(cell, "source", f"{name}: record {index} is neither a string nor has a `text` field")
+        if text.strip():
+            empty = False
+            yield Document(((text, True),))
+    if empty:
+        raise problem(cell, "source", f"{name} holds no text", "give it at least one document")
 
 
-def _split_texts(texts: list[str], holdout: float, split: Split) -> list[str]:
-    """As `_split`; of a single document the end is held out, from a blank on."""
-    if len(texts) > 1 or split == "all" or not holdout:
-        return _split(texts, holdout, split)
-    text = texts[0]
+def _part_of_text(document: Document, holdout: float, split: Split) -> list[Document]:
+    """Of a single document the end is held out, from a blank on."""
+    text = document.segments[0][0]
     cut = text.find(" ", int(len(text) * (1 - holdout)))
     cut = len(text) if cut < 0 else cut
     part = text[:cut] if split == "train" else text[cut:]
-    return [part] if part.strip() else []
-
-
-# --- shared ---------------------------------------------------------------------------------------
-
-
-def _split(items: list[Item], holdout: float, split: Split) -> list[Item]:
-    """Hold a share out for the test split, by a fixed shuffle that no other setting moves."""
-    if split == "all":
-        return items
-    count = round(len(items) * holdout)
-    chosen = set(random.Random(0).sample(range(len(items)), count))
-    return [item for index, item in enumerate(items) if (index in chosen) == (split == "test")]
-
-
-def load_records(cell: Data, source: Any) -> Any:
-    """The records of a list, a callable, or a JSON, JSONL or CSV file; CLINC150's file as a dictionary."""
-    if callable(source):
-        try:
-            return list(source())
-        except Exception as error:
-            raise _error(cell, "source", f"the function that gives the records raised {error!r}") from error
-    if not isinstance(source, str):
-        return source
-    if source.endswith(".csv"):
-        return _csv(cell, source)
-    text = _read_file(cell, source)
-    if source.endswith(".jsonl"):
-        # Not `splitlines`: JSON strings may hold other line separators.
-        return [_parse(cell, source, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    found = _parse(cell, source, text)
-    if not isinstance(found, list) and not (isinstance(cell, Instructions) and isinstance(found, dict)):
-        raise _error(cell, "source", f"{source} holds no list of records, but {type(found).__name__}",
-                     "a JSON file is a list; one record a line is JSONL")
-    return found
-
-
-def _parse(cell: Data, source: str, text: str, line: int | None = None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f", line {line or error.lineno}, column {error.colno}"
-        raise _error(cell, "source", f"{source}{where}: not valid JSON: {error.msg}",
-                     "mend the file" + ("" if line else "; one record a line is JSONL, and is called so")) from None
-
-
-def _csv(cell: Data, source: str) -> list[dict[str, str]]:
-    """The rows of a CSV file by the names in its first; all values are text, empty ones too."""
-    rows = csv.reader(io.StringIO(_read_file(cell, source), newline=""), strict=True)
-    records = []
-    try:
-        names = next(rows, [])
-        for row in rows:
-            if len(row) != len(names) and row:
-                raise _error(cell, "source", f"{source}, line {rows.line_num}: {len(row)} values for the {len(names)} "
-                             f"columns {', '.join(names)}", "values that hold commas or quotes stand in quotes")
-            records += [dict(zip(names, row, strict=True))] if row else []
-    except csv.Error as error:
-        where = f"{source}, line {rows.line_num}"
-        raise _error(cell, "source", f"{where}: not valid CSV: {error}", "mend the file") from None
-    return records
-
-
-def _read_file(cell: Data, source: str) -> str:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise _error(cell, "source", f"{source} is a folder", "name a file in it")
-    if not path.is_file():
-        raise _error(cell, "source", f"no such file: {source}", f"paths are relative to {Path.cwd()}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise _error(cell, "source", f"{source} is not UTF-8 text") from None
-
-
-def _name(source: str | Iterable[Any] | Callable[..., Any]) -> str:
-    return source if isinstance(source, str) else "the source"
-
-
-def _error(cell: Data, field: str, message: str, remedy: str = "") -> CellError:
-    return CellError([Problem(type(cell).__name__, field, message, remedy)])
+    return [Document(((part, True),))] if part.strip() else []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
-import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -65,39 +64,72 @@ class Tokenizer:
         encodings = self._rust.encode_batch(texts, add_special_tokens=False)
         return [(encoding.ids, _sizes(text, encoding.offsets)) for text, encoding in zip(texts, encodings, strict=True)]
 
-    def encode_marked(self, segments: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool], list[int]]:
-        """Token ids of the joined segments, for each whether it begins in a segment with the flag, and its bytes."""
-        ends = list(itertools.accumulate(len(text) for text, _ in segments))
-        joined = "".join(text for text, _ in segments)
-        encoding = self._rust.encode(joined, add_special_tokens=False)
-        flags = [segments[min(bisect.bisect_right(ends, begin), len(ends) - 1)][1] for begin, _ in encoding.offsets]
-        return encoding.ids, flags, _sizes(joined, encoding.offsets)
+    def encode_marked(self, documents: Sequence[Sequence[tuple[str, bool]]]
+                      ) -> list[tuple[list[int], NDArray[np.bool_], list[int]]]:
+        """Token ids of the joined segments of each document, for each whether it begins in a segment with the flag, and
+        its UTF-8 bytes; in parallel over the cores."""
+        texts = ["".join(text for text, _ in segments) for segments in documents]
+        encodings = self._rust.encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, _flags(encoding.offsets, segments), _sizes(text, encoding.offsets))
+                for text, encoding, segments in zip(texts, encodings, documents, strict=True)]
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special tokens left out."""
         return str(self._rust.decode(ids, skip_special_tokens=True))
 
+    def pieces(self, ids: list[int]) -> list[tuple[str, bool]]:
+        """The text that each token adds, and whether it is a special token. A character of several tokens is that of
+        its last one."""
+        special = {id_: token.content for id_, token in self._rust.get_added_tokens_decoder().items() if token.special}
+        stream, pieces = decoders.DecodeStream(skip_special_tokens=False), []
+        for id_ in ids:
+            if id_ in special:
+                pieces.append((special[id_], True))
+                stream = decoders.DecodeStream(skip_special_tokens=False)
+            else:
+                pieces.append((stream.step(self._rust, id_) or "", False))
+        return pieces
+
     def render_chat(self, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
         """Messages as segments by the tokenizer's own chat template; the assistant's are to be learned.
 
+        Where the template rewrites earlier messages (as those that drop earlier reasoning do), only the last one is:
+        what a model says later then follows on another text than what it said before.
+
         Raises:
-            ValueError: the template does not render a conversation as a continuation of its beginning.
+            ValueError: the template is none, refuses the conversation, or a reply does not begin where the template
+                asks for it.
         """
+        from jinja2 import TemplateError
+
+        try:
+            return self._render_chat(messages)
+        except TemplateError as error:
+            raise ValueError(f"the chat template: {error}") from None
+
+    @cached_property
+    def _chat(self) -> Any:
         # Rendering needs transformers (Jinja with its extensions), and that imports torch: only on demand.
         from transformers import AutoTokenizer
 
-        chat = AutoTokenizer.from_pretrained(self.folder)
-        segments, done = [], ""
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = chat.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-            whole = chat.apply_chat_template(messages[: index + 1], tokenize=False)
-            if not (whole.startswith(prompt) and prompt.startswith(done)):
-                raise ValueError("the chat template rewrites earlier messages; give `format` a function instead")
-            segments += [(prompt[len(done):], False), (whole[len(prompt):], True)]
-            done = whole
-        return segments
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def _render_chat(self, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
+        turns = [self._turn(messages[: index + 1]) for index, message in enumerate(messages)
+                 if message["role"] == "assistant"]
+        before = ["", *(whole for _, whole in turns[:-1])]
+        if not all(prompt.startswith(done) for (prompt, _), done in zip(turns, before, strict=True)):
+            turns, before = turns[-1:], [""]
+        return [segment for (prompt, whole), done in zip(turns, before, strict=True)
+                for segment in ((prompt[len(done):], False), (whole[len(prompt):], True))]
+
+    def _turn(self, messages: list[dict[str, str]]) -> tuple[str, str]:
+        """The text up to where the assistant's last message begins, and all of it."""
+        prompt = self._chat.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = self._chat.apply_chat_template(messages, tokenize=False)
+        if not whole.startswith(prompt):
+            raise ValueError("the chat template renders a reply otherwise than it asks for one")
+        return prompt, whole
 
     def _special(self, token: Any) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token
@@ -117,6 +149,13 @@ def _sizes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     ends = np.maximum.accumulate(until[[end for _, end in offsets]])
     ends[-1] = until[-1]
     return list(np.diff(ends, prepend=0).tolist())
+def _flags(offsets: list[tuple[int, int]], segments: Sequence[tuple[str, bool]]) -> NDArray[np.bool_]:
+    """The flag of the segment in which each token begins."""
+    ends = np.cumsum([len(text) for text, _ in segments])
+    begins = np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
+    inside = np.minimum(np.searchsorted(ends, begins, side="right"), len(ends) - 1)
+    flags: NDArray[np.bool_] = np.array([flag for _, flag in segments], dtype=np.bool_)[inside]
+    return flags
 
 
 def save_tokenizer(model: Model, target: Path) -> Tokenizer:

@@ -182,7 +182,8 @@ def _perplexity(samples: Sequence[Sample]) -> dict[str, float]:
     """exp of the mean negative log-likelihood (`nll`, nats) per predicted token, and `bits_per_byte` of their text.
 
     The latter compares models with different tokenizers (Gao et al., arXiv 2101.00027, section 3.1). An end mark that
-    is predicted costs bits and has no bytes. Standard errors are those of a ratio of two sums over documents (Cochran, Sampling Techniques, 1977, section 2.11).
+    is predicted costs bits and has no bytes. Standard errors are those of a ratio of two sums over documents (Cochran,
+    Sampling Techniques, 1977, section 2.11).
     """
     nll, tokens = (np.array([sample[name] for sample in samples], dtype=np.float64) for name in ("nll", "tokens"))
     mean, count = float(nll.sum() / tokens.sum()), len(samples)

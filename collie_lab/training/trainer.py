@@ -265,7 +265,7 @@ class Trainer:
             self._documents, batch_size=training.batch_size, seed=training.seed, shuffle=data.shuffle,
             micro_batch_size=parallel.micro_batch_size(training.batch_size, training.micro_batch_size),
             dp_rank=self._strategy.place.dp, dp_size=parallel.dp,
-            packing=sequence_length(data, context) if data.packing else None,
+            packing=sequence_length(data, context) if data.packing else None, group_by_length=data.group_by_length,
         )
 
     def _identity(self) -> dict[str, Any]:

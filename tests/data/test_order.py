@@ -39,31 +39,44 @@ def test_packing_fills_real_instructions(shared: Path, tmp_path: Path) -> None:
     assert documents.lengths.sum() / (len(sequences) * 1024) >= 0.98
 
 
-@pytest.mark.parametrize("packing", [None, 64])
-def test_ranks_share_the_batches_of_one_process(packing: int | None) -> None:
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("packing", "group"), [(None, False), (64, False), (None, True)])
+def test_ranks_share_the_batches_of_one_process(packing: int | None, group: bool, size: int) -> None:
     documents = _documents()
-    options = {"batch_size": 8, "seed": 3, "packing": packing}
+    options = {"batch_size": 8, "seed": 3, "packing": packing, "group_by_length": group}
     alone = list(islice(Order(documents, micro_batch_size=8, **options).steps(), 30))
-    ranks = [list(islice(Order(documents, micro_batch_size=2, dp_rank=rank, dp_size=2, **options).steps(), 30))
-             for rank in (0, 1)]
+    ranks = [list(islice(Order(documents, micro_batch_size=2, dp_rank=rank, dp_size=size, **options).steps(), 30))
+             for rank in range(size)]
     for one, *parts in zip(alone, *ranks, strict=True):
         assert all((part.tokens, part.targets) == (one.tokens, one.targets) for part in parts)
-        dealt = [sorted(np.concatenate(part.micro_batches).tolist()) for part in parts]
-        assert sorted(dealt[0] + dealt[1]) == sorted(np.concatenate(one.micro_batches).tolist())
+        dealt = np.concatenate([micro_batch for part in parts for micro_batch in part.micro_batches])
+        assert sorted(dealt.tolist()) == sorted(np.concatenate(one.micro_batches).tolist())
         assert one.tokens == documents.lengths[np.concatenate(one.micro_batches)].sum()
 
 
-def test_every_epoch_sees_every_document_in_another_order() -> None:
-    documents = _documents(40)
-    steps = islice(Order(documents, batch_size=4, micro_batch_size=4).steps(), 20)
+@pytest.mark.parametrize("group", [False, True])
+def test_every_epoch_sees_every_document_in_another_order(group: bool) -> None:
+    documents = _documents(42)  # no multiple of the batch: a step belongs to two epochs
+    steps = islice(Order(documents, batch_size=4, micro_batch_size=4, group_by_length=group).steps(), 21)
     seen = np.concatenate([step.micro_batches[0] for step in steps])
-    first, second = seen[:40].tolist(), seen[40:].tolist()
-    assert sorted(first) == sorted(second) == list(range(40))
+    first, second = seen[:42].tolist(), seen[42:].tolist()
+    assert sorted(first) == sorted(second) == list(range(42))
     assert first != second
 
 
-def test_order_goes_on_in_mid_epoch_from_a_step_number() -> None:
-    order = Order(_documents(), batch_size=8, micro_batch_size=4, packing=64)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_steps_of_documents_of_like_length(shuffle: bool) -> None:
+    documents = _documents(1003)
+    order = Order(documents, batch_size=8, micro_batch_size=8, shuffle=shuffle, group_by_length=True)
+    spans = [np.ptp(documents.lengths[step.micro_batches[0]]) for step in islice(order.steps(), 250)]
+    assert np.median(spans) <= 1  # 5 to 59 tokens, in steps of 8 out of windows of 400 documents
+    mixed = [index for index, span in enumerate(spans) if span > 12]
+    assert len(mixed) <= 3  # those that two epochs share: the others are never cut across
+
+
+@pytest.mark.parametrize(("packing", "group"), [(64, False), (None, True)])
+def test_order_goes_on_in_mid_epoch_from_a_step_number(packing: int | None, group: bool) -> None:
+    order = Order(_documents(), batch_size=8, micro_batch_size=4, packing=packing, group_by_length=group)
     whole = list(islice(order.steps(), 30))
     for one, two in zip(whole[17:], order.steps(17), strict=False):
         assert all((a == b).all() for a, b in zip(one.micro_batches, two.micro_batches, strict=True))

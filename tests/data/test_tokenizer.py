@@ -9,9 +9,10 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from collie_lab import Instructions, Model, Text
-from collie_lab.data import Documents, Tokenizer, read_documents, save_tokenizer
+from collie_lab import CellError, Experiment, Instructions, Model, Text
+from collie_lab.data import Documents, Tokenizer, prepare, read_documents, save_tokenizer
 from collie_lab.data.prepare import tokenize
+from collie_lab.folder import RunFolder
 
 TEXT = "Once upon a time,\n thère was 🐶 <b>"
 
@@ -103,3 +104,60 @@ def test_the_chat_template_of_the_tokenizer(tmp_path: Path) -> None:
     expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=True)["input_ids"]
     assert documents.tokens.tolist() == expected  # the template's own marks, none added
     assert tokenizer.decode(documents.tokens[documents.learned].tolist()) == "yo"
+
+
+@pytest.mark.parametrize(("template", "message"), [
+    ("{% for m in messages %}{{ m.content }}", "the chat template: Unexpected end of template"),
+    ("{{ raise_exception('roles must alternate') }}", "the chat template: roles must alternate"),
+    ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "the chat template renders a reply otherwise"),
+    ("{{ messages[0].content.text.more }}", "the chat template: "),
+])
+def test_templates_that_do_not_do(template: str, message: str, tmp_path: Path) -> None:
+    save_tokenizer(Model("llama-tiny"), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    with pytest.raises(CellError, match=rf"Instructions.source: the source: record 0 cannot be read \({message}"):
+        read_documents(Instructions([{"messages": turns}], holdout=0), "train", Tokenizer(tmp_path).render_chat)
+
+
+def test_a_template_that_rewrites_what_was_said(tmp_path: Path) -> None:
+    """As those of reasoning models, which drop earlier thoughts: only the last reply is learned, and it is counted."""
+    save_tokenizer(Model("llama-tiny"), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}", encoding="utf-8")
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    cell, tokenizer = Instructions([{"messages": turns}, {"messages": turns[:2]}], holdout=0), Tokenizer(tmp_path)
+    items = read_documents(cell, "train", tokenizer.render_chat)
+    assert [item.segments for item in items] == [
+        (("<user>a<assistant>b<user>c<assistant>", False), ("<think></think>d", True)),
+        (("<user>a<assistant>", False), ("<think></think>b", True))]
+    assert [item.partial for item in items] == [True, False]
+    run = RunFolder.create(tmp_path, "run")
+    prepare(Experiment(model=Model("llama-tiny", init="random", tokenizer=str(tmp_path)), data=cell), run)
+    assert run.read("data/index.json")["warnings"] == [
+        "Instructions, train: of 1 of 2 chats only the last reply is learned: the tokenizer's template rewrites the "
+        "earlier ones"]
+
+
+def test_a_chat_is_tokenized_whole_and_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token of the text that the template renders, its mark as the segment in which it begins."""
+    from collie_lab.data import tokenize as blocks
+
+    monkeypatch.setattr(blocks, "_DOCUMENTS", 3)
+    save_tokenizer(Model("llama-tiny"), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}", encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    turns = [[{"role": "user", "content": "ü" * number}, {"role": "assistant", "content": f"{number} 🐶"}] * 2
+             for number in range(8)]
+    records = [{"messages": messages} for messages in turns]
+    items = read_documents(Instructions(records, holdout=0), "train", tokenizer.render_chat)
+    documents, _ = tokenize(items, tokenizer, 512, "truncate")
+    for index, item in enumerate(items):
+        begin, end = documents.offsets[index : index + 2]
+        # A byte-level tokenizer: a segment's tokens are its bytes, and `</s>` is one.
+        expected = [flag for text, flag in item.segments for _ in tokenizer.encode([text])[0]]
+        assert documents.learned[begin:end].tolist() == [False, *expected[1:]]
+        assert documents.answers[index] == f"{index} 🐶"
