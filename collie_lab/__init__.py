@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from collie_lab._version import __version__
 from collie_lab.cells import (
+    CSV,
     IA3,
     OFT,
     SGD,
@@ -22,18 +23,23 @@ from collie_lab.cells import (
     Adan,
     Adapter,
     Apollo,
+    BestCheckpoint,
+    Callback,
     Cell,
     CellError,
     Data,
+    EarlyStopping,
     Evaluation,
     ExactMatch,
     Experiment,
     Freeze,
     GaLore,
+    GradientStatistics,
     Instructions,
     Lion,
     Lomo,
     LoRA,
+    MLflow,
     Model,
     Muon,
     Nodes,
@@ -45,8 +51,12 @@ from collie_lab.cells import (
     ScheduleFree,
     Skills,
     Sophia,
+    SystemMeters,
+    TensorBoard,
     Text,
     Training,
+    WandB,
+    WeightStatistics,
 )
 
 if TYPE_CHECKING:
@@ -63,11 +73,13 @@ _LAZY = {
 }
 
 __all__ = [
-    "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell", "CellError", "Data",
-    "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore", "IA3", "Instructions", "Lion", "LoRA", "Lomo",
-    "Model", "Muon", "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens",
-    "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text",
-    "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "optim", "pull", "runs", "watch",
+    "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "BestCheckpoint", "CSV", "Callback",
+    "Cell", "CellError", "Data", "EarlyStopping", "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore",
+    "GradientStatistics", "IA3", "Instructions", "Lion", "LoRA", "Lomo", "MLflow", "Model", "Muon", "Nodes", "OFT",
+    "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens", "RankError", "Results", "Run", "SGD",
+    "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "SystemMeters", "TensorBoard", "Text", "Training",
+    "WandB", "WeightStatistics", "__version__", "attach", "compare", "compose", "doctor", "figure", "optim", "pull",
+    "runs", "watch",
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from collie_lab.cells import CellError, ExactMatch, Experiment, Instructions, Model, Problem, Skills
 from collie_lab.check_adapter import adapter_problems
+from collie_lab.check_callbacks import callback_problems
 from collie_lab.check_deepspeed import deepspeed_problems
 from collie_lab.check_optimizer import optimizer_problems
 from collie_lab.check_parallel import parallel_problems
@@ -68,7 +69,8 @@ def check(experiment: Experiment) -> Report:
     config = _collect(problems, lambda: _model(experiment.model, problems))
     problems += [*_batches(experiment), *optimizer_problems(experiment), *adapter_problems(experiment),
                  *parallel_problems(experiment, config or {}), *deepspeed_problems(experiment),
-                 *_evaluations(experiment), *_without_effect(experiment), *_gpus(experiment)]
+                 *_evaluations(experiment), *callback_problems(experiment),
+                 *_without_effect(experiment), *_gpus(experiment)]
     _collect(problems, lambda: _data(experiment, config or {}, problems))
     return Report(problems)
 

@@ -2,6 +2,21 @@
 
 from collie_lab.cells._base import Cell, CellError, Problem
 from collie_lab.cells.adapter import IA3, OFT, Adapter, Freeze, LoRA
+from collie_lab.cells.callback import (
+    CSV,
+    BestCheckpoint,
+    Callback,
+    CallbackCell,
+    EarlyStopping,
+    GradientStatistics,
+    MLflow,
+    Monitor,
+    Statistics,
+    SystemMeters,
+    TensorBoard,
+    WandB,
+    WeightStatistics,
+)
 from collie_lab.cells.data import SKILLS, Data, Instructions, RandomTokens, Skills, Text
 from collie_lab.cells.evaluation import Evaluation, ExactMatch, Perplexity
 from collie_lab.cells.experiment import Experiment
@@ -21,8 +36,10 @@ from collie_lab.cells.parallel import Parallel
 from collie_lab.cells.training import Training
 
 __all__ = [
-    "IA3", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter",
-    "Apollo", "Cell", "CellError", "Data", "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore",
-    "Instructions", "LibraryOptimizer", "Lion", "LoRA", "Lomo", "Model", "Muon", "Nodes", "Optimizer", "Parallel",
-    "Perplexity", "Problem", "RandomTokens", "RuleCell", "ScheduleFree", "Skills", "Sophia", "Text", "Training",
+    "CSV", "IA3", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter",
+    "Apollo", "BestCheckpoint", "Callback", "CallbackCell", "Cell", "CellError", "Data", "EarlyStopping",
+    "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore", "GradientStatistics", "Instructions",
+    "LibraryOptimizer", "Lion", "LoRA", "Lomo", "MLflow", "Model", "Monitor", "Muon", "Nodes", "Optimizer",
+    "Parallel", "Perplexity", "Problem", "RandomTokens", "RuleCell", "ScheduleFree", "Skills", "Sophia",
+    "Statistics", "SystemMeters", "TensorBoard", "Text", "Training", "WandB", "WeightStatistics",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +11,8 @@ from collie_lab.cells._base import Cell
 from collie_lab.cells.data import Data
 
 __all__ = ["Evaluation", "ExactMatch", "Perplexity"]
+
+_Better = Mapping[str, Literal["min", "max"]]
 
 
 class Evaluation(Cell):
@@ -25,14 +28,29 @@ class Evaluation(Cell):
     batch_size: int = Field(default=16, ge=1)
     """Sequences of one forward pass on one rank."""
 
+    better: ClassVar[_Better | None] = None
+    """Its figures, and whether less or more of each is better; None: they are known only when it has run."""
+
+    @property
+    def figures(self) -> dict[str, Literal["min", "max"]] | None:
+        """`better`, with the names that the figures have in a run."""
+        return None if self.better is None else {self.named(key): mode for key, mode in self.better.items()}
+
+    def named(self, figure: str) -> str:
+        """The name of one of its figures in a run."""
+        return f"{self.name}_{figure}" if self.name else figure
+
 
 class Perplexity(Evaluation):
     """exp of the mean negative log-likelihood per predicted token, weighted by tokens over all ranks."""
+
+    better: ClassVar[_Better] = {"perplexity": "min", "nll": "min"}
 
 
 class ExactMatch(Evaluation):
     """Share of the held-out prompts whose greedy answer is the reference, stripped of outer blanks."""
 
+    better: ClassVar[_Better] = {"exact_match": "max", "exact_match_se": "min"}
     limit: int | None = Field(default=200, ge=1)
     max_new_tokens: int = Field(default=32, ge=1)
     score: Callable[[str, str], float] | None = None

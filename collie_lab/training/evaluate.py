@@ -36,7 +36,7 @@ def evaluate(cell: Evaluation, model: PreTrainedModel, documents: Documents, tok
                     raise TypeError(f"no evaluation for the cell {type(cell).__name__}")
     finally:
         model.train(was_training)
-    return {f"{cell.name}_{key}" if cell.name else key: value for key, value in figures.items()}
+    return {cell.named(key): value for key, value in figures.items()}
 
 
 def perplexity(cell: Perplexity, model: PreTrainedModel, documents: Documents, strategy: Strategy, *,
