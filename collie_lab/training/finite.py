@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,8 +14,8 @@ __all__ = ["finite_everywhere", "is_finite"]
 def is_finite(model: nn.Module) -> bool:
     """Of the trained weights on this rank."""
     pieces = [local(weight) for _, weight in model.named_parameters() if weight.requires_grad]
-    pieces = [piece for piece in pieces if piece.numel()]
-    return not pieces or bool(torch.stack(torch._foreach_norm(pieces, math.inf, torch.float32)).isfinite().all())
+    # A sum is no number where an element is none, and takes a tenth of the time of a look at each of them.
+    return not pieces or bool(torch.stack([piece.sum(dtype=torch.float32) for piece in pieces]).isfinite().all())
 
 
 def finite_everywhere(model: nn.Module, device: torch.device) -> bool:
