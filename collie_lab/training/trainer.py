@@ -43,7 +43,7 @@ __all__ = ["Trainer"]
 
 
 class Trainer:
-    """One rank's part of a run. Callbacks get it.
+    """One rank's part of a run: what callbacks get.
 
     Attributes:
         experiment: what runs.
@@ -102,7 +102,7 @@ class Trainer:
                 self._answer()
             if self.step < training.steps:
                 self._evaluate(self._due)
-            rolling = bool(training.checkpoint_every) and self.step % (training.checkpoint_every or 1) == 0
+            rolling = training.checkpoint_every is not None and self.step % training.checkpoint_every == 0
             if rolling or self._best_wish:
                 self.save_checkpoint(rolling=rolling)
             if self._complete:

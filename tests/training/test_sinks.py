@@ -24,6 +24,12 @@ BASE = lab.Experiment(
     training=lab.Training(steps=6, batch_size=4, checkpoint_every=3, export=False))
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that fails waits for its sinks, also on a machine with much else to do."""
+    monkeypatch.setattr(sinks, "_PATIENCE_OF_ERRORS", 120.0)
+
+
 def _stopped(trainer: Any) -> None:
     """The first run goes on to step 5, beyond its checkpoint of step 3."""
     if trainer.step == 5 and trainer.resumed_from is None:

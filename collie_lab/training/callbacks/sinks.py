@@ -47,7 +47,8 @@ class Opening:
 class Sink(Callback):
     """Takes in what a run tells, and hands it on in a thread: `open`, `write`, and `close` are called there.
 
-    What they raise is told once, as a warning of the run, and ends the sink, not the run.
+    What they raise is told once, as a warning of the run, and ends the sink, not the run. The thread knows nothing of
+    the trainer: one that hangs does not keep the model in memory.
     """
 
     name = "sink"
@@ -57,6 +58,7 @@ class Sink(Callback):
         self._lines: queue.Queue[tuple[Kind, int, float, dict[str, float]] | None] = queue.Queue(_LONGEST)
         self._thread: threading.Thread | None = None
         self._result: Mapping[str, Any] | None = None
+        self._failure = ""
 
     # --- in the sink's thread
 
@@ -72,14 +74,14 @@ class Sink(Callback):
         """The end; without a result the run has failed."""
         raise NotImplementedError
 
-    def _work(self, trainer: Any, opening: Opening) -> None:
+    def _work(self, opening: Opening) -> None:
         try:
             self.open(opening)
             while (line := self._lines.get()) is not None:
                 self.write(*line)
             self.close(self._result)
         except (Exception, SystemExit) as error:
-            self._fail(trainer, f"{type(error).__name__}: {error}")
+            self._failure = f"{type(error).__name__}: {error}"
 
     # --- in the loop's
 
@@ -89,7 +91,7 @@ class Sink(Callback):
         if trainer.rank == 0:
             config = trainer.experiment.to_dict(lambda path, value: f"<{type(value).__name__} in memory>")
             opening = Opening(trainer.folder, self._run, trainer.step, config)
-            self._thread = threading.Thread(target=self._work, args=(trainer, opening), name=self.name, daemon=True)
+            self._thread = threading.Thread(target=self._work, args=(opening,), name=self.name, daemon=True)
             self._thread.start()
 
     @override
@@ -112,24 +114,26 @@ class Sink(Callback):
         self._leave(trainer, _PATIENCE_OF_ERRORS)
 
     def _put(self, trainer: Any, kind: Kind, step: int, moment: float, figures: dict[str, float]) -> None:
-        if self._thread is not None:
+        if self._thread is not None and not self._failure:
             try:
                 self._lines.put_nowait((kind, step, moment, figures))
             except queue.Full:
-                self._fail(trainer, f"it is {_LONGEST:,} lines behind")
+                self._failure = f"it is {_LONGEST:,} lines behind"
+        self._tell_failure(trainer)
 
     def _leave(self, trainer: Any, patience: float) -> None:
-        if (thread := self._thread) is not None:
+        if self._thread is not None:
             with contextlib.suppress(queue.Full):
                 self._lines.put(None, timeout=patience)
-            thread.join(patience)
-            if thread.is_alive():
-                self._fail(trainer, f"it did not end within {patience:g} s")
+            self._thread.join(patience)
+            if self._thread.is_alive():
+                self._failure = f"it did not end within {patience:g} s"
+        self._tell_failure(trainer)
 
-    def _fail(self, trainer: Any, reason: str) -> None:
-        if self._thread is not None:
+    def _tell_failure(self, trainer: Any) -> None:
+        if self._thread is not None and self._failure:
             self._thread = None
-            trainer.event("warning", text=f"{self.name} gets no more figures: {reason}")
+            trainer.event("warning", text=f"{self.name} gets no more figures: {self._failure}")
 
     @override
     def state_dict(self) -> dict[str, Any]:
