@@ -45,23 +45,21 @@ class StepFigures:
 class _Logged:
     """Figures of a callback on their way to the host."""
 
-    def __init__(self, figures: Mapping[str, float | Tensor], device: torch.device):
-        self._names, self._ready = list(figures), None
-        # What was computed of sharded weights is known when all ranks have added their part.
-        whole = [value.full_tensor() if isinstance(value, DTensor) else value for value in figures.values()]
-        values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach().reshape(())
-                              for value in whole])
-        if device.type == "cuda":
-            values = torch.empty(len(self._names), dtype=torch.float64, pin_memory=True).copy_(values,
-                                                                                              non_blocking=True)
-            self._ready = torch.cuda.Event()
+    def __init__(self, figures: Mapping[str, float | Tensor]):
+        self._figures: dict[str, float | Tensor] = {}
+        self._ready: torch.cuda.Event | None = None
+        for name, value in figures.items():
+            if isinstance(value, Tensor):  # on a GPU: others are numbers by now
+                value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+                self._ready = torch.cuda.Event()
+            self._figures[name] = value
+        if self._ready is not None:
             self._ready.record()
-        self._values = values
 
     def read(self) -> dict[str, float]:
         if self._ready is not None:
             self._ready.synchronize()
-        return dict(zip(self._names, self._values.tolist(), strict=True))
+        return {name: float(value) for name, value in self._figures.items()}
 
 
 @dataclass
@@ -113,13 +111,19 @@ class Meters:
         """
         if taken := _COLUMNS & figures.keys():
             raise ValueError(f"{min(taken)!r} is a column of its own: log it under another name")
-        self._logged.update(figures)
+        for name, value in figures.items():
+            if isinstance(value, DTensor):  # of sharded weights: known when all ranks have added their part
+                value = value.full_tensor()
+            if isinstance(value, Tensor) and value.is_cuda:
+                self._logged[name] = value.detach().reshape(())
+            else:
+                self._logged[name] = float(value)
 
     def pull(self, *, all_: bool = False) -> list[StepFigures]:
         """The figures of the steps that must be finished by now: all but the last, or all."""
         ready: list[StepFigures] = []
         if self._logged and self._pending:
-            self._pending[-1].logged, self._logged = _Logged(self._logged, self._device), {}
+            self._pending[-1].logged, self._logged = _Logged(self._logged), {}
         late = 0 if all_ or self._device.type != "cuda" else 1
         while len(self._pending) > late:
             ready.append(self._finish(self._pending.pop(0)))

@@ -28,7 +28,7 @@ class TensorStatistics(Callback):
     def __init__(self, cell: Statistics):
         self._cell = cell
         self._of_gradients = isinstance(cell, GradientStatistics)
-        self._parameters: list[tuple[nn.Parameter, Shards, list[int]]] = []
+        self._parameters: list[tuple[nn.Parameter, Shards, Tensor]] = []
 
     @override
     def on_start(self, trainer: Any) -> None:
@@ -42,8 +42,8 @@ class TensorStatistics(Callback):
         copied = {id(parameter) for parameter in copies}
         counts = torch.zeros(len(patterns), device=trainer.device)
         for name, parameter in trainer.trained_parameters().items():
-            members = [index for index, group in enumerate(patterns)
-                       if any(fnmatchcase(name, pattern) for pattern in group)]
+            members = torch.tensor([index for index, group in enumerate(patterns)
+                                    if any(fnmatchcase(name, pattern) for pattern in group)], device=trainer.device)
             counts[members] += 1
             if id(parameter) not in copied:
                 self._parameters.append((parameter, Shards(parameter), members))
