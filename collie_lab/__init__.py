@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from collie_lab._version import __version__
 from collie_lab.cells import (
     BBH,
+    CSV,
     GSM8K,
     IA3,
     MMLU,
@@ -25,10 +26,13 @@ from collie_lab.cells import (
     Adan,
     Adapter,
     Apollo,
+    BestCheckpoint,
+    Callback,
     Cell,
     CellError,
     Classification,
     Data,
+    EarlyStopping,
     Evaluation,
     ExactMatch,
     Experiment,
@@ -36,12 +40,14 @@ from collie_lab.cells import (
     Freeze,
     GaLore,
     Generation,
+    GradientStatistics,
     HumanEval,
     Instructions,
     Lion,
     LMEval,
     Lomo,
     LoRA,
+    MLflow,
     Model,
     MultipleChoice,
     Muon,
@@ -54,9 +60,13 @@ from collie_lab.cells import (
     ScheduleFree,
     Skills,
     Sophia,
+    SystemMeters,
+    TensorBoard,
     Text,
     Training,
     TrainTokenizer,
+    WandB,
+    WeightStatistics,
 )
 
 if TYPE_CHECKING:
@@ -73,12 +83,14 @@ _LAZY = {
 }
 
 __all__ = [
-    "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "BBH", "Cell", "CellError",
-    "Classification", "Data", "Evaluation", "ExactMatch", "Experiment", "ExtendTokenizer", "Freeze", "GSM8K", "GaLore",
-    "Generation", "HumanEval", "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MMLU", "Model",
-    "MultipleChoice", "Muon", "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens",
-    "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text",
-    "TrainTokenizer", "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "optim", "pull",
+    "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "BBH", "BestCheckpoint", "CSV",
+    "Callback", "Cell", "CellError", "Classification", "Data", "EarlyStopping", "Evaluation", "ExactMatch",
+    "Experiment", "ExtendTokenizer", "Freeze", "GSM8K", "GaLore", "Generation", "GradientStatistics", "HumanEval",
+    "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MLflow", "MMLU", "Model", "MultipleChoice", "Muon",
+    "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens", "RankError", "Results",
+    "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "SystemMeters", "TensorBoard", "Text",
+    "TrainTokenizer", "Training", "WandB", "WeightStatistics", "__version__", "attach", "compare", "compose", "doctor",
+    "figure", "optim", "pull",
     "runs", "watch",
 ]
 

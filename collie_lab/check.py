@@ -10,6 +10,7 @@ from typing import Any
 
 from collie_lab.cells import CellError, Experiment, HeldOut, Instructions, Model, Problem, Text
 from collie_lab.check_adapter import adapter_problems
+from collie_lab.check_callbacks import callback_problems
 from collie_lab.check_deepspeed import deepspeed_problems
 from collie_lab.check_evaluation import evaluation_problems
 from collie_lab.check_optimizer import optimizer_problems
@@ -71,7 +72,8 @@ def check(experiment: Experiment) -> Report:
     problems += [*_batches(experiment), *tokenizer_problems(experiment, config or {}), *optimizer_problems(experiment),
                  *adapter_problems(experiment),
                  *parallel_problems(experiment, config or {}), *deepspeed_problems(experiment),
-                 *evaluation_problems(experiment), *_without_effect(experiment), *_gpus(experiment)]
+                 *evaluation_problems(experiment), *callback_problems(experiment), *_without_effect(experiment),
+                 *_gpus(experiment)]
     _collect(problems, lambda: _data(experiment, config or {}, problems))
     return Report(problems)
 

@@ -4,6 +4,7 @@
                        env.json  logs/rank-N.{out,err}  logs/launcher.log  errors/rank-N.json  errors/stacks-N.json
                        beats/rank-N.json  checkpoints/  evaluations/<name>-step-N.jsonl  model/  stop
                        attempts/N/ (of a run that was begun again)  nodes/N.json (with several machines)
+                       system-N.jsonl  metrics.csv  tensorboard/ (of callbacks)
 
 `status.json`, `errors/stacks-N.json`, `attempts/` and `nodes/` belong to the parents (the supervisors), everything else
 to the ranks. A JSON file is written whole or not at all; those in `beats/` and `nodes/` change all the time and are
@@ -23,12 +24,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["STATUSES", "JsonLines", "RunFolder", "Tail", "checkpoints_in", "read_json", "write_json", "write_lines"]
+__all__ = [
+    "BEST", "STATUSES", "Board", "JsonLines", "RunFolder", "Tail", "best_checkpoints", "checkpoints_in", "read_json",
+    "write_json", "write_lines",
+]
 
 #: Every state of a run. `lost`: its supervisor died without a word.
 STATUSES: Final = (
     "running", "ok", "stopped", "cuda_oom", "host_oom", "diverged", "timeout", "error", "lost",
 )
+
+#: The file in `checkpoints/` that names those with the best figures.
+BEST: Final = "best.json"
+#: The best checkpoints by one figure, the best first: each a `step`, its `value`, and its `path` beside the file
+#: (absolute where it is one of the run that was resumed).
+Board = list[dict[str, Any]]
 
 
 class RunFolder:
@@ -120,6 +130,11 @@ class RunFolder:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
     return sorted(folder.glob("step-[0-9]*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def best_checkpoints(folder: Path) -> dict[str, Board]:
+    """The boards of `best.json` in a folder of checkpoints, by their figure; none where there is no such file."""
+    return read_json(folder / BEST)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,21 @@
 from collie_lab.cells._base import Cell, CellError, Problem
 from collie_lab.cells.adapter import IA3, OFT, Adapter, Freeze, LoRA
 from collie_lab.cells.benchmarks import BBH, GSM8K, MMLU, Benchmark, HumanEval, LMEval
+from collie_lab.cells.callback import (
+    CSV,
+    BestCheckpoint,
+    Callback,
+    CallbackCell,
+    EarlyStopping,
+    GradientStatistics,
+    MLflow,
+    Monitor,
+    Statistics,
+    SystemMeters,
+    TensorBoard,
+    WandB,
+    WeightStatistics,
+)
 from collie_lab.cells.data import SKILLS, Data, Instructions, RandomTokens, Skills, Text
 from collie_lab.cells.evaluation import (
     Classification,
@@ -31,10 +46,12 @@ from collie_lab.cells.tokenizer import ExtendTokenizer, NewTokenizer, TrainToken
 from collie_lab.cells.training import Training
 
 __all__ = [
-    "BBH", "GSM8K", "IA3", "MMLU", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit",
-    "Adan", "Adapter", "Apollo", "Benchmark", "Cell", "CellError", "Classification", "Data", "Evaluation", "ExactMatch",
-    "Experiment", "ExtendTokenizer", "Freeze", "GaLore", "Generation", "HeldOut", "HumanEval", "Instructions", "LMEval",
-    "LibraryOptimizer", "Lion", "LoRA", "Lomo", "Model", "MultipleChoice", "Muon", "NewTokenizer", "Nodes", "Optimizer",
-    "Parallel", "Perplexity", "Problem", "RandomTokens", "RuleCell", "ScheduleFree", "Skills", "Sophia", "Text",
-    "TrainTokenizer", "Training",
+    "BBH", "CSV", "GSM8K", "IA3", "MMLU", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW",
+    "AdamW8bit", "Adan", "Adapter", "Apollo", "Benchmark", "BestCheckpoint", "Callback", "CallbackCell", "Cell",
+    "CellError", "Classification", "Data", "EarlyStopping", "Evaluation", "ExactMatch", "Experiment", "ExtendTokenizer",
+    "Freeze", "GaLore", "Generation", "GradientStatistics", "HeldOut", "HumanEval", "Instructions", "LMEval",
+    "LibraryOptimizer", "Lion", "LoRA", "Lomo", "MLflow", "Model", "Monitor", "MultipleChoice", "Muon", "NewTokenizer",
+    "Nodes", "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens", "RuleCell", "ScheduleFree", "Skills",
+    "Sophia", "Statistics", "SystemMeters", "TensorBoard", "Text", "TrainTokenizer", "Training", "WandB",
+    "WeightStatistics",
 ]

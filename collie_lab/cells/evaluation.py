@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +14,8 @@ from collie_lab.cells.data import Data, Record
 __all__ = ["Classification", "Evaluation", "ExactMatch", "Generation", "HeldOut", "MultipleChoice", "Perplexity"]
 
 Metric = Literal["exact_match", "bleu", "rouge"] | Callable[[str, str], float]
+
+_Better = Mapping[str, Literal["min", "max"]]
 
 
 class Evaluation(Cell):
@@ -30,6 +32,18 @@ class Evaluation(Cell):
     batch_size: int = Field(default=16, ge=1)
     """Sequences of one forward pass on one rank."""
 
+    better: ClassVar[_Better | None] = None
+    """Its figures, and whether less or more of each is better; None: they are known only when it has run."""
+
+    @property
+    def figures(self) -> dict[str, Literal["min", "max"]] | None:
+        """`better`, with the names that the figures have in a run."""
+        return None if self.better is None else {self.named(key): mode for key, mode in self.better.items()}
+
+    def named(self, figure: str) -> str:
+        """The name of one of its figures in a run."""
+        return f"{self.name}_{figure}" if self.name else figure
+
 
 class HeldOut(Evaluation):
     """An evaluation on documents of a data cell."""
@@ -38,6 +52,8 @@ class HeldOut(Evaluation):
 
     data: Data | None = None
     """Default: the held-out split of the experiment's own data."""
+
+    better: ClassVar[_Better] = {"perplexity": "min", "nll": "min"}
 
 
 class Perplexity(HeldOut):
@@ -52,6 +68,7 @@ class _Answers(HeldOut):
 
     kind: ClassVar[str] = ""
 
+    better: ClassVar[_Better] = {"exact_match": "max", "exact_match_se": "min"}
     limit: int | None = Field(default=200, ge=1)
     max_new_tokens: int = Field(default=32, ge=1)
     stop: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from collie_lab.cells._base import Cell, CellError, Problem
 from collie_lab.cells.adapter import Adapter
+from collie_lab.cells.callback import Callback, CallbackCell
 from collie_lab.cells.data import Data, Skills
 from collie_lab.cells.evaluation import Evaluation
 from collie_lab.cells.model import Model
@@ -30,7 +31,7 @@ class Experiment(Cell):
 
     _slots: ClassVar[dict[str, type[Cell]]] = {
         "model": Model, "data": Data, "optimizer": Optimizer, "adapter": Adapter,
-        "parallel": Parallel, "training": Training, "evaluate": Evaluation,
+        "parallel": Parallel, "training": Training, "evaluate": Evaluation, "callbacks": CallbackCell,
     }
 
     model: Model
@@ -40,8 +41,9 @@ class Experiment(Cell):
     parallel: Parallel = Parallel()
     training: Training = Training()
     evaluate: tuple[Evaluation, ...] = ()
-    callbacks: tuple[Callable[..., Any], ...] = ()
-    """Each is called with the trainer after every optimizer step, on every rank."""
+    callbacks: tuple[CallbackCell | Callable[..., Any], ...] = ()
+    """Built-in ones, a `Callback` of one's own, or a function, which is called with the trainer after every optimizer
+    step; on every rank."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The first part of the run folder's name."""
 
@@ -49,6 +51,16 @@ class Experiment(Cell):
     @classmethod
     def _model_by_name(cls, value: Any) -> Any:
         return Model(value) if isinstance(value, (str, Path)) else value
+
+    @field_validator("callbacks", mode="before")
+    @classmethod
+    def _callbacks_by_instance(cls, value: Any) -> Any:
+        for item in value if isinstance(value, (list, tuple)) else ():
+            if isinstance(item, type) and issubclass(item, (CallbackCell, Callback)):
+                raise ValueError(f"a class, where one of it is wanted: {item.__name__}()")
+            if not (isinstance(item, CallbackCell) or callable(item)):
+                raise ValueError(f"neither a callback nor a function: {item!r:.60}")
+        return value
 
     def with_(self, path: str, value: Any) -> Self:
         """A variant with one nested field changed: `exp.with_("optimizer.lr", 3e-5)`."""
@@ -118,7 +130,7 @@ class Experiment(Cell):
         for slot, base in cls._slots.items():
             if fields.get(slot) is None:
                 continue
-            if slot == "evaluate":
+            if slot in ("evaluate", "callbacks"):
                 fields[slot] = tuple(_cell_from(item, base, slot) for item in fields[slot])
             else:
                 fields[slot] = _cell_from(fields[slot], base, slot)
@@ -136,9 +148,9 @@ def _changed(cell: Any, place: str, path: str, value: Any) -> Cell:
     return cell.replace(**{head: _changed(getattr(cell, head), f"{place}.{head}", rest, value)})
 
 
-def _cell_from(value: Any, base: type[Cell], slot: str) -> Cell:
+def _cell_from(value: Any, base: type[Cell], slot: str) -> Any:
     """A cell from its mapping; the classes a slot takes are the subclasses of its base."""
-    if isinstance(value, base):
+    if isinstance(value, base) or callable(value):
         return value
     if isinstance(value, str) and base is Model:
         return Model(value)

@@ -82,7 +82,7 @@ class Verdict:
 def judge(facts: Facts) -> Verdict:
     """The verdict on a run."""
     if facts.agent_code == 0 and facts.result:
-        return Verdict(str(facts.result["status"]))
+        return Verdict(str(facts.result["status"]), str(facts.result.get("detail", "")))
     match facts.cause:
         case "killed":
             return Verdict("stopped", "killed on request")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from collie_lab.asks import Answer, Asks
-from collie_lab.folder import RunFolder, Tail
+from collie_lab.folder import RunFolder, Tail, best_checkpoints
 from collie_lab.launch import _processes, _stacks
 from collie_lab.launch.errors import RankError, rank_error
 from collie_lab.logs import read_log
@@ -171,6 +171,33 @@ class Run:
         """The folder of the trained model, which `from_pretrained` loads; None before it is written."""
         path = self.folder.path / "model"
         return path if path.is_dir() else None
+
+    @property
+    def best_checkpoints(self) -> pd.DataFrame:
+        """What `BestCheckpoint` has kept, the best first: `monitor`, `step`, `value`, `path`. Those of a run that was
+        resumed count too."""
+        import pandas as pd
+
+        rows = [{"monitor": monitor, **entry, "path": self.folder.checkpoints / entry["path"]}
+                for monitor, board in best_checkpoints(self.folder.checkpoints).items() for entry in board]
+        return pd.DataFrame([row for row in rows if row["path"].is_dir()], columns=["monitor", "step", "value", "path"])
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the best figure, for `launch(resume=...)`; None where there is none (yet)."""
+        paths = self.best_checkpoints["path"]
+        return paths.iloc[0] if len(paths) else None
+
+    @property
+    def system(self) -> pd.DataFrame:
+        """What `SystemMeters` has seen, a row a look: `node`, `time`, `cpu` (percent of all cores), `memory` (bytes),
+        `disk_read`, `disk_write`, `network_sent`, `network_received` (bytes per second), `gpu_N` (percent)."""
+        import pandas as pd
+
+        files = sorted(self.folder.path.glob("system-*.jsonl"))
+        rows = sorted((row for path in files for row in Tail(path).new()), key=lambda row: row["time"])
+        return pd.DataFrame(rows, columns=["node", "time", *dict.fromkeys(
+            key for row in rows for key in row if key not in ("node", "time"))])
 
     def logs(self, rank: int = 0, stream: Literal["out", "err", "both"] = "out", tail: int | None = None) -> str:
         """What a rank has printed; `tail` gives the last lines only."""

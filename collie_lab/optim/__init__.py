@@ -13,15 +13,15 @@ from collie_lab import cells
 from collie_lab.optim.adalomo import AdaLomo
 from collie_lab.optim.clip import clip_coefficient, clip_gradients
 from collie_lab.optim.groups import parameter_groups
-from collie_lab.optim.library import build_library_optimizer
+from collie_lab.optim.library import averaged, build_library_optimizer
 from collie_lab.optim.optimizer import RuleOptimizer
 from collie_lab.optim.rule import Rule
 from collie_lab.optim.rules import SGD, AdamW, Adan, Lion, SophiaG
 from collie_lab.optim.slot import release
 
 __all__ = [
-    "SGD", "AdaLomo", "AdamW", "Adan", "Lion", "Rule", "RuleOptimizer", "SophiaG", "build", "build_rule",
-    "clip_coefficient", "clip_gradients", "parameter_groups",
+    "SGD", "AdaLomo", "AdamW", "Adan", "Lion", "Rule", "RuleOptimizer", "SophiaG", "averaged", "build",
+    "build_rule", "clip_coefficient", "clip_gradients", "parameter_groups",
 ]
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from collie_lab import cells
 
-__all__ = ["Chained", "block_matrices", "build_library_optimizer"]
+__all__ = ["Chained", "averaged", "block_matrices", "build_library_optimizer"]
 
 Groups = list[dict[str, Any]]
 
@@ -141,6 +141,21 @@ def _apollo(cell: cells.Apollo, model: nn.Module, groups: Groups) -> torch.optim
     optimizer: torch.optim.Optimizer = library.APOLLOAdamW(
         [{**group, **own} for group in matrices] + rest, lr=cell.lr, betas=cell.betas, eps=cell.eps)
     return _low_rank_states(optimizer, projector, low_rank)
+
+
+@contextlib.contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it the weights are those to judge a model by: Schedule-Free trains at one point, and its model is another,
+    the average of its steps. All other optimizers have one point."""
+    switch: Any = optimizer
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    switch.eval()
+    try:
+        yield
+    finally:
+        switch.train()
 
 
 def _schedule_free(cell: cells.ScheduleFree, groups: Groups) -> torch.optim.Optimizer:

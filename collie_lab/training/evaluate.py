@@ -47,7 +47,7 @@ def evaluate(cell: Evaluation, model: PreTrainedModel, documents: Documents, tok
         model.train(was_training)
     if _is_first():
         keep(samples)
-    return {f"{cell.name}_{key}" if cell.name else key: value for key, value in _same(figures).items()}
+    return {cell.named(key): value for key, value in _same(figures).items()}
 
 
 def file_name(cell: Evaluation, step: int) -> str:

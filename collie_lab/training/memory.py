@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Final
 
 import torch
+import torch.distributed as dist
 
 from collie_lab.compiler import build, find_compiler
 
-__all__ = ["CpuMemory", "CudaMemory", "NoMemory", "build_memory", "uncounted"]
+__all__ = ["CpuMemory", "CudaMemory", "NoMemory", "build_memory", "uncounted", "worst_peak"]
 
 
 class CudaMemory:
@@ -82,6 +83,14 @@ def build_memory(device: torch.device) -> CudaMemory | CpuMemory | NoMemory:
         return CpuMemory()
     except OSError as error:  # a compiler that is too old, say
         return NoMemory(str(error))
+
+
+def worst_peak(memory: CudaMemory | CpuMemory | NoMemory, device: torch.device) -> int | None:
+    """The peak of the rank that needed most; on all ranks together."""
+    peak = torch.tensor(float(memory.peak_bytes or 0), dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(peak.item()) or None
 
 
 @contextlib.contextmanager

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from collie_lab.folder import JsonLines, RunFolder
 
@@ -22,6 +24,9 @@ __all__ = ["Meters", "StepFigures"]
 _WARM_UP = 2
 # The reported training loss is the mean of so many last steps.
 _LAST = 10
+
+_COLUMNS = {"step", "time", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "memory_allocated",
+            "unclipped_share"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,28 @@ class StepFigures:
     stop: bool
     asked: bool
     """Whether somebody waits for an answer of the model."""
+    record: dict[str, Any]
+    """All figures, as they stand in `metrics.jsonl`."""
+
+
+class _Logged:
+    """Figures of a callback on their way to the host."""
+
+    def __init__(self, figures: Mapping[str, float | Tensor]):
+        self._figures: dict[str, float | Tensor] = {}
+        self._ready: torch.cuda.Event | None = None
+        for name, value in figures.items():
+            if isinstance(value, Tensor):  # on a GPU: others are numbers by now
+                value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+                self._ready = torch.cuda.Event()
+            self._figures[name] = value
+        if self._ready is not None:
+            self._ready.record()
+
+    def read(self) -> dict[str, float]:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return {name: float(value) for name, value in self._figures.items()}
 
 
 @dataclass
@@ -42,6 +69,7 @@ class _Pending:
     record: dict[str, Any]
     flops: float
     marks: tuple[Any, Any]
+    logged: _Logged | None = None
 
 
 class Meters:
@@ -51,6 +79,7 @@ class Meters:
         self._device, self._world, self._peak = device, world_size, peak_flops
         self._lines = JsonLines(folder.path / "metrics.jsonl") if folder else None
         self._pending: list[_Pending] = []
+        self._logged: dict[str, float | Tensor] = {}
         self._losses: list[float] = []
         self._speed: list[tuple[int, float]] = []  # tokens and seconds of the steps after the warm-up
         self._seen = 0
@@ -74,9 +103,27 @@ class Meters:
         record = {"step": step, "time": time.time(), "lr": lr, "tokens": tokens, "memory_allocated": memory}
         self._pending.append(_Pending(step, values, record, flops, (began, self.mark())))
 
+    def log(self, figures: Mapping[str, float | Tensor]) -> None:
+        """Add figures (numbers, 0-d tensors) to the record of the step at hand.
+
+        Raises:
+            ValueError: a name that a record has anyway.
+        """
+        if taken := _COLUMNS & figures.keys():
+            raise ValueError(f"{min(taken)!r} is a column of its own: log it under another name")
+        for name, value in figures.items():
+            if isinstance(value, DTensor):  # of sharded weights: known when all ranks have added their part
+                value = value.full_tensor()
+            if isinstance(value, Tensor) and value.is_cuda:
+                self._logged[name] = value.detach().reshape(())
+            else:
+                self._logged[name] = float(value)
+
     def pull(self, *, all_: bool = False) -> list[StepFigures]:
         """The figures of the steps that must be finished by now: all but the last, or all."""
         ready: list[StepFigures] = []
+        if self._logged and self._pending:
+            self._pending[-1].logged, self._logged = _Logged(self._logged), {}
         late = 0 if all_ or self._device.type != "cuda" else 1
         while len(self._pending) > late:
             ready.append(self._finish(self._pending.pop(0)))
@@ -94,13 +141,15 @@ class Meters:
         self._losses.append(loss)
         if self._seen > _WARM_UP:
             self._speed.append((step.record["tokens"], seconds))
+        record = {**step.record, "loss": loss, "grad_norm": grad_norm,
+                  "tokens_per_second": step.record["tokens"] / seconds, "mfu": self._mfu(step.flops, seconds)}
+        if math.isfinite(unclipped):
+            record["unclipped_share"] = unclipped
+        if step.logged is not None:
+            record |= step.logged.read()
         if self._lines:
-            if math.isfinite(unclipped):
-                step.record["unclipped_share"] = unclipped
-            self._lines.append({**step.record, "loss": loss, "grad_norm": grad_norm,
-                                "tokens_per_second": step.record["tokens"] / seconds,
-                                "mfu": self._mfu(step.flops, seconds)})
-        return StepFigures(step.step, loss, stop > 0, asked > 0)
+            self._lines.append(record)
+        return StepFigures(step.step, loss, stop > 0, asked > 0, record)
 
     def _mfu(self, flops: float, seconds: float) -> float | None:
         return None if self._peak is None else flops / seconds / (self._peak * self._world)

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import gc
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from collie_lab.training.batch import collate
 from collie_lab.training.loss import attach_loss, attach_whole_loss
 from collie_lab.training.packed import ATTENTION, supports_packed_attention
 
-__all__ = ["ModelWarning", "Path", "find_path"]
+__all__ = ["ModelWarning", "Path", "find_path", "model_warnings"]
 
 _VOCABULARY = 512
 _LENGTHS = (48, 31)
@@ -34,6 +35,17 @@ _LOSS_TOLERANCE = 2e-5  # a soft cap far above small logits moves the loss by li
 
 class ModelWarning(UserWarning):
     """A model needs a slower way than most."""
+
+
+@contextlib.contextmanager
+def model_warnings(tell: Callable[[str], None]) -> Iterator[None]:
+    """Within it, the texts of such warnings are gathered, and told at its end."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ModelWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, ModelWarning):
+            tell(str(warning.message))
 
 
 class Path(NamedTuple):

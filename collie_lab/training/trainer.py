@@ -7,9 +7,7 @@ import functools
 import itertools
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,31 +16,35 @@ from torch import Tensor
 
 from collie_lab import optim
 from collie_lab.beat import Beat
-from collie_lab.cells import Adan, Evaluation, Experiment, LibraryOptimizer, RuleCell, ScheduleFree, Sophia
+from collie_lab.cells import Adan, Evaluation, Experiment, RuleCell, Sophia
 from collie_lab.data import Documents, Extension, Order, Tokenizer, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.data.questions import load_questions
-from collie_lab.folder import JsonLines, RunFolder, read_json, write_lines
+from collie_lab.folder import Board, JsonLines, RunFolder, read_json, write_lines
 from collie_lab.parallel import build_strategy
 from collie_lab.training.answers import Answers
 from collie_lab.training.batch import Batch, collate
+from collie_lab.training.callbacks import Callbacks
 from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoint
+from collie_lab.training.ending import ending
 from collie_lab.training.evaluate import evaluate, file_name
 from collie_lab.training.export import export_model
+from collie_lab.training.finite import finite_everywhere
 from collie_lab.training.flops import peak_flops
-from collie_lab.training.memory import NoMemory, build_memory
+from collie_lab.training.identity import check_frozen, identity
+from collie_lab.training.memory import NoMemory, build_memory, worst_peak
 from collie_lab.training.meters import Meters, StepFigures
 from collie_lab.training.model import build_model
+from collie_lab.training.optimizer import build_optimizer, set_learning_rate
 from collie_lab.training.packed import ATTENTION
 from collie_lab.training.padding import level
-from collie_lab.training.probe import ModelWarning
-from collie_lab.training.schedule import learning_rate_factor
+from collie_lab.training.probe import model_warnings
 
 __all__ = ["Trainer"]
 
 
 class Trainer:
-    """One rank's part of a run. Callbacks get it after every step.
+    """One rank's part of a run: what callbacks get.
 
     Attributes:
         experiment: what runs.
@@ -50,6 +52,7 @@ class Trainer:
         model: the module that is trained, in its layout (sharded, adapted).
         optimizer: the torch optimizer.
         rank: this process among all.
+        resumed_from: the checkpoint that the run goes on from, if it does.
     """
 
     def __init__(self, experiment: Experiment, folder: RunFolder, device: torch.device):
@@ -57,19 +60,29 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.step = 0
         self._launch = folder.read("launch.json")
+        resume = self._launch.get("resume_from")
+        self.resumed_from = RunFolder(resume).path if resume else None
         self._beat = Beat(folder, self.rank, shared=bool(self._launch.get("nodes")))
         self._events = JsonLines(folder.path / "events.jsonl") if self.rank == 0 else None
-        self._stop_wish = False
+        self._stop_wish = self._best_wish = False
+        self._reason = ""  # why the run ends before its last step
+        self._complete = False  # `finish` has been called
+        self._found: tuple[int, dict[str, float]] = (0, {})
+        self._callbacks = Callbacks(experiment)
 
     # --- the loop ---------------------------------------------------------------------------------
 
     def run(self) -> str:
         """Train to the last step; the status: `ok`, `stopped` or `diverged`."""
         began = time.perf_counter()
-        self._build()
-        with contextlib.closing(self._checkpoints):
-            status = self._loop()
-            self._finish(status, began)
+        try:
+            self._build()
+            self._callbacks.on_start(self)
+            with contextlib.closing(self._checkpoints):
+                status = self._finish(self._loop(), began)
+        except BaseException as error:
+            self._callbacks.on_exception(self, error)
+            raise
         self._beat.close()
         return status
 
@@ -77,12 +90,12 @@ class Trainer:
         training, status = self.experiment.training, "ok"
         for plan in itertools.islice(self._order.steps(self.step), training.steps - self.step):
             self.step += 1
-            self._set_learning_rate()
+            set_learning_rate(self.optimizer, self.experiment, self.step)
+            self._callbacks.before_step(self)
             self._train_step(plan)
-            for callback in self.experiment.callbacks:
-                callback(self)
+            self._callbacks.after_step(self)
             self._checkpoints.poll()
-            figures = self._meters.pull()
+            figures = self._pull()
             if (verdict := self._verdict(figures)) is not None:
                 status = verdict
                 break
@@ -90,9 +103,19 @@ class Trainer:
                 self._answer()
             if self.step < training.steps:
                 self._evaluate(self._due)
-            if training.checkpoint_every and self.step % training.checkpoint_every == 0:
-                self.save_checkpoint()
-        return self._verdict(self._meters.pull(all_=True)) or status
+            rolling = training.checkpoint_every is not None and self.step % training.checkpoint_every == 0
+            if rolling or self._best_wish:
+                self.save_checkpoint(rolling=rolling)
+            if self._complete:
+                break
+        return self._verdict(self._pull(all_=True)) or status
+
+    def _pull(self, *, all_: bool = False) -> list[StepFigures]:
+        """The figures that have come in, which callbacks get too."""
+        figures = self._meters.pull(all_=all_)
+        for step in figures:
+            self._callbacks.on_metrics(self, step.record)
+        return figures
 
     def _train_step(self, plan: Step) -> None:
         """One optimizer step: forward and backward over the micro-batches, clipping, update."""
@@ -105,10 +128,11 @@ class Trainer:
                 with optimizer.measure(), torch.random.fork_rng(devices):
                     self._forward_backward(plan)
             loss_sum, attended = self._forward_backward(plan)
+            self._callbacks.before_update(self)
             grad_norm = self._update()
             unclipped = self._refresh_hessian(plan)
         # A tensor from a host number would wait for the device; a filled one does not.
-        stop, asked = (torch.full_like(loss_sum, float(flag)) for flag in (self._wants_stop(), self._answers.wanted))
+        stop, asked = (torch.full_like(loss_sum, float(flag)) for flag in (self._heed_stop(), self._answers.wanted))
         values = self._strategy.total(torch.stack([self._strategy.counted(loss_sum), stop, asked]))
         self._meters.push(
             self.step, torch.stack([values[0] / plan.targets, grad_norm, values[1], values[2], unclipped]),
@@ -176,30 +200,59 @@ class Trainer:
             self._forward_backward(plan, draw=(self.experiment.training.seed, self.step))
         return optimizer.unclipped_share().to(self.device, torch.float32)
 
-    def _set_learning_rate(self) -> None:
-        factor = learning_rate_factor(self.experiment.training, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-
     # --- what a callback may use ------------------------------------------------------------------
 
     def stop(self) -> None:
         """End the run after this step, with a checkpoint and a result."""
         self._stop_wish = True
 
-    def save_checkpoint(self) -> None:
+    def finish(self, reason: str) -> None:
+        """End the run after this step as one that is complete; on all ranks together. `run.detail` tells the reason."""
+        if self.step < self.experiment.training.steps and not self._complete:
+            self._complete, self._reason = True, reason
+            self.event("finish", step=self.step, text=reason)
+
+    def log(self, figures: Mapping[str, float | Tensor]) -> None:
+        """Add columns to the step's line of `metrics.jsonl`: numbers, or 0-d tensors, for which nothing waits.
+
+        Rank 0's count. ValueError for the name of a column that is there already.
+        """
+        self._meters.log(figures)
+
+    def save_checkpoint(self, *, rolling: bool = True) -> None:
         """Take a checkpoint now, and write it while the training goes on; on all ranks together."""
         self._beat.say("checkpoint")
-        self._checkpoints.save(self.step, *self._strategy.snapshot(self._adapted, self.optimizer))
+        self._best_wish = False
+        self._checkpoints.save(self.step, *self._strategy.snapshot(self._adapted, self.optimizer), rolling=rolling,
+                               extra={"callbacks": self._callbacks.state_dict()})
+
+    @property
+    def stages(self) -> tuple[dist.ProcessGroup | None, Collection[Tensor]]:
+        """Of a pipeline: the group of its ranks, and the parameters of this rank that another one counts."""
+        return self._strategy.stages.get("stages"), self._strategy.stages.get("copies", frozenset())
+
+    def trained_parameters(self) -> dict[str, Tensor]:
+        """Those of this rank, by their names in the model itself: wrappers lengthen those of `model`."""
+        return {name: parameter for name, parameter in self._adapted.named_parameters() if parameter.requires_grad}
+
+    def keep_best(self, monitor: str, board: Board, *, take: bool = True) -> None:
+        """Keep the checkpoints that `board` names; with `take`, one of this step is among them. On all ranks together.
+        """
+        self._best_wish = self._best_wish or take
+        self._checkpoints.keep_best(monitor, board, tell=not take)
 
     def _tell_of_checkpoint(self, written: Written) -> None:
         self.event("checkpoint", step=written.step, path=str(written.path.relative_to(self.folder.path)),
                    blocked=written.blocked)
+        self._callbacks.on_checkpoint(self, written)
 
     def event(self, kind: str, **fields: Any) -> None:
         """A line in `events.jsonl`, from rank 0."""
         if self._events:
             self._events.append({"time": time.time(), "kind": kind, **fields})
+
+    def _warn(self, text: str) -> None:
+        self.event("warning", text=text)
 
     # --- before and after -------------------------------------------------------------------------
 
@@ -208,30 +261,20 @@ class Trainer:
         experiment, training = self.experiment, self.experiment.training
         self._memory = build_memory(self.device)
         if isinstance(self._memory, NoMemory):
-            self.event("warning", text=self._memory.reason)
+            self._warn(self._memory.reason)
         self.event("phase", text="loading the model")
         self._strategy = build_strategy(experiment.parallel, self.device, training.precision)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ModelWarning)
-            extension = Extension.of(self.folder.read("data/index.json").get("extension"))
+        extension = Extension.of(self.folder.read("data/index.json").get("extension"))
+        with model_warnings(self._warn):
             built = build_model(experiment, self.device, self._strategy, extension)
-        for warning in caught:
-            if issubclass(warning.category, ModelWarning):
-                self.event("warning", text=str(warning.message))
         self._causal_lm, adapted, self._flops = built.causal_lm, built.root, built.flops
         self._flat = self._causal_lm.config._attn_implementation == ATTENTION  # else padded rows, with masks
         adapted.train()
         self._counts = {"parameters": built.parameters, "trainable": built.trainable}
         self.model = self._strategy.wrap(adapted, experiment.optimizer.in_backward)
         self._adapted: Any = adapted
-        # By the names of the model itself: wrappers lengthen them.
-        self.optimizer = optim.build(experiment.optimizer, adapted) if isinstance(
-            experiment.optimizer, LibraryOptimizer) else optim.build(
-            self._strategy.held(experiment.optimizer), adapted, max_value=training.clip_grad_value, seed=training.seed,
-            **self._strategy.optimizer_options(training.clip_grad_norm))
+        self.optimizer = build_optimizer(experiment, adapted, self._strategy)
         self.model = self._strategy.prepare(self.model, self.optimizer)
-        for group in self.optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
         # Dropout differs between ranks that see other tokens; tensor-parallel ranks draw alike (`parallel.tensor`).
         seed = training.seed * 1000 + self.rank // experiment.parallel.tp
         torch.manual_seed(seed)
@@ -242,12 +285,15 @@ class Trainer:
         self._answers = Answers(self.folder, self.rank, self._tokenizer, self.folder.read("data/index.json")["style"],
                                 training.seed)
         layout = experiment.parallel.model_dump(include={"dp", "tp", "pp"})
+        shared = identity(experiment, self.folder.read("data/index.json")["fingerprint"], self._counts, self.device)
         self._checkpoints = Checkpointer(self.folder.checkpoints, keep=training.keep_checkpoints, layout=layout,
-                                         identity=self._identity(), on_written=self._tell_of_checkpoint)
-        if resume := self._launch.get("resume_from"):
-            self._check_frozen(RunFolder(resume).path)
-            read = functools.partial(load_checkpoint, RunFolder(resume).path, layout=layout, seed=seed)
+                                         identity=shared, on_written=self._tell_of_checkpoint,
+                                         on_refused=self._warn)
+        if self.resumed_from is not None:
+            check_frozen(self.resumed_from, shared["drawn_on"])
+            read = functools.partial(load_checkpoint, self.resumed_from, layout=layout, seed=seed)
             self.step = self._strategy.load(read, self._adapted, self.optimizer)
+            self._callbacks.load_state_dict(read_json(self.resumed_from / "state.json").get("callbacks", {}))
         self.event("start", step=self.step, steps=training.steps, world_size=experiment.parallel.world_size,
                    device=str(self.device.type), **self._counts)
 
@@ -258,7 +304,7 @@ class Trainer:
         index = self.folder.read("data/index.json")
         self._held_out = [load_questions(folder / name) for name in index["evaluations"]]
         for text in index["warnings"]:
-            self.event("warning", text=text)
+            self._warn(text)
         context = getattr(self._causal_lm.config.get_text_config(),
                           "max_position_embeddings", None)
         self._order = Order(
@@ -268,34 +314,14 @@ class Trainer:
             packing=sequence_length(data, context) if data.packing else None, group_by_length=data.group_by_length,
         )
 
-    def _identity(self) -> dict[str, Any]:
-        """What a run must share with the one it resumes."""
-        experiment = self.experiment
-        return {"optimizer": experiment.optimizer.kind, "batch_size": experiment.training.batch_size,
-                "seed": experiment.training.seed, "data": self.folder.read("data/index.json")["fingerprint"],
-                "drawn_on": self._drawn_on()}
-
-    def _drawn_on(self) -> str | None:
-        """What drew frozen random weights, which no checkpoint keeps; another GPU draws others."""
-        if self.experiment.model.init != "random" or self._counts["trainable"] == self._counts["parameters"]:
-            return None
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-
-    def _check_frozen(self, checkpoint: Path) -> None:
-        drawn_on = read_json(checkpoint / "state.json").get("identity", {}).get("drawn_on")
-        if drawn_on is not None and drawn_on != self._drawn_on():
-            raise ValueError(f"the frozen random weights of {checkpoint} were drawn by another device ({drawn_on}), "
-                             f"and are others here ({self._drawn_on()}): resume there, or begin with saved weights")
-
-    def _wants_stop(self) -> bool:
-        self._heed_stop()
-        return self._stop_wish
-
-    def _heed_stop(self) -> None:
-        """Tell that the stop flag was seen: who set it then waits for the step, however long, before it kills."""
+    def _heed_stop(self) -> bool:
+        """Whether somebody wants the end. Who has set the stop flag is told that it was seen, and then waits for the
+        step, however long, before it kills.
+        """
         if self.rank == 0 and not self._stop_wish and self.folder.stop_flag.exists():
             self._stop_wish = True
             self.event("stopping", step=self.step)
+        return self._stop_wish
 
     def _tick(self) -> None:
         """Between two batches of an evaluation."""
@@ -304,8 +330,10 @@ class Trainer:
 
     def _verdict(self, figures: list[StepFigures]) -> str | None:
         """Why the run ends before its last step, or None. All ranks see the same figures."""
-        if any(not math.isfinite(step.loss) for step in figures):
-            return "diverged"
+        for step in figures:
+            if not math.isfinite(step.loss):
+                self._reason = f"the loss of step {step.step} is {step.loss}"
+                return "diverged"
         if any(step.stop for step in figures) and self.step < self.experiment.training.steps:
             return "stopped"
         return None
@@ -318,11 +346,14 @@ class Trainer:
         found: dict[str, float] = {}
         for cell, documents in zip(self.experiment.evaluate, self._held_out, strict=True):
             if due(cell):
-                with self._averaged():
+                with optim.averaged(self.optimizer):
                     figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._flat,
                                        tick=self._tick, keep=functools.partial(self._keep_answers, cell))
                 self.event("evaluation", step=self.step, **figures)
                 found |= figures
+        if found:
+            self._found = self.step, found
+            self._callbacks.on_evaluation(self, found)
         return found
 
     def _keep_answers(self, cell: Evaluation, samples: list[dict[str, Any]]) -> None:
@@ -331,45 +362,42 @@ class Trainer:
 
     def _answer(self) -> None:
         """Let the model answer what it has been asked."""
-        with self._averaged():
+        with optim.averaged(self.optimizer):
             self._answers.give(self.step, self._adapted, self._strategy, lambda: self._beat.say("answer"))
 
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Schedule-Free trains at one point and is judged at another, the average of its steps."""
-        if not isinstance(self.experiment.optimizer, ScheduleFree):
-            yield
-            return
-        optimizer: Any = self.optimizer
-        optimizer.eval()
-        try:
-            yield
-        finally:
-            optimizer.train()
-
-    def _finish(self, status: str, began: float) -> None:
+    def _finish(self, status: str, began: float) -> str:
         """Keep what was trained (checkpoint, model) before anything else can fail; evaluate; write the result."""
         self.event("ending", step=self.step)
         training = self.experiment.training
+        if status != "diverged" and not finite_everywhere(self._adapted, self.device):
+            status, self._reason = "diverged", f"weights are not finite after step {self.step}"
         if status == "stopped":
             self.save_checkpoint()
         self._checkpoints.finish()
         if training.export and status != "diverged":
             self._beat.say("export")
             self.event("phase", text="writing the model")
-            with self._averaged():
+            with optim.averaged(self.optimizer):
                 export_model(self._adapted, self._tokenizer, self.folder, self._strategy)
-        figures = self._evaluate(lambda cell: True) if status == "ok" else {}
-        peak = torch.tensor(float(self._memory.peak_bytes or 0), dtype=torch.float64, device=self.device)
-        if dist.is_initialized():
-            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        figures = self._evaluate_at_end() if status == "ok" else {}
+        if self._best_wish:
+            self.save_checkpoint(rolling=False)
+            self._checkpoints.finish()
+        result = {
+            "status": status, "steps": self.step, **self._meters.summary(), **figures,
+            "peak_bytes": worst_peak(self._memory, self.device), "seconds": time.perf_counter() - began,
+            "world_size": self.experiment.parallel.world_size, **self._counts,
+            **ending(status, self._reason, self.folder),
+        }
         if self.rank == 0:
-            summary = self._meters.summary()
-            if status == "diverged":
-                summary["loss"] = None
-            self.folder.write("result.json", {
-                "status": status, "steps": self.step, **summary, **figures, "peak_bytes": int(peak.item()) or None,
-                "seconds": time.perf_counter() - began, "world_size": self.experiment.parallel.world_size,
-                **self._counts,
-            })
+            self.folder.write("result.json", result)
+        self._callbacks.on_end(self, result)
         self.event("end")
+        return status
+
+    def _evaluate_at_end(self) -> dict[str, float]:
+        """All evaluations; what `finish` has ended after an evaluation is not evaluated again."""
+        step, found = self._found
+        if step != self.step:
+            return self._evaluate(lambda cell: True)
+        return found | self._evaluate(lambda cell: not self._due(cell))

@@ -100,11 +100,11 @@ def _facts(name: str, field: FieldInfo, doc: str) -> Facts:
             choices += arguments
         elif member is bool:
             choices += [False, True]
-        elif origin is tuple and inspect.isclass(arguments[0]) and issubclass(arguments[0], Cell):
-            base, several = arguments[0], True
-        elif origin is tuple and get_origin(arguments[0]) is Callable:
+        elif origin is tuple and (cell := next(filter(_is_cell, _types(arguments[0])), None)) is not None:
+            base, several = cell, True
+        elif origin is tuple and Callable in _types(arguments[0]):
             kinds.add(Callable)
-        elif inspect.isclass(origin) and issubclass(origin, Cell):
+        elif _is_cell(origin):
             base = origin
         elif member is not types.NoneType:
             kinds.add(dict if inspect.isclass(origin) and issubclass(origin, Mapping) else origin)
@@ -122,6 +122,15 @@ def _facts(name: str, field: FieldInfo, doc: str) -> Facts:
     return Facts(name=name, default=default, required=required, optional=optional, choices=tuple(choices), base=base,
                  several=several, kinds=frozenset(kinds), written=written, main=False, doc=" ".join(doc.split()),
                  values=values)
+
+
+def _types(annotation: Any) -> list[Any]:
+    """The alternatives of a type, by their origin."""
+    return [get_origin(member) or member for member, _ in _members(annotation)]
+
+
+def _is_cell(member: Any) -> bool:
+    return inspect.isclass(member) and issubclass(member, Cell)
 
 
 def _members(annotation: Any) -> list[tuple[Any, list[Any]]]:
@@ -220,7 +229,7 @@ def write(value: Any) -> str:
 def summary(value: Any) -> str:
     """A value in a few words: for what cannot be typed, and for defaults."""
     if callable(value):
-        return str(getattr(value, "__name__", value))
+        return str(getattr(value, "__name__", type(value).__name__))
     if isinstance(value, tuple) and value and all(callable(item) for item in value):
         return ", ".join(map(summary, value))
     if isinstance(value, list):

@@ -169,9 +169,9 @@ class CellEntry(Entry):
 
 
 class CellsEntry(Entry):
-    """A list of cells: one button a kind adds one."""
+    """A list of cells: one button a kind adds one. Functions among them stay."""
 
-    def __init__(self, facts: Facts, widgets: Widgets, changed: Changed, cells: tuple[Cell, ...]):
+    def __init__(self, facts: Facts, widgets: Widgets, changed: Changed, cells: tuple[Any, ...]):
         assert facts.base is not None
         self._changed = changed
         self.add: dict[str, Any] = {}
@@ -183,12 +183,12 @@ class CellsEntry(Entry):
         header = widgets.make(ipywidgets.HBox, "collie-header", children=(_title(facts, widgets), *self.add.values()))
         super().__init__(facts, widgets, header, "collie-card")
         self.given = True
-        self.items = [self._item(cell) for cell in cells]
+        self.items: list[Entry] = [self._item(cell) for cell in cells]
         self._list = widgets.make(ipywidgets.VBox, "collie-items", children=tuple(item.box for item in self.items))
         self.box.children = (header, self._list)
 
-    def value(self, cell: str) -> tuple[Cell | None, ...]:
-        values: list[Cell | None] = []
+    def value(self, cell: str) -> tuple[Any, ...]:
+        values: list[Any] = []
         problems: list[Problem] = []
         for item in self.items:
             try:
@@ -203,19 +203,22 @@ class CellsEntry(Entry):
         """Show problems of the list, and those of the cells in it."""
         self.mark(problems)
         for item in self.items:
-            item.mark_cells([], report)
+            if isinstance(item, CellEntry):
+                item.mark_cells([], report)
 
-    def _item(self, start: Cell | type[Cell]) -> CellEntry:
+    def _item(self, start: Any) -> Entry:
         facts = replace(self.facts, name="", optional=False)
+        if not isinstance(start, (Cell, type)):
+            return FixedEntry(facts, self.widgets, True, start)
         return CellEntry(facts, self.widgets, self._changed, start, remove=self._remove)
 
     def _append(self, cls: type[Cell]) -> None:
         self._set([*self.items, self._item(cls)])
 
-    def _remove(self, item: CellEntry) -> None:
+    def _remove(self, item: Entry) -> None:
         self._set([other for other in self.items if other is not item])
 
-    def _set(self, items: list[CellEntry]) -> None:
+    def _set(self, items: list[Entry]) -> None:
         self.items = items
         self._list.children = tuple(item.box for item in items)
         self._changed()

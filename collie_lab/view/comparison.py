@@ -131,6 +131,6 @@ def _boxes(comparison: Comparison) -> str:
     for label, history in zip(comparison.labels, comparison.histories, strict=True):
         boxes += [box(f"{label}: {text}", warn=True)
                   for text in trouble_texts(history.troubles, len(history.beats.latest), limit=1)]
-        if not history.alive and history.status not in ("ok", "stopped") and history.detail:
-            boxes.append(box(f"{label}: {history.detail}"))
+        if not history.alive and history.status != "stopped" and history.detail:
+            boxes.append(box(f"{label}: {history.detail}", warn=history.status == "ok"))
     return "".join(boxes)

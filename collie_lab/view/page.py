@@ -114,8 +114,8 @@ def _failures(history: History) -> list[str]:
     titles = [failure_title(failure) for failure in failures]
     repeated = bool(titles) and _without_ranks(history.detail) == _without_ranks(titles[0])
     boxes = []
-    if history.detail and history.status not in ("ok", "stopped") and not repeated:
-        boxes.append(box(history.detail))
+    if history.detail and history.status != "stopped" and not repeated:
+        boxes.append(box(history.detail, warn=history.status == "ok"))  # why it was over before its last step
     if failures:
         lines = short_paths(failures[0].traceback).strip().splitlines()[-8:]
         boxes.append(box(titles[0], code="\n".join(lines)))

@@ -57,7 +57,7 @@ def _opening(history: History) -> str:
 def _ending(history: History) -> list[str]:
     """The last lines: how the run ended and, where it failed, why."""
     lines = [f"  {closing_line(history)}"]
-    if history.status not in ("ok", "stopped") and history.detail:
+    if history.status != "stopped" and history.detail:
         lines.append(f"  {history.detail}")
     for failure in history.failures()[:3]:
         lines += [f"  {line}" for line in failure_title(failure).splitlines()]

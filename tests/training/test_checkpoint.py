@@ -226,6 +226,9 @@ def test_one_write_at_a_time_and_the_newest_are_kept(tmp_path: Path, monkeypatch
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000010", "step-000011"]
     assert read_json(tmp_path / "step-000011" / "state.json") == {
         "step": 11, "world_size": 1, "layout": {"dp": 1}, "identity": {"seed": 3}}
+    for at in (12, 13, 14):
+        save(tmp_path, at, model, optimizer, keep=4)
+    assert [path.name for path in checkpoints_in(tmp_path)] == [f"step-{at:06d}" for at in (11, 12, 13, 14)]
     # A run that was resumed further back keeps what it writes.
     assert save(tmp_path, 5, model, optimizer, keep=1).is_dir()
 

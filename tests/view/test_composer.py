@@ -16,7 +16,7 @@ import pytest
 import collie_lab as lab
 from collie_lab.cells._source import to_source
 from collie_lab.view import composer as module
-from collie_lab.view._entries import Entry
+from collie_lab.view._entries import Entry, FixedEntry
 from collie_lab.view._fields import Facts, facts_of, field_docs, read, write
 from collie_lab.view._forms import CellEntry, CellForm, CellsEntry
 from collie_lab.view.composer import Composer
@@ -160,6 +160,23 @@ def test_functions_and_data_in_memory_stay_as_they_are(compose: Callable[..., Co
     code, held = to_source(composer.experiment)
     assert code in composer.code
     assert eval(composer.code, {"lab": lab, **held}) == composer.experiment
+
+
+def test_callbacks_are_chosen_and_functions_among_them_stay(compose: Callable[..., Composer]) -> None:
+    experiment = lab.Experiment(model="llama-1m", callbacks=[print, lab.EarlyStopping(patience=5), lab.Callback()])
+    composer = compose(experiment)
+    assert composer.experiment == experiment
+    entry = composer.form.entries["callbacks"]
+    assert isinstance(entry, CellsEntry)
+    assert [item.control.value for item in entry.items if isinstance(item, FixedEntry)] == ["print", "Callback"]
+    entry.add["TensorBoard"].click()
+    early = entry.items[1]
+    assert isinstance(early, CellEntry)
+    assert early.form is not None
+    _enter(early.form.entries["patience"], 2)
+    assert composer.experiment.callbacks == (print, lab.EarlyStopping(patience=2), experiment.callbacks[2],
+                                             lab.TensorBoard())
+    assert "nothing is evaluated" in early.form.entries["monitor"].problems
 
 
 def test_problems_stand_at_their_fields(compose: Callable[..., Composer]) -> None:

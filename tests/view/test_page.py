@@ -175,6 +175,12 @@ def test_a_failure_is_told_escaped_and_in_red(folder: RunFolder) -> None:
         assert part in text
 
 
+def test_what_ended_a_run_early_is_told_and_is_no_failure(folder: RunFolder) -> None:
+    end(folder, "ok", detail="early stopping after step 12: perplexity has not improved")
+    text = _page(folder, alive=False)
+    assert '<div class="box warn">early stopping after step 12' in text
+
+
 def test_the_first_failure_is_told_in_full_and_its_consequences_in_a_line(folder: RunFolder) -> None:
     for rank, message in ((1, "no word"), (0, "the peer is gone\n" + "so " * 60)):
         folder.write(f"errors/rank-{rank}.json", {
