@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from collie_lab.cells.evaluation import Evaluation
+from collie_lab.cells.evaluation import Better, Evaluation
 
 __all__ = ["BBH", "GSM8K", "MMLU", "Benchmark", "HumanEval", "LMEval"]
 
@@ -34,6 +34,8 @@ class MMLU(Benchmark):
     all questions, and `mmlu_macro`, the mean over subjects.
     """
 
+    better: ClassVar[Better | None] = {"mmlu": "max", "mmlu_macro": "max"}
+
     subjects: tuple[str, ...] = ()
     """Default: all."""
     shots: int = Field(default=5, ge=0)
@@ -45,6 +47,8 @@ class GSM8K(Benchmark):
     The first `shots` training problems stand before each question. Figures: `gsm8k`, the share of answers whose number
     after `####` is right, and `gsm8k_flexible`, that of the last number in the answer.
     """
+
+    better: ClassVar[Better | None] = {"gsm8k": "max", "gsm8k_flexible": "max"}
 
     shots: int = Field(default=5, ge=0)
     max_new_tokens: int = Field(default=256, ge=1)
@@ -58,6 +62,8 @@ class BBH(Benchmark):
     "the answer is"), or with the answer alone (`"direct"`). Figures: `bbh`, the share of right answers over all
     questions, and `bbh_macro`, the mean over files.
     """
+
+    better: ClassVar[Better | None] = {"bbh": "max", "bbh_macro": "max"}
 
     tasks: tuple[str, ...] = ()
     """Default: all."""

@@ -15,7 +15,7 @@ __all__ = ["Classification", "Evaluation", "ExactMatch", "Generation", "HeldOut"
 
 Metric = Literal["exact_match", "bleu", "rouge"] | Callable[[str, str], float]
 
-_Better = Mapping[str, Literal["min", "max"]]
+Better = Mapping[str, Literal["min", "max"]]
 
 
 class Evaluation(Cell):
@@ -32,7 +32,7 @@ class Evaluation(Cell):
     batch_size: int = Field(default=16, ge=1)
     """Sequences of one forward pass on one rank."""
 
-    better: ClassVar[_Better | None] = None
+    better: ClassVar[Better | None] = None
     """Its figures, and whether less or more of each is better; None: they are known only when it has run."""
 
     @property
@@ -53,8 +53,6 @@ class HeldOut(Evaluation):
     data: Data | None = None
     """Default: the held-out split of the experiment's own data."""
 
-    better: ClassVar[_Better] = {"perplexity": "min", "nll": "min"}
-
 
 class Perplexity(HeldOut):
     """exp of the mean negative log-likelihood per predicted token, weighted by tokens over all ranks.
@@ -62,13 +60,14 @@ class Perplexity(HeldOut):
     With `bits_per_byte` of text, which compares models whatever their tokenizers.
     """
 
+    better: ClassVar[Better | None] = {"perplexity": "min", "nll": "min", "bits_per_byte": "min"}
+
 
 class _Answers(HeldOut):
     """An evaluation of the model's greedy answers to prompts."""
 
     kind: ClassVar[str] = ""
 
-    better: ClassVar[_Better] = {"exact_match": "max", "exact_match_se": "min"}
     limit: int | None = Field(default=200, ge=1)
     max_new_tokens: int = Field(default=32, ge=1)
     stop: tuple[str, ...] = ()
@@ -84,6 +83,8 @@ class _Answers(HeldOut):
 
 class ExactMatch(_Answers):
     """Share of the held-out prompts whose greedy answer is the reference, stripped of outer blanks."""
+
+    better: ClassVar[Better | None] = {"exact_match": "max", "exact_match_se": "min"}
 
     score: Callable[[str, str], float] | None = None
     """`score(answer, reference)` in 0..1 instead of equality."""
@@ -108,6 +109,8 @@ class Classification(_Answers):
     likeliest after the prompt, with its end-of-sequence token (`by="likelihood"`: one forward pass for every label).
     """
 
+    better: ClassVar[Better | None] = {"accuracy": "max", "f1_macro": "max"}
+
     labels: tuple[str, ...] = ()
     """Default: the responses of the documents that are asked."""
     by: Literal["answer", "likelihood"] = "answer"
@@ -121,6 +124,8 @@ class MultipleChoice(Evaluation):
     `answer` (the number of the right choice, from 0, or its text), or what `format` makes of a record: such a triple.
     A choice follows the prompt after a blank.
     """
+
+    better: ClassVar[Better | None] = {"accuracy": "max", "accuracy_norm": "max"}
 
     source: str | list[Record] | Callable[[], Iterable[Record]]
     format: Callable[[Record], tuple[str, list[str], int | str]] | None = None
