@@ -10,7 +10,7 @@
   tokenizers library starts by itself, once without them (`TOKENIZERS_PARALLELISM=false`) on the other side. The ids of
   both must be equal. Arms take turns; a repeat's ratio is between neighbours in time.
 - **loader**: CPU milliseconds to order and collate a step's batch, beside those of the step itself.
-- **memory**: the most anonymous memory that a new process adds as it tokenizes a corpus, and one eight times as large.
+- **memory**: the most anonymous memory that a new process adds as it tokenizes a corpus, and one four times as large.
 - **groups of like length**: padding of padded rows, and how long ranks wait for the slowest of them.
 """
 
@@ -181,7 +181,7 @@ print(peaks[0] - before)
 """
 
 
-def memory(megabytes: tuple[int, ...] = (8, 64)) -> list[Result]:
+def memory(megabytes: tuple[int, ...] = (32, 128)) -> list[Result]:
     """Bytes of anonymous memory that tokenizing a JSONL corpus adds at most, by the size of the corpus."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:

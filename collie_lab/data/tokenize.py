@@ -18,7 +18,7 @@ __all__ = ["Encoded", "Tally", "encode", "last_start", "tokenize", "tokenize_int
 
 #: A block ends after so many documents or characters: enough for all cores, little beside the memory of a machine.
 _DOCUMENTS: Final = 1000
-_CHARACTERS: Final = 2_000_000
+_CHARACTERS: Final = 500_000
 
 
 @dataclass
