@@ -1,9 +1,9 @@
 """Programs that a model has written, each in a process that can do nothing but compute.
 
-A process of its own with an empty environment, in a session of its own, that no seccomp filter lets write, connect,
-start another process or send a signal (`collie_lab._jail` says exactly what it may), with limits on memory and time. It
-can read what the user can read. What it says of itself is believed only where it ran to its end; that is enough against
-mistakes of a model, not against a program that is written to cheat its judge.
+A process of its own with an empty environment, in a session of its own, whose seccomp filter does not let it change a
+file, connect, start another process or send a signal (`collie_lab._jail` says exactly what it may), with limits on
+memory, time and output. It can read what the user can read. What it says of itself is believed only where it ran to
+its end; that is enough against mistakes of a model, not against a program that is written to cheat its judge.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,16 +36,18 @@ def run(program: str, *, seconds: float = 3.0, memory: int = 2**30) -> str:
     token = secrets.token_hex(16)
     order = json.dumps({"program": program, "token": token, "memory": memory, "seconds": seconds})
     # -I: nothing of the user's environment; -S: the standard library alone.
-    process = subprocess.Popen([sys.executable, "-I", "-S", str(_JAIL)], env={}, cwd="/", start_new_session=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               encoding="utf-8", errors="replace")
-    try:
-        said, _ = process.communicate(order, timeout=seconds + 1.0)
-    except subprocess.TimeoutExpired:
-        return "timeout"
-    finally:
-        process.kill()
-        process.communicate()
+    with tempfile.TemporaryFile() as output:  # a pipe would have no limit
+        process = subprocess.Popen([sys.executable, "-I", "-S", str(_JAIL)], env={}, cwd="/", start_new_session=True,
+                                   stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL)
+        try:
+            process.communicate(order.encode(), timeout=seconds + 1.0)
+        except subprocess.TimeoutExpired:
+            return "timeout"
+        finally:
+            process.kill()
+            process.communicate()
+        output.seek(0)
+        said = output.read().decode(errors="replace")
     word, _, outcome = said.rstrip("\n").rpartition("\n")[2].partition(" ")
     if not secrets.compare_digest(word, token):
         return "died"

@@ -30,6 +30,7 @@ if reason := sandbox.unavailable():
     ("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "failed: "),
     ("import sys; sys.exit(0)", "failed: SystemExit"),
     ("import os; os._exit(0)", "died"),
+    ("import os\nwhile True: os.write(1, b'x' * 10**6)", "died"),
     ("input()", "failed: EOFError"),
     ("import os; assert set(os.environ) <= {'LC_CTYPE'}", "passed"),
     ("import ctypes; assert ctypes.CDLL(None).socket(2, 1, 0) >= 0", "failed: AssertionError"),  # not through Python

@@ -18,6 +18,7 @@ from collie_lab.cells import BBH, GSM8K, MMLU, Benchmark, Evaluation, Experiment
 from collie_lab.data import context_length, model_config, save_tokenizer
 from collie_lab.data._files import Place, read_csv, read_json, read_json_lines
 from collie_lab.data.benchmarks import read_questions
+from collie_lab.data.lm_eval_tasks import load_tasks
 from collie_lab.data.questions import Room, tokenize_questions
 from collie_lab.parallel import Strategy
 from collie_lab.training.evaluate import evaluate
@@ -95,13 +96,13 @@ def _ours(model: Path, cell: Evaluation, folder: Path) -> tuple[list[Sample], in
 def _theirs(model: Path, config: dict[str, Any], folder: Path, batch_size: int) -> list[dict[str, Any]]:
     """lm-eval's samples, by its own class for models of transformers."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    import lm_eval
+    from lm_eval.evaluator import evaluate as evaluate_tasks
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    results = lm_eval.simple_evaluate(
-        HFLM(str(model), dtype="float32", device="cpu", batch_size=batch_size), tasks=[config], bootstrap_iters=0,
-        task_manager=TaskManager(include_defaults=False), log_samples=True)
+    causal_lm = HFLM(str(model), dtype="float32", device="cpu", batch_size=batch_size)
+    tasks = load_tasks([config], TaskManager(include_defaults=False))
+    results = evaluate_tasks(causal_lm, tasks, bootstrap_iters=0, log_samples=True)
     samples: list[dict[str, Any]] = results["samples"][config["task"]]
     return sorted(samples, key=lambda sample: int(sample["doc_id"]))
 

@@ -8,17 +8,17 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-import lm_eval
 import numpy as np
 import torch.distributed as dist
 from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from collie_lab.cells import LMEval
 from collie_lab.data import Tokenizer
-from collie_lab.data.lm_eval_tasks import task_manager
+from collie_lab.data.lm_eval_tasks import load_tasks, task_manager
 from collie_lab.data.questions import Pieces, Question, Room, arrange, continuation
 from collie_lab.parallel import Strategy
 from collie_lab.training.generate import Draw, generate
@@ -35,14 +35,10 @@ _CONTEXT: Final = 2048
 
 def run_tasks(cell: LMEval, model: PreTrainedModel, tokenizer: Tokenizer, strategy: Strategy, *, flat: bool,
               tick: Callable[[], None]) -> tuple[list[Sample], dict[str, float]]:
-    """All samples and figures of the tasks, on rank 0; all ranks call it together."""
+    """All samples and figures of the tasks; all ranks call it together, and get the same."""
     asked = _Model(cell, model, tokenizer, strategy, flat, tick)
-    # Seeds are None: lm-eval would reset those of the training. Of examples it draws with its own default.
-    results = lm_eval.simple_evaluate(
-        asked, tasks=list(cell.tasks), task_manager=task_manager(cell), num_fewshot=cell.shots, limit=cell.limit,
-        bootstrap_iters=0, log_samples=True, random_seed=None, numpy_random_seed=None, torch_random_seed=None)
-    if results is None:  # every rank but the first of a machine
-        return [], {}
+    tasks = load_tasks(cell.tasks, task_manager(cell), cell.shots)
+    results = evaluate(asked, tasks, limit=cell.limit, bootstrap_iters=0, log_samples=True)
     samples = [{"index": index, "task": task, **sample} for index, (task, sample) in enumerate(
         (task, sample) for task, found in results["samples"].items() for sample in found)]
     return json.loads(json.dumps(samples, default=str)), _figures(results)

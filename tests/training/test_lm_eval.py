@@ -11,6 +11,7 @@ import yaml
 
 import collie_lab as lab
 from collie_lab.cells import BBH, GSM8K, MMLU, CellError, Evaluation, MultipleChoice
+from collie_lab.data.lm_eval_tasks import check_tasks, load_tasks
 from tests.ranks import run_here
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `eval`)")
@@ -109,7 +110,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_tasks_of_lm_eval_run_on_the_model_in_training(tasks: Path, shared: Path, tmp_path: Path) -> None:
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -121,7 +122,7 @@ def test_tasks_of_lm_eval_run_on_the_model_in_training(tasks: Path, shared: Path
     run = run_here(experiment, tmp_path / "run")
     exported = HFLM(str(run.path / "model"), dtype="float32", device="cpu", batch_size=2)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    theirs = simple_evaluate(exported, tasks=list(names), task_manager=manager, bootstrap_iters=2)["results"]
+    theirs = evaluate(exported, load_tasks(names, manager), bootstrap_iters=2)["results"]
     ours = run.read("result.json")
     assert ours["lm_own_choices_acc"] == theirs["own_choices"]["acc,none"]
     assert ours["lm_own_choices_acc_se"] == pytest.approx(theirs["own_choices"]["acc_stderr,none"])
@@ -129,12 +130,10 @@ def test_tasks_of_lm_eval_run_on_the_model_in_training(tasks: Path, shared: Path
     assert ours["lm_own_whole_byte_perplexity"] == pytest.approx(theirs["own_whole"]["byte_perplexity,none"], rel=1e-5)
     answers = lab.Run(run).answers("lm_lm_eval")
     assert len(answers) == 15
-    assert list(answers["task"].unique()) == list(names)
+    assert list(answers["task"].unique()) == sorted(names)
 
 
 def test_broken_tasks_are_found_before_the_start(tasks: Path) -> None:
-    from collie_lab.data.lm_eval_tasks import check_tasks
-
     (tasks.parent / "data.jsonl").unlink()
     with pytest.raises(CellError, match=r"LMEval.tasks: own_choices does not load"):
         check_tasks(lab.LMEval("own_choices", include_path=str(tasks)))
