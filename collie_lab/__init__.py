@@ -40,7 +40,10 @@ from collie_lab.cells import (
     Optimizer,
     Parallel,
     Perplexity,
+    Prefix,
     Problem,
+    Prompt,
+    PTuning,
     RandomTokens,
     ScheduleFree,
     Skills,
@@ -65,9 +68,10 @@ _LAZY = {
 __all__ = [
     "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell", "CellError", "Data",
     "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore", "IA3", "Instructions", "Lion", "LoRA", "Lomo",
-    "Model", "Muon", "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens",
-    "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Text",
-    "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "optim", "pull", "runs", "watch",
+    "Model", "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Pool", "Prefix", "Problem",
+    "Prompt", "RandomTokens", "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills",
+    "Sophia", "Text", "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "optim",
+    "pull", "runs", "watch",
 ]
 
 

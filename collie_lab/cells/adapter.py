@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 from pydantic import Field, field_validator
 
 from collie_lab.cells._base import Cell
 
-__all__ = ["IA3", "OFT", "Adapter", "Freeze", "LoRA"]
+__all__ = ["IA3", "OFT", "Adapter", "Freeze", "LoRA", "PTuning", "Prefix", "Prompt", "VirtualTokens"]
 
 _Names = tuple[str, ...]
 
@@ -16,10 +18,7 @@ class Adapter(Cell):
 
 
 class LoRA(Adapter):
-    """Low-rank adaptation (Hu et al., arXiv 2106.09685): W + (alpha/r)·B·A with W frozen.
-
-    LoRA+ (Hayou et al., arXiv 2402.12354) gives B a larger learning rate: `AdamW(lr_scale={"*lora_B*": 16})`.
-    """
+    """Low-rank adaptation (Hu et al., arXiv 2106.09685): W + (alpha/r)·B·A with W frozen."""
 
     r: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0.0)
@@ -30,6 +29,13 @@ class LoRA(Adapter):
     """alpha/√r in the place of alpha/r, so that larger ranks learn more (Kalajdzievski, arXiv 2312.03732)."""
     dora: bool = False
     """The lengths of W's rows are trained apart from their directions (Liu et al., arXiv 2402.09353). Slower."""
+    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
+    """First values. `default`: A by Kaiming, B zero. `gaussian`: A normal, B zero. `pissa`: the r largest singular
+    values of W and their vectors (Meng et al., arXiv 2404.02948); `olora`: the first r columns of its QR decomposition
+    (Büyükakyüz, arXiv 2406.01775). These two take B·A out of W at the start; the exported adapter has twice the rank,
+    and is one for the model as it was."""
+    plus: float = Field(default=1.0, gt=0.0)
+    """LoRA+ (Hayou et al., arXiv 2402.12354): B learns so many times as fast as A. The paper advises 16."""
 
 
 class IA3(Adapter):
@@ -71,3 +77,51 @@ class Freeze(Adapter):
 
     def __init__(self, train: _Names | str, **fields: object) -> None:
         super().__init__(**{"train": train, **fields})
+
+
+class VirtualTokens(Adapter):
+    """What the adapters share that put trained tokens before every document; the model itself is as it was.
+
+    The data's documents get shorter where the context has no room for both.
+    """
+
+    kind: ClassVar[str] = ""
+    cached: ClassVar[bool] = False
+    """The tokens are keys and values of attention alone: they have no place among a document's own."""
+
+    tokens: int = Field(default=20, ge=1)
+    """Virtual tokens before every document."""
+
+
+class Prompt(VirtualTokens):
+    """Prompt tuning (Lester et al., arXiv 2104.08691): the embeddings of the virtual tokens are trained.
+
+    It wants a learning rate a hundred times LoRA's.
+    """
+
+    init: Literal["vocabulary", "random"] = "vocabulary"
+    """First values: embeddings of tokens drawn from the vocabulary (the paper, section 3.2), or normal numbers."""
+    text: str | None = Field(default=None, min_length=1)
+    """First values from the tokens of a text, repeated or cut to `tokens`; goes before `init`."""
+
+
+class PTuning(VirtualTokens):
+    """P-tuning (Liu et al., arXiv 2103.10385): as `Prompt`, the embeddings made by a trained network of three layers.
+
+    The network serves the training alone: what is exported are the embeddings.
+    """
+
+    hidden: int | None = Field(default=None, ge=1)
+    """Width of the network. Default: that of the model."""
+
+
+class Prefix(VirtualTokens):
+    """Prefix tuning (Li & Liang, arXiv 2101.00190): keys and values of the virtual tokens are trained, in every layer.
+
+    With `projection` a network makes them, which serves the training alone.
+    """
+
+    cached: ClassVar[bool] = True
+    projection: bool = False
+    hidden: int | None = Field(default=None, ge=1)
+    """Width of the network. Default: that of the model."""

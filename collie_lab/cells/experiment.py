@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import Field, field_validator
 
 from collie_lab.cells._base import Cell, CellError, Problem
-from collie_lab.cells.adapter import Adapter
+from collie_lab.cells.adapter import Adapter, LoRA, VirtualTokens
 from collie_lab.cells.data import Data, Skills
 from collie_lab.cells.evaluation import Evaluation
 from collie_lab.cells.model import Model
@@ -43,6 +43,18 @@ class Experiment(Cell):
     """Each is called with the trainer after every optimizer step, on every rank."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The first part of the run folder's name."""
+
+    @property
+    def virtual(self) -> VirtualTokens | None:
+        """The adapter, where it puts tokens before every document."""
+        return self.adapter if isinstance(self.adapter, VirtualTokens) else None
+
+    @property
+    def scaled_optimizer(self) -> Optimizer:
+        """The optimizer with the factor that LoRA+ wants; those that it names itself count first."""
+        if not isinstance(self.adapter, LoRA) or self.adapter.plus == 1.0:
+            return self.optimizer
+        return self.optimizer.replace(lr_scale={**self.optimizer.lr_scale, "*lora_B*": self.adapter.plus})
 
     @field_validator("model", mode="before")
     @classmethod

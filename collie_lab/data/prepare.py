@@ -16,7 +16,8 @@ from collie_lab.data.records import Document, Split, Style, load_records, questi
 from collie_lab.data.tokenizer import Tokenizer, save_tokenizer
 from collie_lab.folder import RunFolder
 
-__all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "question_tokens", "sequence_length", "tokenize"]
+__all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "question_tokens", "room_for_documents",
+           "sequence_length", "tokenize"]
 
 #: Tokens of a sequence where neither the data cell nor the model's context says less.
 DEFAULT_MAX_LENGTH = 2048
@@ -49,7 +50,7 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
     config = model_config(experiment.model)
     tokenizer = save_tokenizer(experiment.model, folder.path / "tokenizer")
     vocabulary = int({**config, **config.get("text_config", {})}.get("vocab_size", tokenizer.vocab_size))
-    maker = _Maker(tokenizer, vocabulary, context_length(config))
+    maker = _Maker(tokenizer, vocabulary, room_for_documents(experiment, context_length(config)))
 
     data = _read_once(experiment.data)
     train, style = maker.documents(data, "train")
@@ -72,6 +73,12 @@ def _read_once(cell: Data) -> Data:
     if isinstance(cell, (Instructions, Text)) and callable(cell.source):
         return cell.replace(source=load_records(cell, cell.source))
     return cell
+
+
+def room_for_documents(experiment: Experiment, context: int | None) -> int | None:
+    """Tokens of a model's context that an adapter's virtual ones leave to the documents."""
+    taken = experiment.virtual.tokens if experiment.virtual is not None else 0
+    return None if context is None else context - taken
 
 
 def sequence_length(data: Data, context: int | None) -> int:

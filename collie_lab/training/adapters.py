@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from collie_lab.cells import IA3, OFT, Adapter, Freeze, LoRA
-from collie_lab.training.weights import copy_into
+from collie_lab.cells import IA3, OFT, Adapter, Freeze, LoRA, Prefix, Prompt, PTuning
 
-__all__ = ["adapt", "set_magnitudes"]
+__all__ = ["adapt"]
 
 
 def adapt(model: PreTrainedModel, cell: Adapter) -> nn.Module:
@@ -36,19 +35,6 @@ def adapt(model: PreTrainedModel, cell: Adapter) -> nn.Module:
     return adapted
 
 
-def set_magnitudes(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> None:
-    """DoRA's magnitudes, from weights that are there by now: the norms of their rows (eq. 5). On all ranks together.
-
-    `whole` gathers a sharded weight.
-    """
-    for module in model.modules():
-        for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
-            weight = whole(module.get_base_layer().weight).float()  # type: ignore[operator]
-            norms = torch.linalg.norm(weight.T if module.fan_in_fan_out else weight, dim=1)
-            with torch.no_grad():
-                copy_into(norms, magnitude.weight)
-
-
 def _peft_config(cell: Adapter) -> Any:
     import peft
 
@@ -56,7 +42,8 @@ def _peft_config(cell: Adapter) -> Any:
     match cell:
         case LoRA():
             return peft.LoraConfig(r=cell.r, lora_alpha=cell.alpha, lora_dropout=cell.dropout, use_rslora=cell.rslora,
-                                   use_dora=cell.dora, target_modules=_targets(cell), **task)
+                                   use_dora=cell.dora, target_modules=_targets(cell),
+                                   init_lora_weights="gaussian" if cell.init == "gaussian" else True, **task)
         case IA3(targets=None):
             return peft.IA3Config(**task)
         case IA3():
@@ -65,6 +52,13 @@ def _peft_config(cell: Adapter) -> Any:
         case OFT():
             return peft.OFTConfig(oft_block_size=cell.block_size, module_dropout=cell.dropout,
                                   target_modules=_targets(cell), **task)
+        case Prompt():
+            return peft.PromptTuningConfig(num_virtual_tokens=cell.tokens, **task)
+        case PTuning():
+            return peft.PromptEncoderConfig(num_virtual_tokens=cell.tokens, encoder_hidden_size=cell.hidden, **task)
+        case Prefix():
+            return peft.PrefixTuningConfig(num_virtual_tokens=cell.tokens, prefix_projection=cell.projection,
+                                           encoder_hidden_size=cell.hidden, **task)
     raise TypeError(f"no adapter for the cell {type(cell).__name__}")
 
 

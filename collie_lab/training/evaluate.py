@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from collie_lab.cells import Evaluation, ExactMatch, Perplexity
+from collie_lab.cells import Evaluation, ExactMatch, Perplexity, VirtualTokens
 from collie_lab.data import Documents, Tokenizer
 from collie_lab.parallel import Strategy
 from collie_lab.training.batch import collate
@@ -20,15 +20,19 @@ __all__ = ["evaluate", "exact_match", "perplexity"]
 
 
 def evaluate(cell: Evaluation, model: PreTrainedModel, documents: Documents, tokenizer: Tokenizer,
-             strategy: Strategy, *, flat: bool, tick: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """The figures of one evaluation cell, by name; the same on every rank. `tick` is called before every batch."""
+             strategy: Strategy, *, flat: bool, virtual: VirtualTokens | None = None,
+             tick: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """The figures of one evaluation cell, by name; the same on every rank. `tick` is called before every batch.
+
+    `flat` and `virtual` are those of `collate`.
+    """
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), strategy.compute():
             match cell:
                 case Perplexity():
-                    figures = perplexity(cell, model, documents, strategy, flat=flat, tick=tick)
+                    figures = perplexity(cell, model, documents, strategy, flat=flat, virtual=virtual, tick=tick)
                 case ExactMatch():
                     with strategy.whole(model):
                         figures = exact_match(cell, model, documents, tokenizer, strategy, tick=tick)
@@ -40,7 +44,7 @@ def evaluate(cell: Evaluation, model: PreTrainedModel, documents: Documents, tok
 
 
 def perplexity(cell: Perplexity, model: PreTrainedModel, documents: Documents, strategy: Strategy, *,
-               flat: bool, tick: Callable[[], None]) -> dict[str, float]:
+               flat: bool, virtual: VirtualTokens | None, tick: Callable[[], None]) -> dict[str, float]:
     """exp of the mean negative log-likelihood (`nll`, nats) per predicted token."""
     sums = torch.zeros(2, dtype=torch.float64, device=strategy.device)
     batches = _shares(documents.lengths, cell, strategy)
@@ -49,7 +53,8 @@ def perplexity(cell: Perplexity, model: PreTrainedModel, documents: Documents, s
         # A sharded model is gathered by all ranks together: who has no batch left repeats a document unheard.
         counts = step < len(batches)
         indices = batches[step] if counts else np.zeros(1, dtype=np.int64)
-        batch = collate(documents, indices, strategy.device, flat=flat, multiple=strategy.multiple)
+        batch = collate(documents, indices, strategy.device, flat=flat, multiple=strategy.multiple,
+                        virtual=virtual)
         loss = model(**batch.inputs, objective="likelihood")
         if counts:
             sums[0] += loss

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -14,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from collie_lab.data import Tokenizer
 from collie_lab.training.packed import ATTENTION
+from collie_lab.training.virtual import virtual_cache
 
 __all__ = ["generate"]
 
@@ -31,6 +34,12 @@ def generate(model: PreTrainedModel, prompts: Sequence[NDArray[np.int32]], token
     for row, prompt in enumerate(prompts):  # padded on the left: new tokens follow the prompt's last
         ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
         mask[row, width - len(prompt) :] = 1
+    past: dict[str, Any] = {}
+    with _own_settings(model):
+        if cache := virtual_cache(model, len(prompts)):  # to the model, tokens that it has seen already
+            past["past_key_values"], before = cache
+            ids, mask, width = F.pad(ids, (before, 0)), F.pad(mask, (before, 0), value=1), width + before
+            model = model.get_base_model()
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or width + max_new_tokens
     room = max(1, min(max_new_tokens, context - width))
     draws = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
@@ -39,7 +48,7 @@ def generate(model: PreTrainedModel, prompts: Sequence[NDArray[np.int32]], token
     with _own_settings(model):
         # Not in step with ranks that have other prompts: a sharded model is whole here (`Strategy.whole`).
         output: Tensor = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device),
-                                        generation_config=config, synced_gpus=False, streamer=streamer)
+                                        generation_config=config, synced_gpus=False, streamer=streamer, **past)
     answers = []
     for row in output[:, width:].tolist():
         end = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)

@@ -9,13 +9,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from collie_lab.cells import Experiment, Parallel
+from collie_lab.cells import Experiment, Parallel, VirtualTokens
+from collie_lab.data import Tokenizer
 from collie_lab.parallel import Strategy
-from collie_lab.training.adapters import adapt, set_magnitudes
+from collie_lab.training.adapters import adapt
+from collie_lab.training.first_values import set_first_values
 from collie_lab.training.flops import StepFlops
 from collie_lab.training.loss import attach_loss, attach_whole_loss
 from collie_lab.training.packed import ATTENTION
 from collie_lab.training.probe import find_path
+from collie_lab.training.virtual import attach_virtual_tokens
 from collie_lab.training.weights import blueprint, fill
 
 __all__ = ["BuiltModel", "build_model"]
@@ -32,10 +35,12 @@ class BuiltModel(NamedTuple):
     trainable: int
 
 
-def build_model(experiment: Experiment, device: torch.device, strategy: Strategy | None = None) -> BuiltModel:
+def build_model(experiment: Experiment, device: torch.device, strategy: Strategy | None = None,
+                tokenizer: Tokenizer | None = None) -> BuiltModel:
     """The model of an experiment in the layout of `strategy` (default: one process), ready to train.
 
-    `Training.weights` says how its weights are kept; `precision` decides the type of the computation, not theirs.
+    `Training.weights` says how its weights are kept; `precision` decides the type of the computation, not theirs. The
+    tokenizer is for a prompt that begins as a text.
     """
     training = experiment.training
     strategy = strategy or Strategy(Parallel(), device, training.precision)
@@ -57,6 +62,8 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
     if training.recompute == "full":
         _recompute_blocks(model)
     root = model if experiment.adapter is None else adapt(model, experiment.adapter)
+    if isinstance(experiment.adapter, VirtualTokens):
+        attach_virtual_tokens(root, experiment.adapter, flat=path.flat, recompute=training.recompute == "full")
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in root.parameters()]
     flops = StepFlops.of_model(model)
     strategy.lay_out(model, root)
@@ -64,7 +71,7 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
         raise ValueError("Parallel.pp: one stage of the pipeline has nothing to train with this adapter; take less pp, "
                          "or let it train something in every layer")
     fill(root, experiment.model, training.seed, device, torch.bfloat16 if training.weights == "bf16" else torch.float32)
-    set_magnitudes(root, strategy.gather)
+    set_first_values(root, experiment.adapter, strategy.gather, tokenizer, training.seed)
     return BuiltModel(model, root, flops, sum(size for size, _ in sizes), sum(size for size, on in sizes if on))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from collie_lab import optim
 from collie_lab.beat import Beat
 from collie_lab.cells import Adan, Evaluation, Experiment, LibraryOptimizer, RuleCell, ScheduleFree, Sophia
-from collie_lab.data import Documents, Order, Tokenizer, sequence_length
+from collie_lab.data import Documents, Order, Tokenizer, room_for_documents, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.folder import JsonLines, RunFolder, read_json
 from collie_lab.parallel import build_strategy
@@ -120,9 +120,11 @@ class Trainer:
 
         With `draw`, a seed, the loss is that of labels which the model draws itself.
         """
-        scale = self.experiment.parallel.dp / plan.targets  # of a sum; gradients are averaged over the ranks
+        experiment = self.experiment
+        scale = experiment.parallel.dp / plan.targets  # of a sum; gradients are averaged over the ranks
         batches = [collate(self._documents, documents, self.device, flat=self._flat, draw=draw,
-                           multiple=self._strategy.multiple) for documents in plan.micro_batches]
+                           multiple=self._strategy.multiple, virtual=experiment.virtual)
+                   for documents in plan.micro_batches]
         if self._strategy.pipeline is not None:
             self._beat.say("step", shape=batches[0].shape)
             loss_sum = self._strategy.pipeline.train(self.model, level([batch.inputs for batch in batches]), scale,
@@ -208,11 +210,12 @@ class Trainer:
         self._memory = build_memory(self.device)
         if isinstance(self._memory, NoMemory):
             self.event("warning", text=self._memory.reason)
+        self._tokenizer = Tokenizer(self.folder.path / "tokenizer")
         self.event("phase", text="loading the model")
         self._strategy = build_strategy(experiment.parallel, self.device, training.precision)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ModelWarning)
-            built = build_model(experiment, self.device, self._strategy)
+            built = build_model(experiment, self.device, self._strategy, self._tokenizer)
         for warning in caught:
             if issubclass(warning.category, ModelWarning):
                 self.event("warning", text=str(warning.message))
@@ -223,9 +226,9 @@ class Trainer:
         self.model = self._strategy.wrap(adapted, experiment.optimizer.in_backward)
         self._adapted: Any = adapted
         # By the names of the model itself: wrappers lengthen them.
-        self.optimizer = optim.build(experiment.optimizer, adapted) if isinstance(
-            experiment.optimizer, LibraryOptimizer) else optim.build(
-            self._strategy.held(experiment.optimizer), adapted, max_value=training.clip_grad_value, seed=training.seed,
+        cell = experiment.scaled_optimizer
+        self.optimizer = optim.build(cell, adapted) if isinstance(cell, LibraryOptimizer) else optim.build(
+            self._strategy.held(cell), adapted, max_value=training.clip_grad_value, seed=training.seed,
             **self._strategy.optimizer_options(training.clip_grad_norm))
         self.model = self._strategy.prepare(self.model, self.optimizer)
         for group in self.optimizer.param_groups:
@@ -235,7 +238,6 @@ class Trainer:
         torch.manual_seed(seed)
         self._meters = Meters(self.folder if self.rank == 0 else None, self.device,
                               experiment.parallel.world_size, peak_flops(self.device))
-        self._tokenizer = Tokenizer(self.folder.path / "tokenizer")
         self._build_data()
         self._answers = Answers(self.folder, self.rank, self._tokenizer, self.folder.read("data/index.json")["style"],
                                 training.seed)
@@ -257,13 +259,12 @@ class Trainer:
         self._held_out = [Documents.load(folder / name) for name in index["evaluations"]]
         for text in index["warnings"]:
             self.event("warning", text=text)
-        context = getattr(self._causal_lm.config.get_text_config(),
-                          "max_position_embeddings", None)
+        context = getattr(self._causal_lm.config.get_text_config(), "max_position_embeddings", None)
         self._order = Order(
             self._documents, batch_size=training.batch_size, seed=training.seed, shuffle=data.shuffle,
             micro_batch_size=parallel.micro_batch_size(training.batch_size, training.micro_batch_size),
             dp_rank=self._strategy.place.dp, dp_size=parallel.dp,
-            packing=sequence_length(data, context) if data.packing else None,
+            packing=sequence_length(data, room_for_documents(self.experiment, context)) if data.packing else None,
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -318,7 +319,7 @@ class Trainer:
             if due(cell):
                 with self._averaged():
                     figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy,
-                                       flat=self._flat, tick=self._tick)
+                                       flat=self._flat, virtual=self.experiment.virtual, tick=self._tick)
                 self.event("evaluation", step=self.step, **figures)
                 found |= figures
         return found

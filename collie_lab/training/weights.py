@@ -59,11 +59,11 @@ def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: 
             leaves out, or that are none of the family's.
     """
     whole = blueprint(cell)
-    owners = _canonical_names(whole)
+    owners, wrapper = _canonical_names(whole), _wrapper(model)
     wanted: dict[str, list[str]] = {}  # the name in the whole model -> the names in this one
     for name, parameter in model.named_parameters(remove_duplicate=True):
         if parameter.device.type == "meta":
-            plain = _plain_name(name)
+            plain = _plain_name(name, wrapper)
             if plain not in owners:
                 raise ValueError(f"{name} has no values, and is no weight of {type(whole).__name__}")
             wanted.setdefault(owners[plain], []).append(name)
@@ -73,7 +73,7 @@ def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: 
     if not drawn and last_model.recall(model, cell, seed, mine):
         return
     ordered = {owner: wanted[owner] for owner in dict.fromkeys(owners.values()) if owner in wanted}  # unit by unit
-    buffers = {_plain_name(name): buffer for name, buffer in model.named_buffers()}
+    buffers = {_plain_name(name, wrapper): buffer for name, buffer in model.named_buffers()}
     with torch.no_grad(), _source(cell, seed, device, whole, owners, ordered, buffers, dtype) as source:
         for owner, names in ordered.items():
             for name in names:
@@ -111,9 +111,17 @@ def _canonical_names(whole: PreTrainedModel) -> dict[str, str]:
             for name, parameter in whole.named_parameters(remove_duplicate=False)}
 
 
-def _plain_name(name: str) -> str:
+def _wrapper(model: nn.Module) -> str:
+    """What peft's wrapper, if there is one, puts before the names of the model in it."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None:
+        return ""
+    return "base_model." if config.is_prompt_learning else "base_model.model."
+
+
+def _plain_name(name: str, wrapper: str) -> str:
     """The name without what peft adds to it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return name.removeprefix(wrapper).replace(".base_layer.", ".")
 
 
 def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
