@@ -40,8 +40,13 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "lora": ({"optimizer": lab.AdamW(), "adapter": lab.LoRA()}, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
     "rslora": ({"optimizer": lab.AdamW(), "adapter": lab.LoRA(rslora=True)}, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "dora": ({"optimizer": lab.AdamW(), "adapter": lab.LoRA(dora=True)}, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+    "pissa": ({"optimizer": lab.AdamW(), "adapter": lab.LoRA(init="pissa")}, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "lora+": ({"optimizer": lab.AdamW(), "adapter": lab.LoRA(plus=16)}, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "ia3": ({"optimizer": lab.AdamW(), "adapter": lab.IA3()}, (1e-2, 3e-2, 1e-1, 3e-1, 1.0)),
     "oft": ({"optimizer": lab.AdamW(), "adapter": lab.OFT()}, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "prompt": ({"optimizer": lab.AdamW(), "adapter": lab.Prompt()}, (1e-2, 3e-2, 1e-1, 3e-1, 1.0)),
+    "p-tuning": ({"optimizer": lab.AdamW(), "adapter": lab.PTuning()}, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "prefix": ({"optimizer": lab.AdamW(), "adapter": lab.Prefix()}, (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)),
     "last layer": ({"optimizer": lab.AdamW(), "adapter": lab.Freeze(("*.layers.4.*", "*.norm.*"))},
                    (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
 }
