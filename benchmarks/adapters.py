@@ -69,15 +69,17 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print("\n| method | trained | share (%) | peak MB | learning rate | perplexity | exact match (%) | validation "
           "perplexity, by rate |\n|---|---|---|---|---|---|---|---|")
     for method in options.methods:
-        mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["lr"])
+        mine = sorted((row for row in rows if row["method"] == method and row["lr"] in rates_of(method, options)
+                       and row["steps"] == options.steps), key=lambda row: row["lr"])
         if not mine:
             continue
         best = min(mine, key=lambda row: row["val_perplexity"] or math.inf)
         edge = " (end of the grid)" if len(mine) > 1 and best in (mine[0], mine[-1]) else ""
         trials = " ".join(f"{row['val_perplexity'] or math.inf:.2f}" for row in mine)
         trained = 0 if method == "untouched" else best["trainable"]
-        print(f"| {method} | {trained:,} | {100 * trained / best['parameters']:.2f} | {best['peak_bytes'] / 1e6:.1f} | "
-              f"{best['lr']:g}{edge} | {best['test_perplexity']:.3f} | {100 * best['test_exact_match']:.1f} | {trials} |")
+        share = 100 * trained / best["parameters"]
+        print(f"| {method} | {trained:,} | {share:.2f} | {best['peak_bytes'] / 1e6:.1f} | {best['lr']:g}{edge} | "
+              f"{best['test_perplexity']:.3f} | {100 * best['test_exact_match']:.1f} | {trials} |")
 
 
 def main() -> None:

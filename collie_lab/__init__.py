@@ -17,6 +17,7 @@ from collie_lab.cells import (
     SKILLS,
     Adafactor,
     AdaLomo,
+    AdaLoRA,
     AdamW,
     AdamW8bit,
     Adan,
@@ -57,20 +58,21 @@ if TYPE_CHECKING:
     from collie_lab.diagnosis import doctor
     from collie_lab.launch import Pool, RankError, Run, attach, pull, runs
     from collie_lab.study import Results
+    from collie_lab.training.merge import merge
     from collie_lab.view import compare, compose, figure, watch
 
 _LAZY = {
     "Pool": "launch", "RankError": "launch", "Run": "launch", "attach": "launch", "pull": "launch", "runs": "launch",
     "Results": "study", "compare": "view", "compose": "view", "doctor": "diagnosis", "figure": "view",
-    "watch": "view",
+    "merge": "training.merge", "watch": "view",
 }
 
 __all__ = [
-    "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell", "CellError", "Data",
+    "AdaLoRA", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell", "CellError", "Data",
     "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore", "IA3", "Instructions", "Lion", "LoRA", "Lomo",
     "Model", "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Pool", "Prefix", "Problem",
     "Prompt", "RandomTokens", "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills",
-    "Sophia", "Text", "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "optim",
+    "Sophia", "Text", "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "merge", "optim",
     "pull", "runs", "watch",
 ]
 

@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from collie_lab.cells import IA3, Experiment, Freeze, LoRA, Prefix, Problem, Prompt, VirtualTokens
+from collie_lab.cells import (
+    IA3,
+    OFT,
+    AdaLoRA,
+    AddedAdapter,
+    Experiment,
+    LibraryOptimizer,
+    LoRA,
+    Prefix,
+    Problem,
+    Prompt,
+    PTuning,
+    VirtualTokens,
+)
+from collie_lab.folder import read_json
 
 __all__ = ["adapter_problems"]
 
@@ -12,23 +28,88 @@ _HEADS = ("lm_head", "embed_out", "output_layer")
 
 
 def adapter_problems(experiment: Experiment) -> Iterator[Problem]:
-    """Errors of the adapter, each with its remedy."""
+    """Errors and warnings of the adapter, each with its remedy."""
     cell, name = experiment.adapter, type(experiment.adapter).__name__
-    if cell is None or isinstance(cell, Freeze):
+    if not isinstance(cell, AddedAdapter):
         return
     targets: tuple[str, ...] = getattr(cell, "targets", None) or ()
     if heads := [target for target in targets if target in _HEADS]:
         yield Problem(name, "targets", f"{heads[0]} is the output head, which the loss uses without an adapter",
                       "leave it out")
-    if isinstance(cell, IA3):
-        yield from _feedforward(cell)
-    if isinstance(cell, LoRA):
-        yield from _lora(cell)
-    if isinstance(cell, VirtualTokens):
-        yield from _virtual(cell, experiment)
-    elif experiment.parallel.tp > 1 and not (isinstance(cell, LoRA) and not cell.dora):
+    if cell.load is not None:
+        yield from _load(cell, cell.load)
+    match cell:
+        case IA3():
+            yield from _feedforward(cell)
+        case LoRA():
+            yield from _lora(cell)
+        case VirtualTokens():
+            yield from _virtual(cell, experiment)
+            return
+        case AdaLoRA():
+            yield from _budget(experiment)
+            return
+    if experiment.parallel.tp > 1 and not (isinstance(cell, LoRA) and not cell.dora):
         yield Problem("Parallel", "tp", f"{'DoRA' if isinstance(cell, LoRA) else name} needs whole matrices: tensor "
                       "parallelism cuts LoRA along, and no other adapter", "tp=1; dp, zero and pp work with all")
+
+
+def _load(cell: AddedAdapter, source: str) -> Iterator[Problem]:
+    """Whether a folder holds an adapter of this kind and size."""
+    name, file = type(cell).__name__, Path(source).expanduser() / "adapter_config.json"
+    config = read_json(file)
+    if not config:
+        yield Problem(name, "load", f"{source} is no peft folder: it has no adapter_config.json",
+                      "run.model_path of a run with an adapter")
+        return
+    if isinstance(cell, (PTuning, AdaLoRA)) or (isinstance(cell, Prefix) and cell.projection):
+        reason = "the ranks that were found are those of its own steps" if isinstance(cell, AdaLoRA) else \
+            "the network that made its tokens served the training alone, and is not in it"
+        yield Problem(name, "load", f"an exported {name} cannot be trained on: {reason}", "leave it out")
+        return
+    if isinstance(cell, LoRA) and cell.init != "default":
+        yield Problem(name, "init", "without effect beside load", "leave one of them out")
+    for key, (field, mine) in _as_saved(cell).items():
+        if config.get(key) != mine:
+            yield Problem(name, field or "load", f"{source} holds an adapter with {key}={config.get(key)!r}, which is "
+                          f"{mine!r} here", "the same as there")
+
+
+def _as_saved(cell: AddedAdapter) -> dict[str, tuple[str, Any]]:
+    """Of what peft saves in a configuration: the field of the cell, and its value here."""
+    match cell:
+        case LoRA():
+            return {"peft_type": ("", "LORA"), "r": ("r", cell.r), "lora_alpha": ("alpha", cell.alpha),
+                    "use_rslora": ("rslora", cell.rslora), "use_dora": ("dora", cell.dora)}
+        case OFT():
+            return {"peft_type": ("", "OFT"), "oft_block_size": ("block_size", cell.block_size)}
+        case IA3():
+            return {"peft_type": ("", "IA3")}
+        case Prompt():
+            return {"peft_type": ("", "PROMPT_TUNING"), "num_virtual_tokens": ("tokens", cell.tokens)}
+        case Prefix():
+            return {"peft_type": ("", "PREFIX_TUNING"), "num_virtual_tokens": ("tokens", cell.tokens)}
+    return {}
+
+
+def _budget(experiment: Experiment) -> Iterator[Problem]:
+    """AdaLoRA judges all layers together, by whole gradients, after the update."""
+    parallel, optimizer, steps = experiment.parallel, experiment.optimizer, experiment.training.steps
+    for axis, size in (("tp", parallel.tp), ("pp", parallel.pp), ("zero", parallel.zero + 1)):
+        if size > 1:
+            yield Problem("Parallel", axis, "AdaLoRA deals out ranks over all layers by whole matrices and gradients, "
+                          "which no rank has here", "dp alone")
+    if parallel.engine == "deepspeed":
+        yield Problem("Parallel", "engine", "AdaLoRA needs the gradients after an update, and DeepSpeed keeps them",
+                      'engine="torch"')
+    if optimizer.in_backward:
+        yield Problem(type(optimizer).__name__, "in_backward", "AdaLoRA judges by gradients, which are gone when "
+                      "they are used in the backward pass", f"{type(optimizer).__name__}(in_backward=False)")
+    if isinstance(optimizer, LibraryOptimizer):
+        yield Problem("Experiment", "optimizer", "AdaLoRA's importances stand beside the states of an optimizer of "
+                      "collie_lab", "AdamW, Lion, Adan, Sophia, SGD, ...")
+    if steps < 10:
+        yield Problem("Training", "steps", f"{steps} steps are too few for AdaLoRA's schedule", "at least 10")
 
 
 def _lora(cell: LoRA) -> Iterator[Problem]:

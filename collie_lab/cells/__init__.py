@@ -1,7 +1,19 @@
 """What you compose: typed, immutable choices. Nothing here imports torch."""
 
 from collie_lab.cells._base import Cell, CellError, Problem
-from collie_lab.cells.adapter import IA3, OFT, Adapter, Freeze, LoRA, Prefix, Prompt, PTuning, VirtualTokens
+from collie_lab.cells.adapter import (
+    IA3,
+    OFT,
+    AdaLoRA,
+    Adapter,
+    AddedAdapter,
+    Freeze,
+    LoRA,
+    Prefix,
+    Prompt,
+    PTuning,
+    VirtualTokens,
+)
 from collie_lab.cells.data import SKILLS, Data, Instructions, RandomTokens, Skills, Text
 from collie_lab.cells.evaluation import Evaluation, ExactMatch, Perplexity
 from collie_lab.cells.experiment import Experiment
@@ -21,9 +33,9 @@ from collie_lab.cells.parallel import Parallel
 from collie_lab.cells.training import Training
 
 __all__ = [
-    "IA3", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter",
-    "Apollo", "Cell", "CellError", "Data", "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore",
-    "Instructions", "LibraryOptimizer", "Lion", "LoRA", "Lomo", "Model", "Muon", "Nodes", "Optimizer", "PTuning",
-    "Parallel", "Perplexity", "Prefix", "Problem", "Prompt", "RandomTokens", "RuleCell", "ScheduleFree", "Skills",
-    "Sophia", "Text", "Training", "VirtualTokens",
+    "IA3", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLoRA", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan",
+    "Adapter", "AddedAdapter", "Apollo", "Cell", "CellError", "Data", "Evaluation", "ExactMatch", "Experiment",
+    "Freeze", "GaLore", "Instructions", "LibraryOptimizer", "Lion", "LoRA", "Lomo", "Model", "Muon", "Nodes",
+    "Optimizer", "PTuning", "Parallel", "Perplexity", "Prefix", "Problem", "Prompt", "RandomTokens", "RuleCell",
+    "ScheduleFree", "Skills", "Sophia", "Text", "Training", "VirtualTokens",
 ]

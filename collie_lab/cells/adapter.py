@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from collie_lab.cells._base import Cell
 
-__all__ = ["IA3", "OFT", "Adapter", "Freeze", "LoRA", "PTuning", "Prefix", "Prompt", "VirtualTokens"]
+__all__ = ["IA3", "OFT", "AdaLoRA", "AddedAdapter", "Adapter", "Freeze", "LoRA", "PTuning", "Prefix", "Prompt",
+           "VirtualTokens"]
 
 _Names = tuple[str, ...]
 
@@ -17,7 +19,21 @@ class Adapter(Cell):
     """A small set of trained parameters; all others are frozen."""
 
 
-class LoRA(Adapter):
+class AddedAdapter(Adapter):
+    """What the adapters share that peft adds to a model."""
+
+    kind: ClassVar[str] = ""
+
+    load: str | None = None
+    """Begin with the values of a peft folder, `run.model_path` of an earlier run, say."""
+
+    @field_validator("load", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
+
+class LoRA(AddedAdapter):
     """Low-rank adaptation (Hu et al., arXiv 2106.09685): W + (alpha/r)·B·A with W frozen."""
 
     r: int = Field(default=8, ge=1)
@@ -38,7 +54,42 @@ class LoRA(Adapter):
     """LoRA+ (Hayou et al., arXiv 2402.12354): B learns so many times as fast as A. The paper advises 16."""
 
 
-class IA3(Adapter):
+class AdaLoRA(AddedAdapter):
+    """LoRA in the form P·Λ·Q whose ranks are dealt to the layers that need them (Zhang et al., arXiv 2303.10512).
+
+    All layers begin with `init_r`; the least important directions are set to zero, until `target_r` a layer is left on
+    average. The loss that is reported includes the term that keeps P and Q orthogonal.
+    """
+
+    kind: ClassVar[str] = "adalora"
+
+    init_r: int = Field(default=12, ge=2)
+    target_r: int = Field(default=8, ge=1)
+    alpha: float = Field(default=32.0, gt=0.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    targets: _Names | None = Field(default=None, min_length=1)
+    """Names of the linear layers to adapt. Default: all but the output head."""
+    warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """The share of the steps before the first direction goes."""
+    final: float = Field(default=0.3, gt=0.0, lt=1.0)
+    """The share of the steps, at the end, in which no more go."""
+    every: int = Field(default=1, ge=1)
+    """Steps between two decisions."""
+    betas: tuple[float, float] = (0.85, 0.85)
+    """Of the averages of importance and of its uncertainty (eq. 9 and 10)."""
+    orthogonal: float = Field(default=0.5, ge=0.0)
+    """Weight of the term that keeps P and Q orthogonal (eq. 4)."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.target_r >= self.init_r:
+            raise ValueError(f"target_r must be below init_r={self.init_r}")
+        if self.warmup + self.final >= 1.0:
+            raise ValueError("warmup and final leave no step in between")
+        return self
+
+
+class IA3(AddedAdapter):
     """A trained factor for each key, value and inner activation (Liu et al., arXiv 2205.05638): the fewest parameters.
 
     It wants a learning rate ten times LoRA's.
@@ -51,7 +102,7 @@ class IA3(Adapter):
     """Those of `targets` whose inputs are scaled, in the place of their outputs."""
 
 
-class OFT(Adapter):
+class OFT(AddedAdapter):
     """Orthogonal fine-tuning (Qiu et al., arXiv 2306.07280): the inputs of W are rotated, block by block."""
 
     block_size: int = Field(default=32, ge=2)
@@ -79,7 +130,7 @@ class Freeze(Adapter):
         super().__init__(**{"train": train, **fields})
 
 
-class VirtualTokens(Adapter):
+class VirtualTokens(AddedAdapter):
     """What the adapters share that put trained tokens before every document; the model itself is as it was.
 
     The data's documents get shorter where the context has no room for both.

@@ -24,6 +24,8 @@ def adapter_state(model: Any, config: Any, trained: dict[str, Tensor]) -> dict[s
     if config.is_prompt_learning:
         return _embeddings(model, trained)
     state: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=trained)
+    if hasattr(config, "target_r"):  # AdaLoRA; peft has renamed it just now
+        config.rank_pattern = model.peft_config[model.active_adapter].rank_pattern
     first = {name: values for name, module in model.named_modules() if (values := getattr(module, FIRST, None))}
     return _as_lora(state, first, config) if first else state
 

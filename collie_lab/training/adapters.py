@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from collie_lab.cells import IA3, OFT, Adapter, Freeze, LoRA, Prefix, Prompt, PTuning
+from collie_lab.cells import IA3, OFT, AdaLoRA, Adapter, Freeze, LoRA, Prefix, Prompt, PTuning
 
 __all__ = ["adapt"]
 
 
-def adapt(model: PreTrainedModel, cell: Adapter) -> nn.Module:
-    """The model as the cell trains it: the same with `Freeze`, else peft's wrapper.
+def adapt(model: PreTrainedModel, cell: Adapter, steps: int = 100) -> nn.Module:
+    """The model as the cell trains it in so many steps: the same with `Freeze`, else peft's wrapper.
 
     Raises:
         ValueError: a target or pattern that names nothing in the model.
@@ -31,11 +31,11 @@ def adapt(model: PreTrainedModel, cell: Adapter) -> nn.Module:
     import peft
 
     with _stand_ins(model):
-        adapted: nn.Module = peft.get_peft_model(model, _peft_config(cell))
+        adapted: nn.Module = peft.get_peft_model(model, _peft_config(cell, steps))
     return adapted
 
 
-def _peft_config(cell: Adapter) -> Any:
+def _peft_config(cell: Adapter, steps: int) -> Any:
     import peft
 
     task: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -44,6 +44,12 @@ def _peft_config(cell: Adapter) -> Any:
             return peft.LoraConfig(r=cell.r, lora_alpha=cell.alpha, lora_dropout=cell.dropout, use_rslora=cell.rslora,
                                    use_dora=cell.dora, target_modules=_targets(cell),
                                    init_lora_weights="gaussian" if cell.init == "gaussian" else True, **task)
+        case AdaLoRA():
+            return peft.AdaLoraConfig(
+                init_r=cell.init_r, target_r=cell.target_r, lora_alpha=cell.alpha, lora_dropout=cell.dropout,
+                target_modules=_targets(cell), total_step=steps, tinit=int(cell.warmup * steps),
+                tfinal=int(cell.final * steps), deltaT=cell.every, beta1=cell.betas[0], beta2=cell.betas[1],
+                orth_reg_weight=cell.orthogonal, **task)
         case IA3(targets=None):
             return peft.IA3Config(**task)
         case IA3():
@@ -62,7 +68,7 @@ def _peft_config(cell: Adapter) -> Any:
     raise TypeError(f"no adapter for the cell {type(cell).__name__}")
 
 
-def _targets(cell: LoRA | OFT) -> str | list[str]:
+def _targets(cell: LoRA | AdaLoRA | OFT) -> str | list[str]:
     return "all-linear" if cell.targets is None else list(cell.targets)
 
 

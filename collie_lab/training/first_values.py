@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from collie_lab.cells import Adapter, LoRA, Prompt
+from collie_lab.cells import Adapter, AddedAdapter, LoRA, Prompt
 from collie_lab.data import Tokenizer
 from collie_lab.training.weights import copy_into
 
@@ -34,9 +36,11 @@ def set_first_values(model: nn.Module, cell: Adapter | None, gather: Gather, tok
     """Give the adapter in `model` those first values that depend on the model's weights.
 
     Raises:
-        ValueError: a prompt from a text, and no tokenizer.
+        ValueError: a prompt from a text, and no tokenizer; a folder to begin with that holds another adapter.
     """
     match cell:
+        case AddedAdapter(load=str(folder)):
+            _load(model, Path(folder))
         case LoRA(dora=True):
             _set_magnitudes(model, gather)
         case LoRA(init="pissa" | "olora"):
@@ -47,6 +51,23 @@ def set_first_values(model: nn.Module, cell: Adapter | None, gather: Gather, tok
             pass
         case Prompt():
             _set_prompt(model, cell, gather, tokenizer, seed)
+
+
+def _load(model: Any, folder: Path) -> None:
+    """The values of a peft folder, of which each rank reads the slices that it holds."""
+    added = f".{model.active_adapter}"
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        keys = set(file.keys())
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            plain = "prompt_embeddings" if name.startswith("prompt_encoder.") else name.replace(added, "")
+            key = next((key for key in (plain, plain.removesuffix(".weight")) if key in keys), None)
+            shape = file.get_slice(key).get_shape() if key else []
+            if key is None or list(parameter.shape) != shape:
+                raise ValueError(f"{folder} holds another adapter: {plain} is {tuple(parameter.shape)} here, and there "
+                                 + (str(tuple(shape)) if key else "is none"))
+            copy_into(file.get_slice(key), parameter)
 
 
 def _set_magnitudes(model: nn.Module, gather: Gather) -> None:

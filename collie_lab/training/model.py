@@ -9,10 +9,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from collie_lab.cells import Experiment, Parallel, VirtualTokens
+from collie_lab.cells import AdaLoRA, Experiment, Parallel, VirtualTokens
 from collie_lab.data import Tokenizer
 from collie_lab.parallel import Strategy
 from collie_lab.training.adapters import adapt
+from collie_lab.training.budget import attach_orthogonality
 from collie_lab.training.first_values import set_first_values
 from collie_lab.training.flops import StepFlops
 from collie_lab.training.loss import attach_loss, attach_whole_loss
@@ -61,9 +62,11 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
         attach_loss(model, training.loss, strategy.tensor)
     if training.recompute == "full":
         _recompute_blocks(model)
-    root = model if experiment.adapter is None else adapt(model, experiment.adapter)
+    root = model if experiment.adapter is None else adapt(model, experiment.adapter, training.steps)
     if isinstance(experiment.adapter, VirtualTokens):
         attach_virtual_tokens(root, experiment.adapter, flat=path.flat, recompute=training.recompute == "full")
+    if isinstance(experiment.adapter, AdaLoRA):
+        attach_orthogonality(root, experiment.adapter.orthogonal)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in root.parameters()]
     flops = StepFlops.of_model(model)
     strategy.lay_out(model, root)

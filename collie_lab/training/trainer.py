@@ -18,13 +18,14 @@ from torch import Tensor
 
 from collie_lab import optim
 from collie_lab.beat import Beat
-from collie_lab.cells import Adan, Evaluation, Experiment, LibraryOptimizer, RuleCell, ScheduleFree, Sophia
+from collie_lab.cells import AdaLoRA, Adan, Evaluation, Experiment, LibraryOptimizer, RuleCell, ScheduleFree, Sophia
 from collie_lab.data import Documents, Order, Tokenizer, room_for_documents, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.folder import JsonLines, RunFolder, read_json
 from collie_lab.parallel import build_strategy
 from collie_lab.training.answers import Answers
 from collie_lab.training.batch import Batch, collate
+from collie_lab.training.budget import attach_budget
 from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoint
 from collie_lab.training.evaluate import evaluate
 from collie_lab.training.export import export_model
@@ -230,6 +231,8 @@ class Trainer:
         self.optimizer = optim.build(cell, adapted) if isinstance(cell, LibraryOptimizer) else optim.build(
             self._strategy.held(cell), adapted, max_value=training.clip_grad_value, seed=training.seed,
             **self._strategy.optimizer_options(training.clip_grad_norm))
+        if isinstance(experiment.adapter, AdaLoRA):
+            attach_budget(adapted, self.optimizer, lambda: self.step)
         self.model = self._strategy.prepare(self.model, self.optimizer)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
