@@ -26,6 +26,11 @@ import collie_lab as lab
 _ROOT = Path(__file__).resolve().parents[1]
 
 
+def rates_of(method: str, options: argparse.Namespace) -> tuple[float, ...]:
+    """The learning rates that a method gets."""
+    return METHODS[method][1][:options.rates]
+
+
 def write_data(shared: Path, folder: Path) -> None:
     """The three splits as prompt and completion; short, for every letter is a token."""
     full = json.loads((shared / "data" / "clinc150" / "data_full.json").read_text(encoding="utf-8"))
@@ -69,7 +74,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print("\n| method | trained | share (%) | peak MB | learning rate | perplexity | exact match (%) | validation "
           "perplexity, by rate |\n|---|---|---|---|---|---|---|---|")
     for method in options.methods:
-        mine = sorted((row for row in rows if row["method"] == method and row["lr"] in METHODS[method][1][:options.rates]
+        mine = sorted((row for row in rows if row["method"] == method and row["lr"] in rates_of(method, options)
                        and row["steps"] == options.steps), key=lambda row: row["lr"])
         if not mine:
             continue
@@ -105,8 +110,8 @@ def main() -> None:
     done = {(row["method"], row["lr"], row["seed"], row["steps"]) for row in rows}
     # All methods' middle rates first: a table that is cut short is fair.
     order = sorted(range(options.rates), key=lambda index: abs(index - options.rates // 2))
-    wanted = [(method, METHODS[method][1][:options.rates][index], seed) for seed in options.seeds for index in order
-              for method in options.methods if index < len(METHODS[method][1][:options.rates])]
+    wanted = [(method, rates_of(method, options)[index], seed) for seed in options.seeds for index in order
+              for method in options.methods if index < len(rates_of(method, options))]
     wanted = [arm for arm in wanted if (*arm, options.steps) not in done]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name, lab.Pool(1) as options.pool:

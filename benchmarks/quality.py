@@ -42,6 +42,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "dora": ({"optimizer": lab.AdamW(), "adapter": lab.LoRA(dora=True)}, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
     "pissa": ({"optimizer": lab.AdamW(), "adapter": lab.LoRA(init="pissa")}, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "lora+": ({"optimizer": lab.AdamW(), "adapter": lab.LoRA(plus=16)}, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "qlora": ({"optimizer": lab.AdamW(), "adapter": lab.QLoRA()}, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
     "adalora": ({"optimizer": lab.AdamW(), "adapter": lab.AdaLoRA()}, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
     "ia3": ({"optimizer": lab.AdamW(), "adapter": lab.IA3()}, (1e-2, 3e-2, 1e-1, 3e-1, 1.0)),
     "oft": ({"optimizer": lab.AdamW(), "adapter": lab.OFT()}, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),

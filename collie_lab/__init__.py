@@ -45,6 +45,7 @@ from collie_lab.cells import (
     Problem,
     Prompt,
     PTuning,
+    QLoRA,
     RandomTokens,
     ScheduleFree,
     Skills,
@@ -71,9 +72,9 @@ __all__ = [
     "AdaLoRA", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "Cell", "CellError", "Data",
     "Evaluation", "ExactMatch", "Experiment", "Freeze", "GaLore", "IA3", "Instructions", "Lion", "LoRA", "Lomo",
     "Model", "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Pool", "Prefix", "Problem",
-    "Prompt", "RandomTokens", "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills",
-    "Sophia", "Text", "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "merge", "optim",
-    "pull", "runs", "watch",
+    "Prompt", "QLoRA", "RandomTokens", "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree",
+    "Skills", "Sophia", "Text", "Training", "__version__", "attach", "compare", "compose", "doctor", "figure", "merge",
+    "optim", "pull", "runs", "watch",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from collie_lab.cells import (
     Problem,
     Prompt,
     PTuning,
+    QLoRA,
     VirtualTokens,
 )
 from collie_lab.folder import read_json
@@ -43,6 +45,9 @@ def adapter_problems(experiment: Experiment) -> Iterator[Problem]:
             yield from _feedforward(cell)
         case LoRA():
             yield from _lora(cell)
+            if isinstance(cell, QLoRA):
+                yield from _quantized(cell, experiment)
+                return
         case VirtualTokens():
             yield from _virtual(cell, experiment)
             return
@@ -116,6 +121,21 @@ def _lora(cell: LoRA) -> Iterator[Problem]:
     if cell.dora and cell.init in ("pissa", "olora"):
         yield Problem("LoRA", "init", f"{cell.init} with DoRA could not be exported for the model as it was: the "
                       "magnitudes belong to the changed weights", "dora=False, or another init")
+
+
+def _quantized(cell: QLoRA, experiment: Experiment) -> Iterator[Problem]:
+    parallel = experiment.parallel
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield Problem("Experiment", "adapter", "QLoRA needs the package bitsandbytes", "pip install bitsandbytes")
+    for axis, size in (("tp", parallel.tp), ("zero", parallel.zero + 1)):
+        if size > 1:
+            yield Problem("Parallel", axis, "a four-bit matrix is one flat piece, which no layout cuts",
+                          f"{axis}={'0' if axis == 'zero' else '1'}; dp and pp work with it")
+    if parallel.engine == "deepspeed":
+        yield Problem("Parallel", "engine", "DeepSpeed does not know four-bit weights", 'engine="torch"')
+    if cell.dora or cell.init in ("pissa", "olora"):
+        yield Problem("QLoRA", "dora" if cell.dora else "init", "the first values come from weights in full precision, "
+                      "which are not kept", "the default, or LoRA")
 
 
 def _virtual(cell: VirtualTokens, experiment: Experiment) -> Iterator[Problem]:

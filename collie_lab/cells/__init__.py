@@ -12,6 +12,7 @@ from collie_lab.cells.adapter import (
     Prefix,
     Prompt,
     PTuning,
+    QLoRA,
     VirtualTokens,
 )
 from collie_lab.cells.data import SKILLS, Data, Instructions, RandomTokens, Skills, Text
@@ -36,6 +37,6 @@ __all__ = [
     "IA3", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLoRA", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan",
     "Adapter", "AddedAdapter", "Apollo", "Cell", "CellError", "Data", "Evaluation", "ExactMatch", "Experiment",
     "Freeze", "GaLore", "Instructions", "LibraryOptimizer", "Lion", "LoRA", "Lomo", "Model", "Muon", "Nodes",
-    "Optimizer", "PTuning", "Parallel", "Perplexity", "Prefix", "Problem", "Prompt", "RandomTokens", "RuleCell",
-    "ScheduleFree", "Skills", "Sophia", "Text", "Training", "VirtualTokens",
+    "Optimizer", "PTuning", "Parallel", "Perplexity", "Prefix", "Problem", "Prompt", "QLoRA", "RandomTokens",
+    "RuleCell", "ScheduleFree", "Skills", "Sophia", "Text", "Training", "VirtualTokens",
 ]

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from collie_lab.cells._base import Cell
 
-__all__ = ["IA3", "OFT", "AdaLoRA", "AddedAdapter", "Adapter", "Freeze", "LoRA", "PTuning", "Prefix", "Prompt",
+__all__ = ["IA3", "OFT", "AdaLoRA", "AddedAdapter", "Adapter", "Freeze", "LoRA", "PTuning", "Prefix", "Prompt", "QLoRA",
            "VirtualTokens"]
 
 _Names = tuple[str, ...]
@@ -52,6 +52,18 @@ class LoRA(AddedAdapter):
     and is one for the model as it was."""
     plus: float = Field(default=1.0, gt=0.0)
     """LoRA+ (Hayou et al., arXiv 2402.12354): B learns so many times as fast as A. The paper advises 16."""
+
+
+class QLoRA(LoRA):
+    """LoRA beside weights of four bits (Dettmers et al., arXiv 2305.14314), which bitsandbytes keeps.
+
+    All linear layers but the output head are quantized, as they are read. `init`, `dora` and so on as with LoRA.
+    """
+
+    quantization: Literal["nf4", "fp4"] = "nf4"
+    """The four-bit numbers: quantiles of a normal distribution, or floating point."""
+    double: bool = True
+    """The scales of the blocks are quantized too: 4.13 bits a number in the place of 4.5."""
 
 
 class AdaLoRA(AddedAdapter):

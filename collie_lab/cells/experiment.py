@@ -20,6 +20,7 @@ from collie_lab.cells.training import Training
 if TYPE_CHECKING:
     from collie_lab.check import Report
     from collie_lab.launch import Run
+    from collie_lab.size import Size
 
 __all__ = ["Experiment"]
 
@@ -80,6 +81,12 @@ class Experiment(Cell):
         from collie_lab.check import check
 
         return check(self)
+
+    def size(self) -> Size:
+        """Parameters, how many of them are trained, and their bytes; found by another process in some seconds."""
+        from collie_lab.size import find_size
+
+        return find_size(self)
 
     def launch(self, **options: Any) -> Run:
         """Start the run in processes of its own; see `collie_lab.launch.launch` for the options."""

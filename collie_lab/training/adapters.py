@@ -91,8 +91,7 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
     """
     places = [(module, leaf, parameter) for module in model.modules()
               for leaf, parameter in module.named_parameters(recurse=False)]
-    made = {id(parameter): nn.Parameter(torch.ones((), dtype=parameter.dtype).expand(parameter.shape))
-            for _, _, parameter in places}
+    made = {id(parameter): _stand_in(parameter) for _, _, parameter in places}
     for module, leaf, parameter in places:
         setattr(module, leaf, made[id(parameter)])
     try:
@@ -101,3 +100,9 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
         for module, leaf, parameter in places:
             parameter.requires_grad_(getattr(module, leaf).requires_grad)
             setattr(module, leaf, parameter)
+
+
+def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
+    made = nn.Parameter(torch.ones((), dtype=parameter.dtype).expand(parameter.shape), parameter.requires_grad)
+    vars(made).update(vars(parameter))  # what a quantized one says of itself
+    return made

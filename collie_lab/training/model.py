@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from collie_lab.cells import AdaLoRA, Experiment, Parallel, VirtualTokens
+from collie_lab.cells import AdaLoRA, Experiment, Parallel, QLoRA, VirtualTokens
 from collie_lab.data import Tokenizer
 from collie_lab.parallel import Strategy
 from collie_lab.training.adapters import adapt
@@ -19,6 +19,7 @@ from collie_lab.training.flops import StepFlops
 from collie_lab.training.loss import attach_loss, attach_whole_loss
 from collie_lab.training.packed import ATTENTION
 from collie_lab.training.probe import find_path
+from collie_lab.training.quantize import quantize_linears
 from collie_lab.training.virtual import attach_virtual_tokens
 from collie_lab.training.weights import blueprint, fill
 
@@ -62,6 +63,8 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
         attach_loss(model, training.loss, strategy.tensor)
     if training.recompute == "full":
         _recompute_blocks(model)
+    if isinstance(experiment.adapter, QLoRA):
+        quantize_linears(model, experiment.adapter, torch.bfloat16 if training.precision == "bf16" else torch.float32)
     root = model if experiment.adapter is None else adapt(model, experiment.adapter, training.steps)
     if isinstance(experiment.adapter, VirtualTokens):
         attach_virtual_tokens(root, experiment.adapter, flat=path.flat, recompute=training.recompute == "full")

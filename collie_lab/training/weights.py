@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 
 from collie_lab.cells import SHAPES, Model
 from collie_lab.training import last_model
+from collie_lab.training.quantize import quantized_layers, set_quantized
 from collie_lab.training.weight_files import Source, pretrained_source
 
 __all__ = ["blueprint", "copy_into", "fill"]
@@ -67,9 +68,12 @@ def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: 
             if plain not in owners:
                 raise ValueError(f"{name} has no values, and is no weight of {type(whole).__name__}")
             wanted.setdefault(owners[plain], []).append(name)
-    _materialise(model, device, dtype)
+    quantized = quantized_layers(model)
+    with _set_aside(quantized):
+        _materialise(model, device, dtype)
     mine = {name: model.get_parameter(name) for names in wanted.values() for name in names}
-    drawn = cell.init == "random" and device.type == "cuda"  # faster than from the host's memory
+    # Drawing is faster on a GPU than reading from the host's memory; four-bit weights come from whole ones.
+    drawn = bool(quantized) or (cell.init == "random" and device.type == "cuda")
     if not drawn and last_model.recall(model, cell, seed, mine):
         return
     ordered = {owner: wanted[owner] for owner in dict.fromkeys(owners.values()) if owner in wanted}  # unit by unit
@@ -77,10 +81,13 @@ def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: 
     with torch.no_grad(), _source(cell, seed, device, whole, owners, ordered, buffers, dtype) as source:
         for owner, names in ordered.items():
             for name in names:
-                copy_into(source(owner), model.get_parameter(name))  # no name here for it, which would outlive its unit
-    if drawn:
+                if name in quantized:
+                    set_quantized(quantized[name], source(owner)[...].to(dtype), device)
+                else:
+                    copy_into(source(owner), model.get_parameter(name))  # no name here, which would outlive its unit
+    if drawn and device.type == "cuda":
         torch.cuda.empty_cache()  # the pieces that units were drawn in: a model may need all of the memory that is left
-    else:
+    elif not drawn:
         last_model.remember(model, cell, seed, mine)
 
 
@@ -149,6 +156,19 @@ def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
             module, _, leaf = other.rpartition(".")
             if model.get_parameter(other) is not parameter:
                 model.get_submodule(module).register_parameter(leaf, parameter)
+
+
+@contextlib.contextmanager
+def _set_aside(layers: dict[str, Any]) -> Iterator[None]:
+    """Within it the layers have no weights, and nobody makes room for them in full precision."""
+    weights = {name: layer.weight for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.weight = None
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight = weights[name]
 
 
 def copy_into(values: Any, parameter: nn.Parameter) -> None:

@@ -163,7 +163,7 @@ def test_freeze_keeps_ties_and_refuses_what_matches_nothing() -> None:
 
 # --- layouts --------------------------------------------------------------------------------------
 
-ALL = {**ADAPTERS, "pissa": MUTATED["pissa"], "freeze": lab.Freeze(("*.q_proj.*", "*norm*"))}
+ALL = {**ADAPTERS, "pissa": MUTATED["pissa"], "qlora": lab.QLoRA(r=2), "freeze": lab.Freeze(("*.q_proj.*", "*norm*"))}
 LAYOUTS = {"dp": lab.Parallel(dp=2), "zero3": lab.Parallel(dp=2, zero=3), "pp": lab.Parallel(pp=2)}
 
 
@@ -171,7 +171,9 @@ def _all_curves(folder: Path) -> None:
     for name, adapter in ALL.items():
         for layout, parallel in LAYOUTS.items():
             training = BASE.training.replace(export=layout == "zero3", micro_batch_size=1)
-            run_here(BASE.replace(adapter=adapter, parallel=parallel, training=training), folder / f"{name}-{layout}")
+            experiment = BASE.replace(adapter=adapter, parallel=parallel, training=training)
+            if experiment.check().ok:
+                run_here(experiment, folder / f"{name}-{layout}")
 
 
 @pytest.mark.ranks
@@ -182,4 +184,7 @@ def test_two_ranks_give_the_curve_of_one(tmp_path: Path) -> None:
         one = run_here(experiment, tmp_path / f"{name}-one")
         for layout in LAYOUTS:
             two = tmp_path / f"{name}-{layout}"
+            if name == "qlora" and layout == "zero3":
+                assert not two.exists()
+                continue
             assert losses(RunFolder(two)) == pytest.approx(losses(one), abs=1e-5), (name, layout)
