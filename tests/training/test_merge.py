@@ -23,7 +23,7 @@ BASE = lab.Experiment(
     optimizer=lab.AdamW(lr=1e-2), training=lab.Training(steps=3, batch_size=4),
 )
 CELLS: dict[str, AddedAdapter] = {
-    "lora": lab.LoRA(r=2), "dora": lab.LoRA(r=2, dora=True), "ia3": lab.IA3(), "oft": lab.OFT(block_size=4),
+    "dora": lab.LoRA(r=2, dora=True), "ia3": lab.IA3(), "oft": lab.OFT(block_size=4),
     "prompt": lab.Prompt(tokens=3), "prefix": lab.Prefix(tokens=3),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")
@@ -54,7 +54,7 @@ def test_a_run_begins_where_an_exported_adapter_ended(name: str, base: Path, tmp
 
 
 def test_a_merged_adapter_is_a_model_for_the_next_one(base: Path, tmp_path: Path) -> None:
-    first = run_here(BASE.replace(model=lab.Model(base, tokenizer="bytes"), adapter=CELLS["lora"]), tmp_path / "run")
+    first = run_here(BASE.replace(model=lab.Model(base, tokenizer="bytes"), adapter=lab.LoRA(r=2)), tmp_path / "run")
     merged = lab.merge(first.path / "model", tmp_path / "merged")  # the base is the one that the adapter names
     reference = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), first.path / "model")
     torch.testing.assert_close(_logits(AutoModelForCausalLM.from_pretrained(merged)), _logits(reference),
@@ -78,7 +78,7 @@ def test_what_cannot_be_merged_is_refused(base: Path, tmp_path: Path) -> None:
 
 
 def test_another_adapter_than_the_folder_holds_is_refused(tmp_path: Path) -> None:
-    run = run_here(BASE.replace(adapter=CELLS["lora"]), tmp_path / "run")
+    run = run_here(BASE.replace(adapter=lab.LoRA(r=2)), tmp_path / "run")
     folder = run.path / "model"
     for cell, message in (
         (lab.LoRA(r=4, load=folder), "LoRA.r: "), (lab.IA3(load=folder), "peft_type='LORA', which is 'IA3' here"),

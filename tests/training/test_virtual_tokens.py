@@ -20,6 +20,7 @@ from collie_lab.folder import RunFolder, read_json
 from collie_lab.training.batch import collate
 from collie_lab.training.generate import generate
 from collie_lab.training.model import build_model
+from collie_lab.training.virtual import attach_virtual_tokens
 from tests.ranks import losses, run_here, run_ranks
 
 CPU = torch.device("cpu")
@@ -58,9 +59,9 @@ def _of_peft(root: Any, documents: Documents) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
-def test_loss_and_gradients_are_those_of_peft_on_each_document_alone(name: str, family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "name"), [*(("llama", name) for name in CELLS), ("gpt2", "prompt"),
+                                              ("gpt2", "prefix"), ("mistral", "prefix")])
+def test_loss_and_gradients_are_those_of_peft_on_each_document_alone(family: str, name: str, tmp_path: Path) -> None:
     shapes: dict[str, Any] = {
         "llama": lab.Model("llama-tiny", init="random", config={"num_key_value_heads": 2}),
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 320, "resid_pdrop": 0, "embd_pdrop": 0,
@@ -93,7 +94,7 @@ def test_loss_and_gradients_are_those_of_peft_on_each_document_alone(name: str, 
             torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=2e-5 * gradient.abs().max().item(), msg=key)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
 def test_recomputation_changes_nothing(name: str) -> None:
     documents, cell = _documents([20, 12]), CELLS[name]
     gradients = []
@@ -148,13 +149,27 @@ def test_documents_leave_room_for_virtual_tokens(tmp_path: Path) -> None:
 
 
 def test_what_virtual_tokens_cannot_do_is_refused() -> None:
-    for parallel in (lab.Parallel(pp=2), lab.Parallel(tp=2)):
+    changes: dict[str, dict[str, Any]] = {
+        "pp": {"parallel": lab.Parallel(pp=2)}, "tp": {"parallel": lab.Parallel(tp=2)},
+        "optimizer": {"optimizer": lab.Muon()}}
+    for field, change in changes.items():
         for cell in CELLS.values():
-            (problem,) = BASE.replace(adapter=cell, parallel=parallel).check().errors
-            assert (problem.cell, problem.field) == ("Parallel", "pp" if parallel.pp > 1 else "tp")
+            (problem,) = BASE.replace(adapter=cell, **change).check().errors
+            assert problem.field == field
+    with pytest.raises(ValueError, match="takes a prefix only as a cache"):
+        root: Any = build_model(BASE.replace(adapter=CELLS["prefix"]), CPU).root
+        attach_virtual_tokens(root, CELLS["prefix"], flat=False, recompute=True)
 
 
-LAYOUTS = {"dp": lab.Parallel(dp=2), "zero2": lab.Parallel(dp=2, zero=2), "zero3": lab.Parallel(dp=2, zero=3)}
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_an_update_in_backward_is_the_usual_one(name: str, tmp_path: Path) -> None:
+    experiment = BASE.replace(adapter=CELLS[name])
+    curves = [losses(run_here(experiment.with_("optimizer.in_backward", flag), tmp_path / str(flag)))
+              for flag in (True, False)]
+    assert curves[0] == curves[1]
+
+
+LAYOUTS = {"dp": lab.Parallel(dp=2), "zero3": lab.Parallel(dp=2, zero=3)}
 
 
 def _all_curves(folder: Path) -> None:
@@ -175,5 +190,6 @@ def test_two_ranks_give_the_curve_of_one(tmp_path: Path) -> None:
         for layout in LAYOUTS:
             two = RunFolder(tmp_path / f"{name}-{layout}")
             assert losses(two) == pytest.approx(losses(one), abs=1e-5), (name, layout)
-        resumed = run_here(experiment, tmp_path / f"{name}-resumed", resume=next(one.checkpoints.glob("*2")))
-        assert losses(resumed) == losses(one)[2:]
+        if name in ("ptuning", "prefix"):
+            resumed = run_here(experiment, tmp_path / f"{name}-resumed", resume=next(one.checkpoints.glob("*2")))
+            assert losses(resumed) == losses(one)[2:]
