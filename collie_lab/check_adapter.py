@@ -53,7 +53,7 @@ def adapter_problems(experiment: Experiment) -> Iterator[Problem]:
             yield from _virtual(cell, experiment)
             return
         case AdaLoRA():
-            yield from _budget(experiment)
+            yield from _budget(cell, experiment)
             return
     if experiment.parallel.tp > 1 and not (isinstance(cell, LoRA) and not cell.dora):
         yield Problem("Parallel", "tp", f"{'DoRA' if isinstance(cell, LoRA) else name} needs whole matrices: tensor "
@@ -98,9 +98,14 @@ def _as_saved(cell: AddedAdapter) -> dict[str, tuple[str, Any]]:
     return {}
 
 
-def _budget(experiment: Experiment) -> Iterator[Problem]:
+def _budget(cell: AdaLoRA, experiment: Experiment) -> Iterator[Problem]:
     """AdaLoRA judges all layers together, by whole gradients, after the update."""
     parallel, optimizer, steps = experiment.parallel, experiment.optimizer, experiment.training.steps
+    if cell.target_r >= cell.init_r:
+        yield Problem("AdaLoRA", "target_r", f"{cell.target_r} of {cell.init_r} directions a layer are all of them",
+                      "less than init_r; or LoRA")
+    if cell.warmup + cell.final >= 1.0:
+        yield Problem("AdaLoRA", "final", "warmup and final leave no step in between", "less of either")
     for axis, size in (("tp", parallel.tp), ("pp", parallel.pp), ("zero", parallel.zero + 1)):
         if size > 1:
             yield Problem("Parallel", axis, "AdaLoRA deals out ranks over all layers by whole matrices and gradients, "

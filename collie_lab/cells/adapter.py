@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from collie_lab.cells._base import Cell
 
@@ -91,14 +91,6 @@ class AdaLoRA(AddedAdapter):
     """Of the averages of importance and of its uncertainty (eq. 9 and 10)."""
     orthogonal: float = Field(default=0.5, ge=0.0)
     """Weight of the term that keeps P and Q orthogonal (eq. 4)."""
-
-    @model_validator(mode="after")
-    def _falls(self) -> Self:
-        if self.target_r >= self.init_r:
-            raise ValueError(f"target_r must be below init_r={self.init_r}")
-        if self.warmup + self.final >= 1.0:
-            raise ValueError("warmup and final leave no step in between")
-        return self
 
 
 class IA3(AddedAdapter):

@@ -82,6 +82,8 @@ def test_it_resumes_before_and_after_the_last_choice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("change", "field"), [
     ({"parallel": lab.Parallel(dp=2, zero=3)}, "zero"), ({"parallel": lab.Parallel(pp=2)}, "pp"),
     ({"parallel": lab.Parallel(tp=2)}, "tp"), ({"optimizer": lab.Lomo()}, "in_backward"),
+    ({"adapter": lab.AdaLoRA(init_r=4, target_r=4)}, "target_r"),
+    ({"adapter": lab.AdaLoRA(warmup=0.5, final=0.5)}, "final"),
     ({"optimizer": lab.Muon()}, "optimizer"), ({"training": lab.Training(steps=5, batch_size=4)}, "steps"),
 ])
 def test_what_it_cannot_do_is_refused(change: dict[str, Any], field: str) -> None:
