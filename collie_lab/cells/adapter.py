@@ -151,7 +151,7 @@ class VirtualTokens(AddedAdapter):
 class Prompt(VirtualTokens):
     """Prompt tuning (Lester et al., arXiv 2104.08691): the embeddings of the virtual tokens are trained.
 
-    It wants a learning rate a hundred times LoRA's.
+    It wants a far larger learning rate than LoRA.
     """
 
     init: Literal["vocabulary", "random"] = "vocabulary"

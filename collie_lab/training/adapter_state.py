@@ -21,6 +21,8 @@ def adapter_state(model: Any, config: Any, trained: dict[str, Tensor]) -> dict[s
     """
     from peft import get_peft_model_state_dict
 
+    if not trained:  # other ranks write
+        return {}
     if config.is_prompt_learning:
         return _embeddings(model, trained)
     state: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=trained)
@@ -35,8 +37,6 @@ def _embeddings(model: Any, trained: dict[str, Tensor]) -> dict[str, Tensor]:
     encoder: nn.Module = model.prompt_encoder[model.active_adapter]
     prefix = f"prompt_encoder.{model.active_adapter}."
     values = {name.removeprefix(prefix): whole for name, whole in trained.items() if name.startswith(prefix)}
-    if not values:  # another rank writes
-        return {}
     return {"prompt_embeddings": functional_call(encoder, values, (model.prompt_tokens[model.active_adapter],))}
 
 

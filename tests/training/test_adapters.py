@@ -164,6 +164,7 @@ def test_freeze_keeps_ties_and_refuses_what_matches_nothing() -> None:
 # --- layouts --------------------------------------------------------------------------------------
 
 ALL = {**ADAPTERS, "pissa": MUTATED["pissa"], "qlora": lab.QLoRA(r=2), "freeze": lab.Freeze(("*.q_proj.*", "*norm*"))}
+ADALORA = BASE.replace(adapter=lab.AdaLoRA(init_r=3, target_r=2), training=BASE.training.replace(steps=10))
 LAYOUTS = {"dp": lab.Parallel(dp=2), "zero3": lab.Parallel(dp=2, zero=3), "pp": lab.Parallel(pp=2)}
 
 
@@ -174,6 +175,7 @@ def _all_curves(folder: Path) -> None:
             experiment = BASE.replace(adapter=adapter, parallel=parallel, training=training)
             if experiment.check().ok:
                 run_here(experiment, folder / f"{name}-{layout}")
+    run_here(ADALORA.replace(parallel=lab.Parallel(dp=2)).with_("training.export", True), folder / "adalora-dp")
 
 
 @pytest.mark.ranks
@@ -188,3 +190,5 @@ def test_two_ranks_give_the_curve_of_one(tmp_path: Path) -> None:
                 assert not two.exists()
                 continue
             assert losses(RunFolder(two)) == pytest.approx(losses(one), abs=1e-5), (name, layout)
+    two = RunFolder(tmp_path / "adalora-dp")
+    assert losses(two) == pytest.approx(losses(run_here(ADALORA, tmp_path / "adalora-one")), abs=1e-5)
