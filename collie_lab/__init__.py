@@ -21,6 +21,7 @@ from collie_lab.cells import (
     SKILLS,
     Adafactor,
     AdaLomo,
+    AdaLoRA,
     AdamW,
     AdamW8bit,
     Adan,
@@ -55,7 +56,11 @@ from collie_lab.cells import (
     Optimizer,
     Parallel,
     Perplexity,
+    Prefix,
     Problem,
+    Prompt,
+    PTuning,
+    QLoRA,
     RandomTokens,
     ScheduleFree,
     Skills,
@@ -74,24 +79,24 @@ if TYPE_CHECKING:
     from collie_lab.diagnosis import doctor
     from collie_lab.launch import Pool, RankError, Run, attach, pull, runs
     from collie_lab.study import Results
+    from collie_lab.training.merge import merge
     from collie_lab.view import compare, compose, figure, watch
 
 _LAZY = {
     "Pool": "launch", "RankError": "launch", "Run": "launch", "attach": "launch", "pull": "launch", "runs": "launch",
     "Results": "study", "compare": "view", "compose": "view", "doctor": "diagnosis", "figure": "view",
-    "watch": "view",
+    "merge": "training.merge", "watch": "view",
 }
 
 __all__ = [
-    "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "BBH", "BestCheckpoint", "CSV",
-    "Callback", "Cell", "CellError", "Classification", "Data", "EarlyStopping", "Evaluation", "ExactMatch",
+    "AdaLoRA", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "BBH", "BestCheckpoint",
+    "CSV", "Callback", "Cell", "CellError", "Classification", "Data", "EarlyStopping", "Evaluation", "ExactMatch",
     "Experiment", "ExtendTokenizer", "Freeze", "GSM8K", "GaLore", "Generation", "GradientStatistics", "HumanEval",
     "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MLflow", "MMLU", "Model", "MultipleChoice", "Muon",
-    "Nodes", "OFT", "Optimizer", "Parallel", "Perplexity", "Pool", "Problem", "RandomTokens", "RankError", "Results",
-    "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "SystemMeters", "TensorBoard", "Text",
-    "TrainTokenizer", "Training", "WandB", "WeightStatistics", "__version__", "attach", "compare", "compose", "doctor",
-    "figure", "optim", "pull",
-    "runs", "watch",
+    "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Pool", "Prefix", "Problem", "Prompt", "QLoRA",
+    "RandomTokens", "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia",
+    "SystemMeters", "TensorBoard", "Text", "TrainTokenizer", "Training", "WandB", "WeightStatistics", "__version__",
+    "attach", "compare", "compose", "doctor", "figure", "merge", "optim", "pull", "runs", "watch",
 ]
 
 

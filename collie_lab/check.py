@@ -17,6 +17,7 @@ from collie_lab.check_optimizer import optimizer_problems
 from collie_lab.check_parallel import parallel_problems
 from collie_lab.check_tokenizer import tokenizer_problems
 from collie_lab.data.hub import context_length, model_config
+from collie_lab.data.prepare import room_for_documents
 from collie_lab.data.records import Corpus
 from collie_lab.folder import read_json
 
@@ -168,11 +169,13 @@ def _gpus(experiment: Experiment) -> Iterator[Problem]:
 
 def _data(experiment: Experiment, config: dict[str, Any], problems: list[Problem]) -> None:
     context = context_length(config)
+    room = room_for_documents(experiment, context)
+    taken = f" beside {experiment.virtual.tokens} virtual tokens" if experiment.virtual is not None else ""
     cells = [experiment.data, *(cell.data for cell in experiment.evaluate
                                 if isinstance(cell, HeldOut) and cell.data is not None)]
     problems += [Problem(type(cell).__name__, "max_length", f"{cell.max_length} tokens do not fit the model's context "
-                         f"of {context}", f"at most {context}")
-                 for cell in cells if context is not None and (cell.max_length or 0) > context]
+                         f"of {context}{taken}", f"at most {room}")
+                 for cell in cells if room is not None and (cell.max_length or 0) > room]
     for cell in cells:
         if isinstance(cell, (Instructions, Text)):  # every record is looked at
             _collect(problems, lambda cell=cell: Corpus(cell).read_all())

@@ -1,7 +1,20 @@
 """What you compose: typed, immutable choices. Nothing here imports torch."""
 
 from collie_lab.cells._base import Cell, CellError, Problem
-from collie_lab.cells.adapter import IA3, OFT, Adapter, Freeze, LoRA
+from collie_lab.cells.adapter import (
+    IA3,
+    OFT,
+    AdaLoRA,
+    Adapter,
+    AddedAdapter,
+    Freeze,
+    LoRA,
+    Prefix,
+    Prompt,
+    PTuning,
+    QLoRA,
+    VirtualTokens,
+)
 from collie_lab.cells.benchmarks import BBH, GSM8K, MMLU, Benchmark, HumanEval, LMEval
 from collie_lab.cells.callback import (
     CSV,
@@ -46,12 +59,12 @@ from collie_lab.cells.tokenizer import ExtendTokenizer, NewTokenizer, TrainToken
 from collie_lab.cells.training import Training
 
 __all__ = [
-    "BBH", "CSV", "GSM8K", "IA3", "MMLU", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLomo", "Adafactor", "AdamW",
-    "AdamW8bit", "Adan", "Adapter", "Apollo", "Benchmark", "BestCheckpoint", "Callback", "CallbackCell", "Cell",
-    "CellError", "Classification", "Data", "EarlyStopping", "Evaluation", "ExactMatch", "Experiment", "ExtendTokenizer",
-    "Freeze", "GaLore", "Generation", "GradientStatistics", "HeldOut", "HumanEval", "Instructions", "LMEval",
-    "LibraryOptimizer", "Lion", "LoRA", "Lomo", "MLflow", "Model", "Monitor", "MultipleChoice", "Muon", "NewTokenizer",
-    "Nodes", "Optimizer", "Parallel", "Perplexity", "Problem", "RandomTokens", "RuleCell", "ScheduleFree", "Skills",
-    "Sophia", "Statistics", "SystemMeters", "TensorBoard", "Text", "TrainTokenizer", "Training", "WandB",
-    "WeightStatistics",
+    "BBH", "CSV", "GSM8K", "IA3", "MMLU", "OFT", "SGD", "SHAPES", "SKILLS", "AdaLoRA", "AdaLomo", "Adafactor", "AdamW",
+    "AdamW8bit", "Adan", "Adapter", "AddedAdapter", "Apollo", "Benchmark", "BestCheckpoint", "Callback", "CallbackCell",
+    "Cell", "CellError", "Classification", "Data", "EarlyStopping", "Evaluation", "ExactMatch", "Experiment",
+    "ExtendTokenizer", "Freeze", "GaLore", "Generation", "GradientStatistics", "HeldOut", "HumanEval", "Instructions",
+    "LMEval", "LibraryOptimizer", "Lion", "LoRA", "Lomo", "MLflow", "Model", "Monitor", "MultipleChoice", "Muon",
+    "NewTokenizer", "Nodes", "Optimizer", "PTuning", "Parallel", "Perplexity", "Prefix", "Problem", "Prompt", "QLoRA",
+    "RandomTokens", "RuleCell", "ScheduleFree", "Skills", "Sophia", "Statistics", "SystemMeters", "TensorBoard", "Text",
+    "TrainTokenizer", "Training", "VirtualTokens", "WandB", "WeightStatistics",
 ]

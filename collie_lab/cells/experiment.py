@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import Field, field_validator
 
 from collie_lab.cells._base import Cell, CellError, Problem
-from collie_lab.cells.adapter import Adapter
+from collie_lab.cells.adapter import Adapter, LoRA, VirtualTokens
 from collie_lab.cells.callback import Callback, CallbackCell
 from collie_lab.cells.data import Data, Skills
 from collie_lab.cells.evaluation import Evaluation
@@ -22,6 +22,7 @@ from collie_lab.cells.training import Training
 if TYPE_CHECKING:
     from collie_lab.check import Report
     from collie_lab.launch import Run
+    from collie_lab.size import Size
 
 __all__ = ["Experiment"]
 
@@ -46,6 +47,18 @@ class Experiment(Cell):
     step; on every rank."""
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The first part of the run folder's name."""
+
+    @property
+    def virtual(self) -> VirtualTokens | None:
+        """The adapter, where it puts tokens before every document."""
+        return self.adapter if isinstance(self.adapter, VirtualTokens) else None
+
+    @property
+    def scaled_optimizer(self) -> Optimizer:
+        """The optimizer with the factor that LoRA+ wants; those that it names itself count first."""
+        if not isinstance(self.adapter, LoRA) or self.adapter.plus == 1.0:
+            return self.optimizer
+        return self.optimizer.replace(lr_scale={**self.optimizer.lr_scale, "*lora_B*": self.adapter.plus})
 
     @field_validator("model", mode="before")
     @classmethod
@@ -77,6 +90,12 @@ class Experiment(Cell):
         from collie_lab.check import check
 
         return check(self)
+
+    def size(self) -> Size:
+        """Parameters, how many of them are trained, and their bytes; found by another process in some seconds."""
+        from collie_lab.size import find_size
+
+        return find_size(self)
 
     def launch(self, **options: Any) -> Run:
         """Start the run in processes of its own; see `collie_lab.launch.launch` for the options."""

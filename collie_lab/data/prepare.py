@@ -37,7 +37,8 @@ from collie_lab.data.tokenizer import Tokenizer
 from collie_lab.data.vocabulary import Extension, make_tokenizer
 from collie_lab.folder import RunFolder
 
-__all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "question_tokens", "sequence_length", "tokenize"]
+__all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "question_tokens", "room_for_documents",
+           "sequence_length", "tokenize"]
 
 #: Tokens of a sequence where neither the data cell nor the model's context says less.
 DEFAULT_MAX_LENGTH = 2048
@@ -76,7 +77,8 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
     tokenizer, extension, warnings = make_tokenizer(experiment.model, data, rows, folder.path / "tokenizer")
     vocabulary = extension.rows if extension else int(rows or tokenizer.vocab_size)
     with cache.scratch(folder.path) as scratch:
-        maker = _Maker(tokenizer, vocabulary, context_length(config), Path(scratch))
+        room = room_for_documents(experiment, context_length(config))
+        maker = _Maker(tokenizer, vocabulary, room, Path(scratch))
         maker.warnings += warnings
         train, style = maker.documents(data, "train")
         train.save(folder.path / "data" / "train")
@@ -103,6 +105,12 @@ def _source(cell: Evaluation, data: Data) -> tuple[Data, Split] | Evaluation:
 
 def _held_out(cell: HeldOut, data: Data) -> tuple[Data, Split]:
     return (data, "test") if cell.data is None else (cell.data, "all")
+
+
+def room_for_documents(experiment: Experiment, context: int | None) -> int | None:
+    """Tokens of a model's context that an adapter's virtual ones leave to the documents."""
+    taken = experiment.virtual.tokens if experiment.virtual is not None else 0
+    return None if context is None else context - taken
 
 
 def sequence_length(data: Data, context: int | None) -> int:

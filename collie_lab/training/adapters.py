@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from collie_lab.cells import IA3, OFT, Adapter, Freeze, LoRA
-from collie_lab.training.weights import copy_into
+from collie_lab.cells import IA3, OFT, AdaLoRA, Adapter, Freeze, LoRA, Prefix, Prompt, PTuning
 
-__all__ = ["adapt", "set_magnitudes"]
+__all__ = ["adapt"]
 
 
-def adapt(model: PreTrainedModel, cell: Adapter) -> nn.Module:
-    """The model as the cell trains it: the same with `Freeze`, else peft's wrapper.
+def adapt(model: PreTrainedModel, cell: Adapter, steps: int = 100) -> nn.Module:
+    """The model as the cell trains it in so many steps: the same with `Freeze`, else peft's wrapper.
 
     Raises:
         ValueError: a target or pattern that names nothing in the model.
@@ -32,31 +31,25 @@ def adapt(model: PreTrainedModel, cell: Adapter) -> nn.Module:
     import peft
 
     with _stand_ins(model):
-        adapted: nn.Module = peft.get_peft_model(model, _peft_config(cell))
+        adapted: nn.Module = peft.get_peft_model(model, _peft_config(cell, steps))
     return adapted
 
 
-def set_magnitudes(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> None:
-    """DoRA's magnitudes, from weights that are there by now: the norms of their rows (eq. 5). On all ranks together.
-
-    `whole` gathers a sharded weight.
-    """
-    for module in model.modules():
-        for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
-            weight = whole(module.get_base_layer().weight).float()  # type: ignore[operator]
-            norms = torch.linalg.norm(weight.T if module.fan_in_fan_out else weight, dim=1)
-            with torch.no_grad():
-                copy_into(norms, magnitude.weight)
-
-
-def _peft_config(cell: Adapter) -> Any:
+def _peft_config(cell: Adapter, steps: int) -> Any:
     import peft
 
     task: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     match cell:
         case LoRA():
             return peft.LoraConfig(r=cell.r, lora_alpha=cell.alpha, lora_dropout=cell.dropout, use_rslora=cell.rslora,
-                                   use_dora=cell.dora, target_modules=_targets(cell), **task)
+                                   use_dora=cell.dora, target_modules=_targets(cell),
+                                   init_lora_weights="gaussian" if cell.init == "gaussian" else True, **task)
+        case AdaLoRA():
+            return peft.AdaLoraConfig(
+                init_r=cell.init_r, target_r=cell.target_r, lora_alpha=cell.alpha, lora_dropout=cell.dropout,
+                target_modules=_targets(cell), total_step=steps, tinit=int(cell.warmup * steps),
+                tfinal=int(cell.final * steps), deltaT=cell.every, beta1=cell.betas[0], beta2=cell.betas[1],
+                orth_reg_weight=cell.orthogonal, **task)
         case IA3(targets=None):
             return peft.IA3Config(**task)
         case IA3():
@@ -65,10 +58,17 @@ def _peft_config(cell: Adapter) -> Any:
         case OFT():
             return peft.OFTConfig(oft_block_size=cell.block_size, module_dropout=cell.dropout,
                                   target_modules=_targets(cell), **task)
+        case Prompt():
+            return peft.PromptTuningConfig(num_virtual_tokens=cell.tokens, **task)
+        case PTuning():
+            return peft.PromptEncoderConfig(num_virtual_tokens=cell.tokens, encoder_hidden_size=cell.hidden, **task)
+        case Prefix():
+            return peft.PrefixTuningConfig(num_virtual_tokens=cell.tokens, prefix_projection=cell.projection,
+                                           encoder_hidden_size=cell.hidden, **task)
     raise TypeError(f"no adapter for the cell {type(cell).__name__}")
 
 
-def _targets(cell: LoRA | OFT) -> str | list[str]:
+def _targets(cell: LoRA | AdaLoRA | OFT) -> str | list[str]:
     return "all-linear" if cell.targets is None else list(cell.targets)
 
 
@@ -91,8 +91,7 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
     """
     places = [(module, leaf, parameter) for module in model.modules()
               for leaf, parameter in module.named_parameters(recurse=False)]
-    made = {id(parameter): nn.Parameter(torch.ones((), dtype=parameter.dtype).expand(parameter.shape))
-            for _, _, parameter in places}
+    made = {id(parameter): _stand_in(parameter) for _, _, parameter in places}
     for module, leaf, parameter in places:
         setattr(module, leaf, made[id(parameter)])
     try:
@@ -101,3 +100,9 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
         for module, leaf, parameter in places:
             parameter.requires_grad_(getattr(module, leaf).requires_grad)
             setattr(module, leaf, parameter)
+
+
+def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
+    made = nn.Parameter(torch.ones((), dtype=parameter.dtype).expand(parameter.shape), parameter.requires_grad)
+    vars(made).update(vars(parameter))  # what a quantized one says of itself
+    return made

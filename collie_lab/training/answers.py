@@ -18,6 +18,7 @@ from collie_lab.data.records import Style
 from collie_lab.folder import JsonLines, RunFolder
 from collie_lab.parallel import Strategy
 from collie_lab.training.generate import generate
+from collie_lab.training.virtual import virtual_tokens
 
 __all__ = ["Answers"]
 
@@ -74,8 +75,9 @@ class Answers:
             try:
                 tokens = question_tokens(question["prompt"], self._style, self._tokenizer)
                 context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-                if context is not None and len(tokens) >= context:
-                    raise ValueError(f"the question has {len(tokens):,} tokens, the model's context {context:,}")
+                if context is not None and len(tokens) + virtual_tokens(model) >= context:
+                    raise ValueError(f"the question has {len(tokens):,} tokens, the model's context "
+                                     f"{context - virtual_tokens(model):,}")
                 generate(model, [np.array(tokens, dtype=np.int32)], self._tokenizer, strategy.device,
                          question["max_new_tokens"], question["temperature"], pieces)
             except Exception as problem:  # a question is no reason to lose a run

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from collie_lab.cells import Evaluation, HumanEval, LMEval, Perplexity
+from collie_lab.cells import Evaluation, HumanEval, LMEval, Perplexity, VirtualTokens
 from collie_lab.data import Documents, Tokenizer
 from collie_lab.data.questions import Question, Questions, drawn
 from collie_lab.parallel import Strategy
@@ -25,11 +25,12 @@ Tick = Callable[[], None]
 
 
 def evaluate(cell: Evaluation, model: PreTrainedModel, documents: Documents, tokenizer: Tokenizer,
-             strategy: Strategy, *, flat: bool, tick: Tick = lambda: None,
+             strategy: Strategy, *, flat: bool, virtual: VirtualTokens | None = None, tick: Tick = lambda: None,
              keep: Callable[[list[Sample]], None] = lambda samples: None) -> dict[str, float]:
     """The figures of one evaluation cell, by name; the same on every rank.
 
-    `tick` is called before every batch and at every token; `keep` on rank 0 with all samples, in the order of the data.
+    `flat` and `virtual` are those of `collate`. `tick` is called before every batch and at every token; `keep` on rank
+    0 with all samples, in the order of the data.
     """
     was_training = model.training
     model.eval()
@@ -38,9 +39,9 @@ def evaluate(cell: Evaluation, model: PreTrainedModel, documents: Documents, tok
             if isinstance(cell, LMEval):
                 from collie_lab.training.lm_eval import run_tasks
 
-                samples, figures = run_tasks(cell, model, tokenizer, strategy, flat=flat, tick=tick)
+                samples, figures = run_tasks(cell, model, tokenizer, strategy, flat=flat, virtual=virtual, tick=tick)
             else:
-                asks = _Asks(cell, model, documents, tokenizer, strategy, flat, tick)
+                asks = _Asks(cell, model, documents, tokenizer, strategy, flat, virtual, tick)
                 samples = _gathered(asks.likelihoods() if asks.by_likelihood else asks.answers(), strategy)
                 figures = summarize(cell, samples) if _is_first() else {}
     finally:
@@ -59,9 +60,9 @@ class _Asks:
     """Asks the model all questions of an evaluation; each rank its share, and what it makes of the answers."""
 
     def __init__(self, cell: Evaluation, model: PreTrainedModel, documents: Documents, tokenizer: Tokenizer,
-                 strategy: Strategy, flat: bool, tick: Tick):
+                 strategy: Strategy, flat: bool, virtual: VirtualTokens | None, tick: Tick):
         self._cell, self._model, self._documents, self._tokenizer = cell, model, documents, tokenizer
-        self._strategy, self._flat, self._tick = strategy, flat, tick
+        self._strategy, self._flat, self._virtual, self._tick = strategy, flat, virtual, tick
         if isinstance(documents, Questions):
             self._items: Sequence[Question] = documents.items
             self._first, chosen = documents.first, np.arange(len(documents.items))
@@ -83,7 +84,7 @@ class _Asks:
         requests = [np.arange(self._first[place], self._first[place + 1]) for place in self._mine]
         chosen = np.concatenate([np.zeros(0, dtype=np.int64), *requests])
         found, greedy = score(self._model, self._documents, chosen, self._strategy, batch_size=self._cell.batch_size,
-                              flat=self._flat, tick=self._tick)
+                              flat=self._flat, virtual=self._virtual, tick=self._tick)
         samples, end = [], 0
         for place, request in zip(self._mine.tolist(), requests, strict=True):
             begin, end = end, end + len(request)

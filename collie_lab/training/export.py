@@ -7,6 +7,7 @@ module (fused experts, say) is undone block by block.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 import shutil
@@ -23,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from collie_lab.data import Tokenizer
 from collie_lab.folder import RunFolder, write_json
 from collie_lab.parallel import Strategy
+from collie_lab.training.adapter_state import adapter_state
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -68,14 +70,15 @@ def _set_special_tokens(model: Any, tokenizer: Tokenizer) -> None:
 
 def _write_adapter(model: PeftModel, folder: Path, rank: int, gather: Gather) -> None:
     """What is trained, gathered on rank 0: it is small. peft finds the adapter of the layers that a rank has."""
-    from peft import get_peft_model_state_dict
-
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     writers = _writers(trained)
     mine = {name: whole for name, tensor in trained.items() for whole in [gather(tensor)] if writers[name] == rank}
-    parts = _on_rank_0(get_peft_model_state_dict(model, state_dict=mine))
+    config = copy.copy(model.peft_config[model.active_adapter])
+    parts = _on_rank_0(adapter_state(model, config, mine))
     if rank == 0:
-        model.save_pretrained(folder, state_dict=mine)
+        model.create_or_update_model_card(str(folder))
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
         whole = {name: tensor.contiguous() for part in parts for name, tensor in part.items()}
         save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
@@ -25,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from collie_lab.data import Tokenizer
 from collie_lab.training.packed import ATTENTION
+from collie_lab.training.virtual import virtual_cache, virtual_tokens
 
 __all__ = ["Draw", "generate"]
 
@@ -40,24 +42,32 @@ def generate(model: PreTrainedModel, prompts: Sequence[NDArray[np.int32]], token
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # Those with as much room for an answer go together: what stands beside a prompt must not shorten its answer.
-    rooms = [max_new_tokens if context is None else max(1, min(max_new_tokens, context - len(prompt)))
+    taken = virtual_tokens(model)
+    rooms = [max_new_tokens if context is None else max(1, min(max_new_tokens, context - taken - len(prompt)))
              for prompt in prompts]
     answers = [""] * len(prompts)
     for room in sorted(set(rooms)):
         rows = [row for row, each in enumerate(rooms) if each == room]
-        ending = _Ending(tokenizer, stop, len(rows), max(len(prompts[row]) for row in rows), tick)
+        ids, mask = _padded([prompts[row] for row in rows])
+        past: dict[str, Any] = {}
+        with _own_settings(model):
+            if cache := virtual_cache(model, len(rows)):  # to the model, tokens that it has seen already
+                past["past_key_values"] = cache[0]
+                ids, mask = F.pad(ids, (taken, 0)), F.pad(mask, (taken, 0), value=1)
+        inner = model.get_base_model() if past else model
+        ending = _Ending(tokenizer, stop, len(rows), ids.shape[1], tick)
         draws: dict[str, Any] = {"do_sample": False}
         if temperature and draw is None:
             draws = {"do_sample": True, "temperature": temperature, "top_k": 0}
         config = GenerationConfig(max_new_tokens=room, use_cache=True, eos_token_id=tokenizer.eos_id,
                                   pad_token_id=tokenizer.pad_id or 0, **draws)
         processors = draw.processors(rows, temperature, device) if draw and temperature else None
-        ids, mask = _padded([prompts[row] for row in rows])
         with _own_settings(model):
             # Not in step with ranks that have other prompts: a sharded model is whole here (`Strategy.whole`).
-            output: Tensor = model.generate(
+            output: Tensor = inner.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, synced_gpus=False,
-                streamer=streamer, stopping_criteria=StoppingCriteriaList([ending]), logits_processor=processors)
+                streamer=streamer, stopping_criteria=StoppingCriteriaList([ending]), logits_processor=processors,
+                **past)
         for row, answer in zip(rows, ending.answers(output), strict=True):
             answers[row] = answer
     return answers

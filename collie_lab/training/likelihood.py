@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from collie_lab.cells import VirtualTokens
 from collie_lab.data import Documents
 from collie_lab.parallel import Strategy
 from collie_lab.training.batch import collate_scored
@@ -16,7 +17,7 @@ __all__ = ["score"]
 
 
 def score(model: PreTrainedModel, documents: Documents, chosen: NDArray[np.int64], strategy: Strategy, *,
-          batch_size: int, flat: bool, tick: Callable[[], None]
+          batch_size: int, flat: bool, virtual: VirtualTokens | None, tick: Callable[[], None]
           ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The log-likelihood (nats) of the learned tokens of each of the `chosen` documents, this rank's, and whether each
     of these tokens is the likeliest.
@@ -32,7 +33,8 @@ def score(model: PreTrainedModel, documents: Documents, chosen: NDArray[np.int64
         # A sharded model is gathered by all ranks together: who has no batch left repeats a document unheard.
         counts = step < len(batches)
         batch = batches[step] if counts else [_first_scored(documents)]
-        inputs, owners = collate_scored(documents, batch, strategy.device, flat=flat, multiple=strategy.multiple)
+        inputs, owners = collate_scored(documents, batch, strategy.device, flat=flat, multiple=strategy.multiple,
+                                         virtual=virtual)
         likelihoods, greedy = model(**inputs).double().cpu().numpy()
         if counts:
             np.add.at(found[0], owners, likelihoods)

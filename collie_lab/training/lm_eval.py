@@ -16,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from collie_lab.cells import LMEval
+from collie_lab.cells import LMEval, VirtualTokens
 from collie_lab.data import Tokenizer
 from collie_lab.data.lm_eval_tasks import load_tasks, task_manager
 from collie_lab.data.questions import Pieces, Question, Room, arrange, continuation
@@ -34,9 +34,9 @@ _CONTEXT: Final = 2048
 
 
 def run_tasks(cell: LMEval, model: PreTrainedModel, tokenizer: Tokenizer, strategy: Strategy, *, flat: bool,
-              tick: Callable[[], None]) -> tuple[list[Sample], dict[str, float]]:
+              virtual: VirtualTokens | None, tick: Callable[[], None]) -> tuple[list[Sample], dict[str, float]]:
     """All samples and figures of the tasks; all ranks call it together, and get the same."""
-    asked = _Model(cell, model, tokenizer, strategy, flat, tick)
+    asked = _Model(cell, model, tokenizer, strategy, flat, virtual, tick)
     tasks = load_tasks(cell.tasks, task_manager(cell), cell.shots)
     results = evaluate(asked, tasks, limit=cell.limit, bootstrap_iters=0, log_samples=True)
     samples = [{"index": index, "task": task, **sample} for index, (task, sample) in enumerate(
@@ -65,11 +65,12 @@ class _Model(LM):  # type: ignore[misc]
     """The model as lm-eval sees it: on each rank all requests, of which it answers its share and learns the others'."""
 
     def __init__(self, cell: LMEval, model: PreTrainedModel, tokenizer: Tokenizer, strategy: Strategy, flat: bool,
-                 tick: Callable[[], None]):
+                 virtual: VirtualTokens | None, tick: Callable[[], None]):
         super().__init__()
         self._cell, self._causal_lm, self._tokenizer, self._strategy = cell, model, tokenizer, strategy
-        self._flat, self._tick = flat, tick
+        self._flat, self._virtual, self._tick = flat, virtual, tick
         self._context: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _CONTEXT
+        self._context -= virtual.tokens if virtual is not None else 0
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation, and whether it is greedy decoding's."""
@@ -115,7 +116,7 @@ class _Model(LM):  # type: ignore[misc]
         owner = np.array([texts.setdefault(tuple(prompt), len(texts)) for prompt, _ in pieces], dtype=np.int64)
         mine: NDArray[np.int64] = np.flatnonzero(owner % self._strategy.cell.dp == self._strategy.place.dp)
         found, greedy = score(self._causal_lm, questions, mine, self._strategy, batch_size=self._cell.batch_size,
-                              flat=self._flat, tick=self._tick)
+                              flat=self._flat, virtual=self._virtual, tick=self._tick)
         everyone = self._all(dict(zip(mine.tolist(), zip(found.tolist(), greedy.tolist(), strict=True), strict=True)))
         return [everyone[place] for place in range(len(pieces))]
 

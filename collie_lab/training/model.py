@@ -10,14 +10,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from collie_lab.cells import Experiment, Parallel
-from collie_lab.data import Extension
+from collie_lab.cells import AdaLoRA, Experiment, Parallel, QLoRA, VirtualTokens
+from collie_lab.data import Extension, Tokenizer
 from collie_lab.parallel import Strategy
-from collie_lab.training.adapters import adapt, set_magnitudes
+from collie_lab.training.adapters import adapt
+from collie_lab.training.budget import attach_orthogonality
+from collie_lab.training.first_values import set_first_values
 from collie_lab.training.flops import StepFlops
 from collie_lab.training.loss import attach_loss, attach_whole_loss
 from collie_lab.training.packed import ATTENTION
 from collie_lab.training.probe import ModelWarning, find_path
+from collie_lab.training.quantize import quantize_linears
+from collie_lab.training.virtual import attach_virtual_tokens
 from collie_lab.training.weights import blueprint, fill
 
 __all__ = ["BuiltModel", "build_model"]
@@ -35,12 +39,12 @@ class BuiltModel(NamedTuple):
 
 
 def build_model(experiment: Experiment, device: torch.device, strategy: Strategy | None = None,
-                extension: Extension | None = None) -> BuiltModel:
+                extension: Extension | None = None, tokenizer: Tokenizer | None = None) -> BuiltModel:
     """The model of an experiment in the layout of `strategy` (default: one process), ready to train.
 
-    `extension` is what the preparation of its data made of an `ExtendTokenizer`.
-
-    `Training.weights` says how its weights are kept; `precision` decides the type of the computation, not theirs.
+    `extension` is what the preparation of its data made of an `ExtendTokenizer`; `tokenizer` is for a prompt that
+    begins as a text. `Training.weights` says how weights are kept; `precision` decides the type of the computation, not
+    theirs.
     """
     training = experiment.training
     strategy = strategy or Strategy(Parallel(), device, training.precision)
@@ -61,7 +65,13 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
         attach_loss(model, training.loss, strategy.tensor)
     if training.recompute == "full":
         _recompute_blocks(model)
-    root = model if experiment.adapter is None else adapt(model, experiment.adapter)
+    if isinstance(experiment.adapter, QLoRA):
+        quantize_linears(model, experiment.adapter, torch.bfloat16 if training.precision == "bf16" else torch.float32)
+    root = model if experiment.adapter is None else adapt(model, experiment.adapter, training.steps)
+    if isinstance(experiment.adapter, VirtualTokens):
+        attach_virtual_tokens(root, experiment.adapter, flat=path.flat, recompute=training.recompute == "full")
+    if isinstance(experiment.adapter, AdaLoRA):
+        attach_orthogonality(root, experiment.adapter.orthogonal)
     if extension is not None and not model.get_input_embeddings().weight.requires_grad:
         warnings.warn("the embedding is frozen: the rows of new tokens stay what they begin with", ModelWarning, 2)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in root.parameters()]
@@ -72,7 +82,7 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
                          "or let it train something in every layer")
     fill(root, experiment.model, training.seed, device, torch.bfloat16 if training.weights == "bf16" else torch.float32,
          extension)
-    set_magnitudes(root, strategy.gather)
+    set_first_values(root, experiment.adapter, strategy.gather, tokenizer, training.seed)
     return BuiltModel(model, root, flops, sum(size for size, _ in sizes), sum(size for size, on in sizes if on))
 
 

@@ -15,7 +15,7 @@ __all__ = ["build_optimizer", "set_learning_rate"]
 
 def build_optimizer(experiment: Experiment, model: nn.Module, strategy: Strategy) -> torch.optim.Optimizer:
     """For the trained parameters of `model`, by its own names: wrappers lengthen them."""
-    cell, training = experiment.optimizer, experiment.training
+    cell, training = experiment.scaled_optimizer, experiment.training
     if isinstance(cell, LibraryOptimizer):
         return optim.build(cell, model)
     return optim.build(strategy.held(cell), model, max_value=training.clip_grad_value, seed=training.seed,

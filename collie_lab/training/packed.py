@@ -4,6 +4,8 @@ There is no padding and no mask: neighbours of similar length make a dense group
 `scaled_dot_product_attention`. A group's padding is at the end of its rows, where causal attention never looks,
 so the result is exact. A group of one document, or of equal ones, is a view of the tokens: nothing is copied.
 
+A layout may have a prefix: keys and values that stand before those of every document, in each layer its own.
+
 Shapes: B batch (1), H heads, T tokens of the micro-batch, D head dimension, N documents of a group,
 L longest of them.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,6 +53,8 @@ class PackedLayout:
     groups: tuple[_Group, ...]
     sizes: tuple[int, ...]
     """Tokens of each group."""
+    prefix: Tensor | None = None
+    """[layers, 2, heads, virtual tokens, D]: keys and values before every document's own."""
 
     @classmethod
     def build(cls, lengths: NDArray[np.int64], device: torch.device) -> PackedLayout:
@@ -112,16 +116,18 @@ def _packed_attention(module: nn.Module, query_BHTD: Tensor, key_BKTD: Tensor, v
     Without `packed` (generation, a model called by hand) it is plain SDPA with the mask it is given. Where other ranks
     have other heads, dropout draws other numbers: `module.separate_random` is the context for it.
     """
+    prefix = None if packed is None or packed.prefix is None else packed.prefix[cast(int, module.layer_idx)]
     if dropout and (separate := getattr(module, "separate_random", None)):
         with separate():
             return _attention(query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, packed,
-                              sliding_window), None
-    return _attention(query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, packed, sliding_window), None
+                              sliding_window, prefix), None
+    return _attention(query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, packed, sliding_window,
+                      prefix), None
 
 
 def _attention(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, attention_mask: Tensor | None,
-               scaling: float | None, dropout: float, packed: PackedLayout | None, sliding_window: int | None
-               ) -> Tensor:
+               scaling: float | None, dropout: float, packed: PackedLayout | None, sliding_window: int | None,
+               prefix: Tensor | None) -> Tensor:
     if packed is None:
         out = _sdpa(query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, sliding_window)
         return out.transpose(1, 2)
@@ -129,6 +135,9 @@ def _attention(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, attenti
     outputs = []
     for group, part in zip(packed.groups, parts, strict=True):
         q, k, v = (_rows(x, group) for x in part)
+        if prefix is not None:
+            k, v = (torch.cat([before.to(x.dtype).expand(len(x), -1, -1, -1), x], dim=2)
+                    for before, x in zip(prefix, (k, v), strict=True))
         out = _sdpa(q, k, v, None, scaling, dropout, sliding_window).transpose(1, 2).flatten(0, 1)
         outputs.append(out if group.kept is None else out.index_select(0, group.kept))
     return torch.cat(outputs)[None]
@@ -147,10 +156,10 @@ def _rows(x_BHTD: Tensor, group: _Group) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, dropout: float,
           window: int | None) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    if mask is None and window is not None and keys > window:
+    if mask is None and (1 < queries < keys or (window is not None and keys > window)):
         place = torch.arange(keys, device=q.device)
-        age = place[keys - queries :, None] - place
-        mask = (age >= 0) & (age < window)
+        age = place[keys - queries :, None] - place  # the last query goes with the last key
+        mask = (age >= 0) & (age < (keys if window is None else window))
     # One query against a cache sees all of it; `is_causal` would align it with the first key.
     causal = mask is None and queries > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling,

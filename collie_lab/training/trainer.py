@@ -16,14 +16,15 @@ from torch import Tensor
 
 from collie_lab import optim
 from collie_lab.beat import Beat
-from collie_lab.cells import Adan, Evaluation, Experiment, RuleCell, Sophia
-from collie_lab.data import Documents, Extension, Order, Tokenizer, sequence_length
+from collie_lab.cells import AdaLoRA, Adan, Evaluation, Experiment, RuleCell, Sophia
+from collie_lab.data import Documents, Extension, Order, Tokenizer, room_for_documents, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.data.questions import load_questions
 from collie_lab.folder import Board, JsonLines, RunFolder, read_json, write_lines
 from collie_lab.parallel import build_strategy
 from collie_lab.training.answers import Answers
 from collie_lab.training.batch import Batch, collate
+from collie_lab.training.budget import attach_budget
 from collie_lab.training.callbacks import Callbacks
 from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoint
 from collie_lab.training.ending import ending
@@ -145,9 +146,11 @@ class Trainer:
 
         With `draw`, a seed, the loss is that of labels which the model draws itself.
         """
-        scale = self.experiment.parallel.dp / plan.targets  # of a sum; gradients are averaged over the ranks
+        experiment = self.experiment
+        scale = experiment.parallel.dp / plan.targets  # of a sum; gradients are averaged over the ranks
         batches = [collate(self._documents, documents, self.device, flat=self._flat, draw=draw,
-                           multiple=self._strategy.multiple) for documents in plan.micro_batches]
+                           multiple=self._strategy.multiple, virtual=experiment.virtual)
+                   for documents in plan.micro_batches]
         if self._strategy.pipeline is not None:
             self._beat.say("step", shape=batches[0].shape)
             loss_sum = self._strategy.pipeline.train(self.model, level([batch.inputs for batch in batches]), scale,
@@ -262,11 +265,12 @@ class Trainer:
         self._memory = build_memory(self.device)
         if isinstance(self._memory, NoMemory):
             self._warn(self._memory.reason)
+        self._tokenizer = Tokenizer(self.folder.path / "tokenizer")
         self.event("phase", text="loading the model")
         self._strategy = build_strategy(experiment.parallel, self.device, training.precision)
         extension = Extension.of(self.folder.read("data/index.json").get("extension"))
         with model_warnings(self._warn):
-            built = build_model(experiment, self.device, self._strategy, extension)
+            built = build_model(experiment, self.device, self._strategy, extension, self._tokenizer)
         self._causal_lm, adapted, self._flops = built.causal_lm, built.root, built.flops
         self._flat = self._causal_lm.config._attn_implementation == ATTENTION  # else padded rows, with masks
         adapted.train()
@@ -274,13 +278,14 @@ class Trainer:
         self.model = self._strategy.wrap(adapted, experiment.optimizer.in_backward)
         self._adapted: Any = adapted
         self.optimizer = build_optimizer(experiment, adapted, self._strategy)
+        if isinstance(experiment.adapter, AdaLoRA):
+            attach_budget(adapted, self.optimizer, lambda: self.step)
         self.model = self._strategy.prepare(self.model, self.optimizer)
         # Dropout differs between ranks that see other tokens; tensor-parallel ranks draw alike (`parallel.tensor`).
         seed = training.seed * 1000 + self.rank // experiment.parallel.tp
         torch.manual_seed(seed)
         self._meters = Meters(self.folder if self.rank == 0 else None, self.device,
                               experiment.parallel.world_size, peak_flops(self.device))
-        self._tokenizer = Tokenizer(self.folder.path / "tokenizer")
         self._build_data()
         self._answers = Answers(self.folder, self.rank, self._tokenizer, self.folder.read("data/index.json")["style"],
                                 training.seed)
@@ -305,13 +310,13 @@ class Trainer:
         self._held_out = [load_questions(folder / name) for name in index["evaluations"]]
         for text in index["warnings"]:
             self._warn(text)
-        context = getattr(self._causal_lm.config.get_text_config(),
-                          "max_position_embeddings", None)
+        context = getattr(self._causal_lm.config.get_text_config(), "max_position_embeddings", None)
         self._order = Order(
             self._documents, batch_size=training.batch_size, seed=training.seed, shuffle=data.shuffle,
             micro_batch_size=parallel.micro_batch_size(training.batch_size, training.micro_batch_size),
             dp_rank=self._strategy.place.dp, dp_size=parallel.dp,
-            packing=sequence_length(data, context) if data.packing else None, group_by_length=data.group_by_length,
+            packing=sequence_length(data, room_for_documents(self.experiment, context)) if data.packing else None,
+            group_by_length=data.group_by_length,
         )
 
     def _heed_stop(self) -> bool:
@@ -348,7 +353,8 @@ class Trainer:
             if due(cell):
                 with optim.averaged(self.optimizer):
                     figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._flat,
-                                       tick=self._tick, keep=functools.partial(self._keep_answers, cell))
+                                       virtual=self.experiment.virtual, tick=self._tick,
+                                       keep=functools.partial(self._keep_answers, cell))
                 self.event("evaluation", step=self.step, **figures)
                 found |= figures
         if found:

@@ -25,6 +25,7 @@ from transformers.initialization import no_init_weights
 from collie_lab.cells import SHAPES, Model
 from collie_lab.data import Extension
 from collie_lab.training import last_model
+from collie_lab.training.quantize import quantized_layers, set_quantized
 from collie_lab.training.weight_files import Source, pretrained_source
 
 __all__ = ["blueprint", "copy_into", "fill"]
@@ -65,28 +66,34 @@ def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: 
             leaves out, or that are none of the family's.
     """
     whole = blueprint(cell, extension)
-    owners = _canonical_names(whole)
+    owners, wrapper = _canonical_names(whole), _wrapper(model)
     wanted: dict[str, list[str]] = {}  # the name in the whole model -> the names in this one
     for name, parameter in model.named_parameters(remove_duplicate=True):
         if parameter.device.type == "meta":
-            plain = _plain_name(name)
+            plain = _plain_name(name, wrapper)
             if plain not in owners:
                 raise ValueError(f"{name} has no values, and is no weight of {type(whole).__name__}")
             wanted.setdefault(owners[plain], []).append(name)
-    _materialise(model, device, dtype)
+    quantized = quantized_layers(model)
+    with _set_aside(quantized):
+        _materialise(model, device, dtype)
     mine = {name: model.get_parameter(name) for names in wanted.values() for name in names}
-    drawn = cell.init == "random" and device.type == "cuda"  # faster than from the host's memory
+    # Drawing is faster on a GPU than reading from the host's memory; four-bit weights come from whole ones.
+    drawn = bool(quantized) or (cell.init == "random" and device.type == "cuda")
     if not drawn and last_model.recall(model, (cell, extension), seed, mine):
         return
     ordered = {owner: wanted[owner] for owner in dict.fromkeys(owners.values()) if owner in wanted}  # unit by unit
-    buffers = {_plain_name(name): buffer for name, buffer in model.named_buffers()}
+    buffers = {_plain_name(name, wrapper): buffer for name, buffer in model.named_buffers()}
     with torch.no_grad(), _source(cell, seed, device, whole, owners, ordered, buffers, dtype, extension) as source:
         for owner, names in ordered.items():
             for name in names:
-                copy_into(source(owner), model.get_parameter(name))  # no name here for it, which would outlive its unit
-    if drawn:
+                if name in quantized:
+                    set_quantized(quantized[name], source(owner)[...].to(dtype), device)
+                else:
+                    copy_into(source(owner), model.get_parameter(name))  # no name here, which would outlive its unit
+    if drawn and device.type == "cuda":
         torch.cuda.empty_cache()  # the pieces that units were drawn in: a model may need all of the memory that is left
-    else:
+    elif not drawn:
         last_model.remember(model, (cell, extension), seed, mine)
 
 
@@ -117,9 +124,17 @@ def _canonical_names(whole: PreTrainedModel) -> dict[str, str]:
             for name, parameter in whole.named_parameters(remove_duplicate=False)}
 
 
-def _plain_name(name: str) -> str:
+def _wrapper(model: nn.Module) -> str:
+    """What peft's wrapper, if there is one, puts before the names of the model in it."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None:
+        return ""
+    return "base_model." if config.is_prompt_learning else "base_model.model."
+
+
+def _plain_name(name: str, wrapper: str) -> str:
     """The name without what peft adds to it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return name.removeprefix(wrapper).replace(".base_layer.", ".")
 
 
 def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -147,6 +162,19 @@ def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
             module, _, leaf = other.rpartition(".")
             if model.get_parameter(other) is not parameter:
                 model.get_submodule(module).register_parameter(leaf, parameter)
+
+
+@contextlib.contextmanager
+def _set_aside(layers: dict[str, Any]) -> Iterator[None]:
+    """Within it the layers have no weights, and nobody makes room for them in full precision."""
+    weights = {name: layer.weight for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.weight = None
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight = weights[name]
 
 
 def copy_into(values: Any, parameter: nn.Parameter) -> None:
