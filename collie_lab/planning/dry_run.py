@@ -1,0 +1,101 @@
+"""A dry run: the step that a rank would run, on tensors without values, with every byte counted.
+
+No data, no weights and no other ranks are needed: the documents of a batch are of full length, parameters are fake
+tensors, and collectives are those of a process group that only pretends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from collie_lab.cells import Experiment
+from collie_lab.data import Documents, Order
+from collie_lab.parallel import build_strategy
+from collie_lab.planning._ledger import Event, Ledger, Role
+from collie_lab.planning._patches import patched
+from collie_lab.training.step import TrainingStep
+
+__all__ = ["Trace", "dry_run"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened to a rank's memory.
+
+    Attributes:
+        events: sizes of storages, in order, from the first weight on.
+        roles: what each storage was for.
+        steps: where in `events` each step begins.
+    """
+
+    events: list[Event]
+    roles: dict[int, Role]
+    steps: list[int]
+
+
+def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, steps: int = 2, round_to: int = 1) -> Trace:
+    """The memory of `rank` over the first steps on these documents.
+
+    Args:
+        documents: their lengths alone matter.
+        steps: the first makes what the optimizer keeps; from the second on they are alike.
+        round_to: the allocator's granularity in bytes: 512 on a GPU.
+    """
+    with _pretended_ranks(rank, experiment.parallel.world_size):
+        return _Dry(experiment, round_to).run(documents, steps)
+
+
+class _Dry:
+    def __init__(self, experiment: Experiment, round_to: int):
+        self._experiment = experiment
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._ledger = Ledger(round_to)
+        self._device = torch.device("cpu")  # fake tensors of a GPU fail without one
+
+    def run(self, documents: Documents, steps: int) -> Trace:
+        experiment, ledger, training = self._experiment, self._ledger, self._experiment.training
+        strategy = build_strategy(experiment.parallel, self._device, training.precision)
+        begins = []
+        with patched(self._fake, ledger):
+            step = TrainingStep(experiment, self._device, strategy)
+            order = Order(documents, batch_size=training.batch_size, shuffle=False, dp_rank=strategy.place.dp,
+                          dp_size=experiment.parallel.dp, micro_batch_size=experiment.parallel.micro_batch_size(
+                              training.batch_size, training.micro_batch_size))
+            for number, plan in zip(range(1, steps + 1), order.steps(), strict=False):
+                begins.append(len(ledger.events))
+                with ledger.as_role("activations"):
+                    step.measure(documents, plan)
+                    step.forward_backward(documents, plan)
+                step.update(number)
+                with ledger.as_role("activations"):
+                    step.refresh_hessian(documents, plan, number)
+        return Trace(ledger.events, ledger.roles, begins)
+
+
+def full_documents(count: int, length: int) -> Documents:
+    """`count` documents of `length` tokens each, all of which but the first are learned."""
+    learned = np.tile(np.arange(length) > 0, count)
+    return Documents(np.zeros(count * length, dtype=np.int32), learned, np.arange(count + 1) * length,
+                     np.zeros(0, dtype=np.int64))
+
+
+@contextmanager
+def _pretended_ranks(rank: int, world_size: int) -> Iterator[None]:
+    """A process group of which only this rank is there."""
+    if world_size == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
