@@ -17,7 +17,7 @@ from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.records import read_documents
 from collie_lab.folder import read_json
 
-__all__ = ["Report", "check", "check_resume"]
+__all__ = ["Report", "check", "check_resume", "check_without_data"]
 
 
 class Report:
@@ -65,12 +65,25 @@ class Report:
 def check(experiment: Experiment) -> Report:
     """All problems of an experiment; reads its model's configuration and its data, starts nothing."""
     problems: list[Problem] = []
-    config = _collect(problems, lambda: _model(experiment.model, problems))
+    config = _cells(experiment, problems)
+    _collect(problems, lambda: _data(experiment, config, problems))
+    return Report(problems)
+
+
+def check_without_data(experiment: Experiment) -> Report:
+    """As `check`, with no look at the data."""
+    problems: list[Problem] = []
+    _cells(experiment, problems)
+    return Report(problems)
+
+
+def _cells(experiment: Experiment, problems: list[Problem]) -> dict[str, Any]:
+    """Find conflicts between cells; the model's configuration."""
+    config: dict[str, Any] | None = _collect(problems, lambda: _model(experiment.model, problems))
     problems += [*_batches(experiment), *optimizer_problems(experiment), *adapter_problems(experiment),
                  *parallel_problems(experiment, config or {}), *deepspeed_problems(experiment),
                  *_evaluations(experiment), *_without_effect(experiment), *_gpus(experiment)]
-    _collect(problems, lambda: _data(experiment, config or {}, problems))
-    return Report(problems)
+    return config or {}
 
 
 def check_resume(experiment: Experiment, fingerprint: str, checkpoint: Path) -> None:

@@ -37,6 +37,18 @@ class _DryEngine(Eager):
                     scalars: Scalars) -> None:
         """Nothing: no byte is taken."""
 
+    @override
+    def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
+        """Uninitialised sums."""
+        m, n = weight.tensor.shape
+        row, square = weight.tensor.new_empty(2, m, dtype=weight.dtype).unbind()
+        return row, weight.tensor.new_empty(n, dtype=weight.dtype), square.sum()
+
+    @override
+    def energy(self, gradient: Gradient, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised sum."""
+        return torch.empty_like(row, dtype=dtype).sum()
+
 
 @contextlib.contextmanager
 def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:

@@ -22,7 +22,7 @@ from collie_lab.planning._ledger import Event, Ledger, Role
 from collie_lab.planning._patches import patched
 from collie_lab.training.step import TrainingStep
 
-__all__ = ["Trace", "dry_run"]
+__all__ = ["Trace", "dry_run", "full_documents"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ class Trace:
         events: sizes of storages, in order, from the first weight on.
         roles: what each storage was for.
         steps: where in `events` each step begins.
+        updates: where in each the optimizer's step begins; in backward, its end.
     """
 
     events: list[Event]
     roles: dict[int, Role]
     steps: list[int]
+    updates: list[int]
 
 
 def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, steps: int = 2, round_to: int = 1) -> Trace:
@@ -62,7 +64,7 @@ class _Dry:
     def run(self, documents: Documents, steps: int) -> Trace:
         experiment, ledger, training = self._experiment, self._ledger, self._experiment.training
         strategy = build_strategy(experiment.parallel, self._device, training.precision)
-        begins = []
+        begins, updates = [], []
         with patched(self._fake, ledger):
             step = TrainingStep(experiment, self._device, strategy)
             order = Order(documents, batch_size=training.batch_size, shuffle=False, dp_rank=strategy.place.dp,
@@ -73,10 +75,11 @@ class _Dry:
                 with ledger.as_role("activations"):
                     step.measure(documents, plan)
                     step.forward_backward(documents, plan)
+                updates.append(len(ledger.events))
                 step.update(number)
                 with ledger.as_role("activations"):
                     step.refresh_hessian(documents, plan, number)
-        return Trace(ledger.events, ledger.roles, begins)
+        return Trace(ledger.events, ledger.roles, begins, updates)
 
 
 def full_documents(count: int, length: int) -> Documents:
