@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from collie_lab.cells import SHAPES, Experiment, Freeze
 from collie_lab.planning._ledger import ROLES, Role
+from collie_lab.planning.allocator import reserved_bytes
 from collie_lab.planning.dry_run import Trace, dry_run, full_documents
 
 __all__ = ["Summary", "forecast"]
@@ -29,6 +30,7 @@ class Summary:
         rank: whose.
         first: the peak of the first step, which makes the optimizer's states.
         peak: that of every later step.
+        reserved: what a GPU's allocator then has from the driver.
         components: what the peak is made of.
         course: over a later step, by role, so many points; empty where layers were not all run.
         update: where in the course the optimizer steps, as a share of it.
@@ -38,6 +40,7 @@ class Summary:
     rank: int
     first: int
     peak: int
+    reserved: int
     components: dict[Role, int]
     course: dict[Role, list[int]] = field(default_factory=dict)
     update: float = 1.0
@@ -96,10 +99,11 @@ def _extended(some: list[Summary], layers: int) -> Summary | None:
 
     first = extend([each.first for each in some])
     peak = extend([each.peak for each in some])
+    reserved = extend([each.reserved for each in some])
     components = {role: extend([each.components[role] for each in some]) for role in ROLES}
-    if first is None or peak is None or None in components.values():
+    if first is None or peak is None or reserved is None or None in components.values():
         return None
-    return Summary(last.rank, first, peak, components, layers_run=(_DEPTHS[-1], layers))  # type: ignore[arg-type]
+    return Summary(last.rank, first, peak, reserved, components, layers_run=(_DEPTHS[-1], layers))  # type: ignore[arg-type]
 
 
 def _summarise(trace: Trace, rank: int, layers: int, course: bool) -> Summary:
@@ -123,4 +127,4 @@ def _summarise(trace: Trace, rank: int, layers: int, course: bool) -> Summary:
             for role in ROLES:
                 points[role].append(live[role])
     update = (trace.updates[1] - begin) / max(1, end - begin)
-    return Summary(rank, peaks[0], peaks[1], made_of, points, update, (layers, layers))
+    return Summary(rank, peaks[0], peaks[1], reserved_bytes(trace.events), made_of, points, update, (layers, layers))
