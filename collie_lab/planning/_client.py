@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -66,6 +67,8 @@ def _asked(request: dict[str, Any]) -> dict[str, Any]:
 def _running() -> subprocess.Popen[str]:
     global _process
     if _process is None or _process.poll() is not None:
+        if _process is None:
+            atexit.register(lambda: None if _process is None else _stop(_process))
         root = str(Path(collie_lab.__file__).resolve().parent.parent)
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         _process = subprocess.Popen(

@@ -58,8 +58,7 @@ def draw(summary: dict[str, Any], gpu: GPU | None) -> Figure:
 
 def bar(plan: Plan) -> str:
     """The worst rank's peak as a bar in HTML, beside the GPU's memory."""
-    frame = plan.components
-    row = frame.loc[frame["total"].idxmax()].drop("total")
+    row = dict(plan.worst["components"], workspace=plan.gpu.workspace if plan.gpu else 0)
     whole = max(plan.peak_bytes, plan.gpu.memory if plan.gpu else 0)
     pieces = "".join(
         f"<span title='{role} {bytes_text(size)}' style='display:inline-block;height:16px;"

@@ -57,16 +57,17 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
     From where a rank would give the model its weights on, everything is fake and counted: within the context the two
     modes are entered there.
     """
+    import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.pipelining.schedules import _PipelineSchedule
+    from torch.distributed.tensor import _utils
+
     import collie_lab.optim.optimizer as optimizer
     import collie_lab.parallel.pipeline as pipeline
     import collie_lab.parallel.strategy as strategy
     import collie_lab.training.batch as batch
     import collie_lab.training.model as model
     import collie_lab.training.packed as packed
-    import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
-    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-    from torch.distributed.pipelining.schedules import _PipelineSchedule
-    from torch.distributed.tensor import _utils
 
     with contextlib.ExitStack() as patches:
         def put(owner: Any, name: str, value: Any) -> None:

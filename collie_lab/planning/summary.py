@@ -101,8 +101,11 @@ def _extended(some: list[Summary], layers: int) -> Summary | None:
     peak = extend([each.peak for each in some])
     reserved = extend([each.reserved for each in some])
     components = {role: extend([each.components[role] for each in some]) for role in ROLES}
-    if first is None or peak is None or reserved is None or None in components.values():
+    if first is None or peak is None or None in components.values():
         return None
+    if reserved is None:  # gaps between blocks follow no line: their trend
+        gaps = [each.reserved - each.peak for each in some]
+        reserved = peak + gaps[-1] + more * max(0, gaps[-1] - gaps[0]) // (len(gaps) - 1)
     return Summary(last.rank, first, peak, reserved, components, layers_run=(_DEPTHS[-1], layers))  # type: ignore[arg-type]
 
 
