@@ -45,7 +45,7 @@ def draw(summary: dict[str, Any], gpu: GPU | None) -> Figure:
         if gpu is not None and gpu.memory < 1.6 * top:
             top = max(top, 1.06 * gpu.memory)
             axes.axhline(gpu.memory, color=INK, linewidth=1, linestyle="--")
-            axes.annotate(f"{gpu.name}: {bytes_text(gpu.memory)}", (0.99, gpu.memory), ha="right", va="bottom",
+            axes.annotate(f"{gpu.name}: {bytes_text(gpu.memory)}", (0.01, gpu.memory), ha="left", va="bottom",
                           color=MUTED, fontsize=8)
         if summary["update"] < 0.995:
             axes.axvline(summary["update"], color=MUTED, linewidth=0.8, linestyle=":")

@@ -79,7 +79,8 @@ class _Dry:
                 step.update(number)
                 with ledger.as_role("activations"):
                     step.refresh_hessian(documents, plan, number)
-        return Trace(ledger.events, ledger.roles, begins, updates)
+            events = list(ledger.events)  # not what taking it all apart adds
+        return Trace(events, ledger.roles, begins, updates)
 
 
 def full_documents(count: int, length: int) -> Documents:
