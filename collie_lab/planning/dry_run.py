@@ -50,26 +50,16 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
         steps: the first makes what the optimizer keeps; from the second on they are alike.
         round_to: the allocator's granularity in bytes: 512 on a GPU.
     """
-    with _pretended_ranks(rank, experiment.parallel.world_size):
-        return _Dry(experiment, round_to).run(documents, steps)
-
-
-class _Dry:
-    def __init__(self, experiment: Experiment, round_to: int):
-        self._experiment = experiment
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._ledger = Ledger(round_to)
-        self._device = torch.device("cpu")  # fake tensors of a GPU fail without one
-
-    def run(self, documents: Documents, steps: int) -> Trace:
-        experiment, ledger, training = self._experiment, self._ledger, self._experiment.training
-        strategy = build_strategy(experiment.parallel, self._device, training.precision)
-        begins, updates = [], []
-        with patched(self._fake, ledger):
-            step = TrainingStep(experiment, self._device, strategy)
-            order = Order(documents, batch_size=training.batch_size, shuffle=False, dp_rank=strategy.place.dp,
-                          dp_size=experiment.parallel.dp, micro_batch_size=experiment.parallel.micro_batch_size(
-                              training.batch_size, training.micro_batch_size))
+    training, parallel, device = experiment.training, experiment.parallel, torch.device("cpu")
+    ledger, begins, updates = Ledger(round_to), [], []
+    with _pretended_ranks(rank, parallel.world_size):
+        strategy = build_strategy(parallel, device, training.precision)
+        order = Order(documents, batch_size=training.batch_size, shuffle=False, dp_rank=strategy.place.dp,
+                      dp_size=parallel.dp, micro_batch_size=parallel.micro_batch_size(
+                          training.batch_size, training.micro_batch_size))
+        # Of a CPU: fake tensors of a GPU fail without one.
+        with patched(FakeTensorMode(allow_non_fake_inputs=True), ledger):
+            step = TrainingStep(experiment, device, strategy)
             for number, plan in zip(range(1, steps + 1), order.steps(), strict=False):
                 begins.append(len(ledger.events))
                 with ledger.as_role("activations"):
@@ -80,7 +70,7 @@ class _Dry:
                 with ledger.as_role("activations"):
                     step.refresh_hessian(documents, plan, number)
             events = list(ledger.events)  # not what taking it all apart adds
-        return Trace(events, ledger.roles, begins, updates)
+    return Trace(events, ledger.roles, begins, updates)
 
 
 def full_documents(count: int, length: int) -> Documents:
