@@ -21,7 +21,7 @@ from collie_lab.data.prepare import room_for_documents
 from collie_lab.data.records import Corpus
 from collie_lab.folder import read_json
 
-__all__ = ["Report", "check", "check_resume"]
+__all__ = ["Report", "check", "check_resume", "check_without_data"]
 
 
 class Report:
@@ -69,14 +69,26 @@ class Report:
 def check(experiment: Experiment) -> Report:
     """All problems of an experiment; reads its model's configuration and its data, starts nothing."""
     problems: list[Problem] = []
-    config = _collect(problems, lambda: _model(experiment.model, problems))
-    problems += [*_batches(experiment), *tokenizer_problems(experiment, config or {}), *optimizer_problems(experiment),
-                 *adapter_problems(experiment),
-                 *parallel_problems(experiment, config or {}), *deepspeed_problems(experiment),
+    config = _cells(experiment, problems)
+    _collect(problems, lambda: _data(experiment, config, problems))
+    return Report(problems)
+
+
+def check_without_data(experiment: Experiment) -> Report:
+    """As `check`, with no look at the data."""
+    problems: list[Problem] = []
+    _cells(experiment, problems)
+    return Report(problems)
+
+
+def _cells(experiment: Experiment, problems: list[Problem]) -> dict[str, Any]:
+    """Find conflicts between cells; the model's configuration."""
+    config: dict[str, Any] = _collect(problems, lambda: _model(experiment.model, problems)) or {}
+    problems += [*_batches(experiment), *tokenizer_problems(experiment, config), *optimizer_problems(experiment),
+                 *adapter_problems(experiment), *parallel_problems(experiment, config), *deepspeed_problems(experiment),
                  *evaluation_problems(experiment), *callback_problems(experiment), *_without_effect(experiment),
                  *_gpus(experiment)]
-    _collect(problems, lambda: _data(experiment, config or {}, problems))
-    return Report(problems)
+    return config
 
 
 def check_resume(experiment: Experiment, fingerprint: str, checkpoint: Path) -> None:

@@ -22,6 +22,7 @@ from collie_lab.cells.training import Training
 if TYPE_CHECKING:
     from collie_lab.check import Report
     from collie_lab.launch import Run
+    from collie_lab.planning import GPU, Plan
     from collie_lab.size import Size
 
 __all__ = ["Experiment"]
@@ -96,6 +97,12 @@ class Experiment(Cell):
         from collie_lab.size import find_size
 
         return find_size(self)
+
+    def plan(self, gpu: GPU | str | None = None, **options: Any) -> Plan:
+        """Memory of a step, rank by rank, before anything runs; see `collie_lab.planning.plan`."""
+        from collie_lab.planning import plan
+
+        return plan(self, gpu, **options)
 
     def launch(self, **options: Any) -> Run:
         """Start the run in processes of its own; see `collie_lab.launch.launch` for the options."""

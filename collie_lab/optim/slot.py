@@ -60,7 +60,7 @@ def make_slot(parameter: Tensor, rule: Rule, rounding: str, *, index: int, group
     rounding = rounding if weight.dtype == torch.bfloat16 else "exact"
     value = weight.to(compute_dtype(weight.dtype), memory_format=torch.contiguous_format)
     states = rule.init(value)
-    entries = {name: torch.zeros((), dtype=torch.int64) for name in ("step", "start")}
+    entries = {name: torch.tensor(0) for name in ("step", "start")}
     slot = Slot(index, group, shards, entries["step"], entries["start"], states, None, rounding, engine, weight.dtype,
                 weight.device)
     for name, piece in states.items():

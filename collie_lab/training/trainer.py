@@ -16,14 +16,13 @@ from torch import Tensor
 
 from collie_lab import optim
 from collie_lab.beat import Beat
-from collie_lab.cells import AdaLoRA, Adan, Evaluation, Experiment, RuleCell, Sophia
+from collie_lab.cells import AdaLoRA, Evaluation, Experiment
 from collie_lab.data import Documents, Extension, Order, Tokenizer, room_for_documents, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.data.questions import load_questions
 from collie_lab.folder import Board, JsonLines, RunFolder, read_json, write_lines
 from collie_lab.parallel import build_strategy
 from collie_lab.training.answers import Answers
-from collie_lab.training.batch import Batch, collate
 from collie_lab.training.budget import attach_budget
 from collie_lab.training.callbacks import Callbacks
 from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoint
@@ -35,11 +34,9 @@ from collie_lab.training.flops import peak_flops
 from collie_lab.training.identity import check_frozen, identity
 from collie_lab.training.memory import NoMemory, build_memory, worst_peak
 from collie_lab.training.meters import Meters, StepFigures
-from collie_lab.training.model import build_model
-from collie_lab.training.optimizer import build_optimizer, set_learning_rate
-from collie_lab.training.packed import ATTENTION
-from collie_lab.training.padding import level
+from collie_lab.training.optimizer import set_learning_rate
 from collie_lab.training.probe import model_warnings
+from collie_lab.training.step import TrainingStep
 
 __all__ = ["Trainer"]
 
@@ -120,88 +117,22 @@ class Trainer:
 
     def _train_step(self, plan: Step) -> None:
         """One optimizer step: forward and backward over the micro-batches, clipping, update."""
-        began, optimizer = self._meters.mark(), self.optimizer
+        began, step = self._meters.mark(), self._step
         self._beat.say("step", step=self.step)
         with self._memory.step():
-            if isinstance(optimizer, optim.RuleOptimizer) and optimizer.needs_measure:
-                # The same dropout in both passes.
-                devices = [self.device] if self.device.type == "cuda" else []
-                with optimizer.measure(), torch.random.fork_rng(devices):
-                    self._forward_backward(plan)
-            loss_sum, attended = self._forward_backward(plan)
+            step.measure(self._documents, plan)
+            loss_sum, attended = step.forward_backward(self._documents, plan)
             self._callbacks.before_update(self)
-            grad_norm = self._update()
-            unclipped = self._refresh_hessian(plan)
+            grad_norm = step.update(self.step)
+            unclipped = step.refresh_hessian(self._documents, plan, self.step)
         # A tensor from a host number would wait for the device; a filled one does not.
         stop, asked = (torch.full_like(loss_sum, float(flag)) for flag in (self._heed_stop(), self._answers.wanted))
         values = self._strategy.total(torch.stack([self._strategy.counted(loss_sum), stop, asked]))
         self._meters.push(
             self.step, torch.stack([values[0] / plan.targets, grad_norm, values[1], values[2], unclipped]),
-            lr=optimizer.param_groups[0]["lr"], tokens=plan.tokens, memory=self._memory.step_bytes, began=began,
+            lr=self.optimizer.param_groups[0]["lr"], tokens=plan.tokens, memory=self._memory.step_bytes, began=began,
             flops=self._flops.of(plan.tokens, attended * self.experiment.parallel.dp),
         )
-
-    def _forward_backward(self, plan: Step, draw: tuple[int, ...] | None = None) -> tuple[Tensor, int]:
-        """The gradient of the mean loss of a step's tokens; the sum of this rank's losses, and the work of attention.
-
-        With `draw`, a seed, the loss is that of labels which the model draws itself.
-        """
-        experiment = self.experiment
-        scale = experiment.parallel.dp / plan.targets  # of a sum; gradients are averaged over the ranks
-        batches = [collate(self._documents, documents, self.device, flat=self._flat, draw=draw,
-                           multiple=self._strategy.multiple, virtual=experiment.virtual)
-                   for documents in plan.micro_batches]
-        if self._strategy.pipeline is not None:
-            self._beat.say("step", shape=batches[0].shape)
-            loss_sum = self._strategy.pipeline.train(self.model, level([batch.inputs for batch in batches]), scale,
-                                                     self._strategy.compute)
-        else:
-            loss_sum = self._accumulate(batches, scale)
-        self._strategy.exchange(self.model)
-        return loss_sum, sum(batch.attended for batch in batches)
-
-    def _accumulate(self, batches: list[Batch], scale: float) -> Tensor:
-        """Forward and backward, micro-batch by micro-batch; the sum of the losses."""
-        loss_sum, cell = torch.zeros((), device=self.device), self.experiment.optimizer
-        accumulate = cell.accumulate if isinstance(cell, RuleCell) and cell.in_backward else None
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            self._beat.say("step", shape=batch.shape)
-            with contextlib.ExitStack() as contexts:
-                contexts.enter_context(self._strategy.micro_batch(self.model, exchange=last or accumulate == "each"))
-                if accumulate == "hold" and not last:
-                    contexts.enter_context(self.optimizer.hold())  # type: ignore[attr-defined]
-                with self._strategy.compute():
-                    loss = self.model(**batch.inputs)
-                self._strategy.backward(loss * scale, last)
-            loss_sum += loss.detach()
-        return loss_sum
-
-    def _update(self) -> Tensor:
-        """Clip and step; the norm of the gradient before clipping, NaN where it was never whole."""
-        optimizer, limit = self.optimizer, self.experiment.training.clip_grad_norm
-        norm = None
-        if isinstance(optimizer, optim.RuleOptimizer):
-            norm = self._strategy.update(optimizer)
-        else:
-            norm = optim.clip_gradients(optimizer, limit, self.experiment.training.clip_grad_value,
-                                        **self._strategy.stages)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        cell = self.experiment.optimizer
-        if isinstance(cell, Adan) and cell.restart_every and self.step % cell.restart_every == 0:
-            optimizer.restart()  # type: ignore[attr-defined]
-        return torch.full((), math.nan, device=self.device) if norm is None else norm.to(self.device, torch.float32)
-
-    def _refresh_hessian(self, plan: Step) -> Tensor:
-        """Sophia, every so many steps: its Hessian from labels that the model draws. The share it does not clip."""
-        cell, optimizer = self.experiment.optimizer, self.optimizer
-        if not isinstance(cell, Sophia) or self.step % cell.hessian_every:
-            return torch.full((), math.nan, device=self.device)
-        assert isinstance(optimizer, optim.RuleOptimizer)
-        with optimizer.refresh_hessian(plan.targets):
-            self._forward_backward(plan, draw=(self.experiment.training.seed, self.step))
-        return optimizer.unclipped_share().to(self.device, torch.float32)
 
     # --- what a callback may use ------------------------------------------------------------------
 
@@ -270,17 +201,14 @@ class Trainer:
         self._strategy = build_strategy(experiment.parallel, self.device, training.precision)
         extension = Extension.of(self.folder.read("data/index.json").get("extension"))
         with model_warnings(self._warn):
-            built = build_model(experiment, self.device, self._strategy, extension, self._tokenizer)
-        self._causal_lm, adapted, self._flops = built.causal_lm, built.root, built.flops
-        self._flat = self._causal_lm.config._attn_implementation == ATTENTION  # else padded rows, with masks
-        adapted.train()
+            self._step = TrainingStep(experiment, self.device, self._strategy, extension, self._tokenizer,
+                                      say=functools.partial(self._beat.say, "step"))
+        self.model, self.optimizer, built = self._step.model, self._step.optimizer, self._step.built
+        self._causal_lm, self._flops = built.causal_lm, built.flops
+        self._adapted: Any = built.root
         self._counts = {"parameters": built.parameters, "trainable": built.trainable}
-        self.model = self._strategy.wrap(adapted, experiment.optimizer.in_backward)
-        self._adapted: Any = adapted
-        self.optimizer = build_optimizer(experiment, adapted, self._strategy)
         if isinstance(experiment.adapter, AdaLoRA):
-            attach_budget(adapted, self.optimizer, lambda: self.step)
-        self.model = self._strategy.prepare(self.model, self.optimizer)
+            attach_budget(self._adapted, self.optimizer, lambda: self.step)
         # Dropout differs between ranks that see other tokens; tensor-parallel ranks draw alike (`parallel.tensor`).
         seed = training.seed * 1000 + self.rank // experiment.parallel.tp
         torch.manual_seed(seed)
@@ -352,9 +280,10 @@ class Trainer:
         for cell, documents in zip(self.experiment.evaluate, self._held_out, strict=True):
             if due(cell):
                 with optim.averaged(self.optimizer):
-                    figures = evaluate(cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._flat,
-                                       virtual=self.experiment.virtual, tick=self._tick,
-                                       keep=functools.partial(self._keep_answers, cell))
+                    figures = evaluate(
+                        cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._step.flat,
+                        virtual=self.experiment.virtual, tick=self._tick,
+                        keep=functools.partial(self._keep_answers, cell))
                 self.event("evaluation", step=self.step, **figures)
                 found |= figures
         if found:

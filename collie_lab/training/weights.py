@@ -28,7 +28,7 @@ from collie_lab.training import last_model
 from collie_lab.training.quantize import quantized_layers, set_quantized
 from collie_lab.training.weight_files import Source, pretrained_source
 
-__all__ = ["blueprint", "copy_into", "fill"]
+__all__ = ["blueprint", "copy_into", "fill", "materialise"]
 
 _Region = tuple[slice, ...]
 
@@ -76,7 +76,7 @@ def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: 
             wanted.setdefault(owners[plain], []).append(name)
     quantized = quantized_layers(model)
     with _set_aside(quantized):
-        _materialise(model, device, dtype)
+        materialise(model, _storage(device, dtype))
     mine = {name: model.get_parameter(name) for names in wanted.values() for name in names}
     # Drawing is faster on a GPU than reading from the host's memory; four-bit weights come from whole ones.
     drawn = bool(quantized) or (cell.init == "random" and device.type == "cuda")
@@ -137,17 +137,28 @@ def _plain_name(name: str, wrapper: str) -> str:
     return name.removeprefix(wrapper).replace(".base_layer.", ".")
 
 
-def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Storage, without values, for what is on meta; everything else moves. `Module.to_empty` would drop its values.
+def materialise(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Put `make(tensor)` in the place of every parameter and buffer. `Module.to_empty` would drop all values.
 
     `_apply` is the one way to do it that FSDP2 follows. It keeps ties of DTensors, and undoes those of tensors.
     """
     names: dict[int, list[str]] = {}
-    made: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
+    model._apply(make)
+    for first, *others in names.values():
+        parameter = model.get_parameter(first)
+        for other in others:
+            module, _, leaf = other.rpartition(".")
+            if model.get_parameter(other) is not parameter:
+                model.get_submodule(module).register_parameter(leaf, parameter)
 
-    def real(tensor: Tensor) -> Tensor:
+
+def _storage(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """What gives storage, without values, to what is on meta; everything else moves."""
+    made: dict[int, Tensor] = {}
+
+    def make(tensor: Tensor) -> Tensor:
         if tensor.device.type != "meta":
             return tensor.to(device)
         if id(tensor) not in made:  # tied ones once
@@ -155,13 +166,7 @@ def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
             made[id(tensor)] = torch.empty_like(tensor, device=device, dtype=kind)
         return made[id(tensor)]
 
-    model._apply(real)
-    for first, *others in names.values():
-        parameter = model.get_parameter(first)
-        for other in others:
-            module, _, leaf = other.rpartition(".")
-            if model.get_parameter(other) is not parameter:
-                model.get_submodule(module).register_parameter(leaf, parameter)
+    return make
 
 
 @contextlib.contextmanager

@@ -1,0 +1,144 @@
+"""The count of live tensor bytes, storage by storage, while a step runs on fake tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from typing_extensions import override
+
+__all__ = ["ROLES", "Event", "Ledger", "Role"]
+
+Role = Literal["weights", "gradients", "optimizer", "activations", "loss", "communication", "temporaries"]
+ROLES: Final[tuple[Role, ...]] = (
+    "weights", "gradients", "optimizer", "activations", "loss", "communication", "temporaries",
+)
+
+#: Namespaces of operators that only move data between ranks.
+_COLLECTIVES: Final = frozenset({"c10d", "_c10d_functional", "c10d_functional", "fsdp"})
+
+
+class Event(NamedTuple):
+    """Bytes that a storage takes from now on (a free storage takes 0)."""
+
+    storage: int
+    bytes: int
+
+
+class Ledger(TorchDispatchMode):
+    """Notes every storage that appears, grows, shrinks or goes. Entered inside a `FakeTensorMode`.
+
+    Attributes:
+        events: what happened, in order.
+        roles: what each storage was made for; `mark` corrects it.
+        role: what the storages that appear now are for, outside of a backward pass.
+    """
+
+    def __init__(self, round_to: int = 1):
+        """Sizes are rounded up to multiples of `round_to` bytes, as an allocator would."""
+        super().__init__()
+        self.events: list[Event] = []
+        self.roles: dict[int, Role] = {}
+        self.role: Role = "weights"
+        self._round = round_to
+        self._paused = 0
+        self._held: dict[int, tuple[int, int]] = {}  # by address: the number of the storage, and its bytes
+        self._count = 0
+
+    def take(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor, if it is a new one, or has another size now."""
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storage = local.untyped_storage()
+        size, key = self._rounded(storage.nbytes()), storage._cdata
+        number, before = self._held.get(key, (0, -1))
+        if before < 0:
+            self._count += 1
+            number = self._count
+            self.roles[number] = self._role_now()
+            weakref.finalize(storage, self._drop, key)
+        if number and size != before:
+            self._held[key] = number, size
+            self.events.append(Event(number, size))
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Never count a tensor's storage."""
+        storage = tensor.untyped_storage()
+        self._held[storage._cdata] = 0, storage.nbytes()
+        weakref.finalize(storage, self._held.pop, storage._cdata, None)
+
+    def mark(self, tensor: Tensor, role: Role) -> None:
+        """Say what a tensor's storage is for after all."""
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if (held := self._held.get(local.untyped_storage()._cdata)) is not None:
+            self.roles[held[0]] = role
+
+    def mark_gradient(self, parameter: Tensor) -> None:
+        """A hook of parameters."""
+        if parameter.grad is not None:
+            self.mark(parameter.grad, "gradients")
+
+    def scratch(self, size: int) -> None:
+        """Bytes that an operator takes and gives back while it runs."""
+        self._count += 1
+        self.roles[self._count] = "temporaries"
+        self.events += [Event(self._count, self._rounded(size)), Event(self._count, 0)]
+
+    @contextlib.contextmanager
+    def as_role(self, role: Role) -> Iterator[None]:
+        """Within it, what appears is for this."""
+        before, self.role = self.role, role
+        try:
+            yield
+        finally:
+            self.role = before
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it nothing is counted: what torch computes of shapes alone, say."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._paused:
+            return out
+        if scratch := _scratch(func, args):
+            self.scratch(scratch)
+        with self.as_role("communication") if func.namespace in _COLLECTIVES else contextlib.nullcontext():
+            for value in tree_iter(out):
+                if isinstance(value, FakeTensor):
+                    self.take(value)
+        return out
+
+    def _drop(self, key: int) -> None:
+        if (held := self._held.pop(key, None)) is not None:
+            self.events.append(Event(held[0], 0))
+
+    def _rounded(self, size: int) -> int:
+        return -(-size // self._round) * self._round
+
+    def _role_now(self) -> Role:
+        """In a backward pass only what is computed again is an activation: it alone records a graph."""
+        if self.role == "activations" and torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
+            return "temporaries"
+        return self.role
+
+
+def _scratch(func: Any, args: Any) -> int:
+    """Bytes of what an operator makes inside, where no dispatch sees it."""
+    if func is torch.ops.aten.logsumexp.default:
+        logits: Tensor = args[0]
+        return logits.numel() * logits.element_size()  # exp(x - max), whole
+    return 0

@@ -1,0 +1,201 @@
+"""What must differ between a step on fake tensors and a real one: all of it, and only while a dry run lasts.
+
+Each patch stands for one thing that torch cannot do without values, or does behind the dispatcher's back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+from collie_lab.cells import Model
+from collie_lab.optim.engine import Eager, Formula
+from collie_lab.optim.rounding import Weight
+from collie_lab.optim.rule import Gradient, Scalars, States
+from collie_lab.planning._ledger import Ledger
+from collie_lab.training.weights import materialise
+
+__all__ = ["patched"]
+
+
+class _DryEngine(Eager):
+    """An engine that writes in place and nothing else, as compiled loops and kernels do."""
+
+    @override
+    def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
+                    scalars: Scalars) -> None:
+        """Nothing: no byte is taken."""
+
+    @override
+    def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
+        """Uninitialised sums."""
+        m, n = weight.tensor.shape
+        row, square = weight.tensor.new_empty(2, m, dtype=weight.dtype).unbind()
+        return row, weight.tensor.new_empty(n, dtype=weight.dtype), square.sum()
+
+    @override
+    def energy(self, gradient: Gradient, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised sum."""
+        return torch.empty_like(row, dtype=dtype).sum()
+
+
+@contextlib.contextmanager
+def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
+    """The context of a dry run, from the building of the model to its last step.
+
+    From where a rank would give the model its weights on, everything is fake and counted: within the context the two
+    modes are entered there.
+    """
+    import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.pipelining.schedules import _PipelineSchedule
+    from torch.distributed.tensor import _utils
+
+    import collie_lab.optim.optimizer as optimizer
+    import collie_lab.parallel.pipeline as pipeline
+    import collie_lab.parallel.strategy as strategy
+    import collie_lab.training.batch as batch
+    import collie_lab.training.model as model
+    import collie_lab.training.packed as packed
+
+    with contextlib.ExitStack() as patches:
+        def put(owner: Any, name: str, value: Any) -> None:
+            patches.enter_context(mock.patch.object(owner, name, value))
+
+        def fill(root: nn.Module, cell: Model, seed: int, device: torch.device, dtype: torch.dtype, *_: Any) -> None:
+            materialise(root, _fake_storage(fake, ledger, device, dtype))
+            patches.enter_context(fake)
+            patches.enter_context(ledger)
+            for module in (batch, packed):
+                put(module, "to_device", _to_device(fake, ledger))
+            for parameter in root.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(ledger.mark_gradient)
+            ledger.role = "optimizer"
+
+        put(model, "fill", fill)
+        put(model, "set_first_values", lambda *_: None)
+        put(optimizer, "choose_engine", lambda _, device: _DryEngine(device))
+        put(strategy, "DistributedDataParallel", functools.partial(_Replicas, ledger))
+        put(pipeline._Stage, "forward", _first_batch)
+        put(torch.distributed.tensor._utils, "compute_local_shape_and_global_offset",
+            _with_values(_utils.compute_local_shape_and_global_offset))
+        put(fsdp_param, "alloc_storage", _then_counted(fsdp_param.alloc_storage, ledger))
+        put(fsdp_param, "free_storage", _then_counted(fsdp_param.free_storage, ledger))
+        for name in ("unshard", "wait_for_unshard", "post_backward"):
+            put(FSDPParamGroup, name, _communicating(getattr(FSDPParamGroup, name), ledger))
+        if hasattr(_PipelineSchedule, "_warmup_p2p"):
+            put(_PipelineSchedule, "_warmup_p2p", _static)
+        yield
+
+
+def _fake_storage(fake: FakeTensorMode, ledger: Ledger, device: torch.device, dtype: torch.dtype
+                  ) -> Callable[[Tensor], Tensor]:
+    """What makes a parameter or buffer fake: of `dtype` where it was on meta; counted as weights."""
+    made: dict[int, Tensor] = {}
+
+    def make(tensor: Tensor) -> Tensor:
+        if id(tensor) in made:
+            return made[id(tensor)]
+        kind = dtype if tensor.device.type == "meta" and tensor.is_floating_point() else tensor.dtype
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        with fake, torch.no_grad():
+            part = torch.empty_like(local, device=device, dtype=kind)
+            whole: Tensor = DTensor(part, tensor._spec, requires_grad=tensor.requires_grad) \
+                if isinstance(tensor, DTensor) else part
+        ledger.take(part)
+        made[id(tensor)] = whole
+        return whole
+
+    return make
+
+
+def _to_device(fake: FakeTensorMode, ledger: Ledger) -> Callable[[NDArray[np.int64], torch.device], Tensor]:
+    """What numpy holds takes none of torch's memory on a CPU."""
+    def convert(array: NDArray[np.int64], device: torch.device) -> Tensor:
+        tensor: Tensor = fake.from_tensor(torch.from_numpy(np.ascontiguousarray(array)))
+        ledger.ignore(tensor)
+        return tensor
+
+    return convert
+
+
+class _Replicas(nn.Module):
+    """DistributedDataParallel's memory: gradients live in buckets, from the first step to the last."""
+
+    def __init__(self, ledger: Ledger, module: nn.Module, **_: Any):
+        super().__init__()
+        self.module = module
+        self._buckets: dict[torch.dtype, Tensor] = {}
+        sizes: dict[torch.dtype, int] = {}
+        with ledger.as_role("gradients"):
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            for parameter in trained:
+                sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+            for dtype, size in sizes.items():
+                self._buckets[dtype] = torch.empty(size, dtype=dtype, device=trained[0].device)
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._into_bucket)
+
+    def _into_bucket(self, parameter: Tensor) -> None:
+        parameter.grad = self._buckets[parameter.dtype][:parameter.numel()].view_as(parameter)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """As DistributedDataParallel's."""
+        return contextlib.nullcontext()
+
+
+def _with_values(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Offsets of shards come from small index tensors, which must hold numbers."""
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _then_counted(function: Callable[[Tensor], None], ledger: Ledger) -> Callable[[Tensor], None]:
+    """FSDP2 empties and refills storages, which no operator tells of."""
+    def call(tensor: Tensor) -> None:
+        function(tensor)
+        with ledger.as_role("communication"):
+            ledger.take(tensor)
+
+    return call
+
+
+def _communicating(function: Callable[..., Any], ledger: Ledger) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with ledger.as_role("communication"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _first_batch(stage: Any, *hidden: Tensor, index: Tensor) -> Tensor:
+    """A micro-batch's number is not known; all have one shape."""
+    out: Tensor = stage._run(0, hidden[0] if hidden else None)
+    return out
+
+
+def _static(schedule: Any, stages: Any, has_backward: bool, p2p_done: bool) -> None:
+    """Stages vote, by numbers, on how they learn shapes; ours give them."""
+    from torch.distributed.pipelining._utils import InferenceMode
+
+    for stage in stages:
+        stage._inference_mode = InferenceMode.STATIC

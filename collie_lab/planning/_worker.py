@@ -1,0 +1,47 @@
+"""The process in which dry runs take place: `python -m collie_lab.planning._worker`, started by `_client`.
+
+Apart from the kernel, which so imports no torch, and which an operator that aborts on a fake tensor would take along.
+A request is a line of JSON on standard input, an answer a line on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from typing import Any
+
+from collie_lab.rank import die_with_parent
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    die_with_parent()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    from collie_lab.code import load_experiment
+    from collie_lab.folder import RunFolder
+    from collie_lab.planning.summary import forecast
+
+    try:
+        experiment = load_experiment(RunFolder(request.pop("folder")))
+        return forecast(experiment, **request).to_json()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""A dry run: the step that a rank would run, on tensors without values, with every byte counted.
+
+No data, no weights and no other ranks are needed: the documents of a batch are of full length, parameters are fake
+tensors, and collectives are those of a process group that only pretends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from collie_lab.cells import Experiment
+from collie_lab.data import Documents, Order
+from collie_lab.parallel import build_strategy
+from collie_lab.planning._ledger import Event, Ledger, Role
+from collie_lab.planning._patches import patched
+from collie_lab.training.step import TrainingStep
+
+__all__ = ["Trace", "dry_run", "full_documents"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened to a rank's memory.
+
+    Attributes:
+        events: sizes of storages, in order, from the first weight on.
+        roles: what each storage was for.
+        steps: where in `events` each step begins.
+        updates: where in each the optimizer's step begins; in backward, its end.
+    """
+
+    events: list[Event]
+    roles: dict[int, Role]
+    steps: list[int]
+    updates: list[int]
+
+
+def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, steps: int = 2, round_to: int = 1) -> Trace:
+    """The memory of `rank` over the first steps on these documents.
+
+    Args:
+        documents: their lengths alone matter.
+        steps: the first makes what the optimizer keeps; from the second on they are alike.
+        round_to: the allocator's granularity in bytes: 512 on a GPU.
+    """
+    training, parallel, device = experiment.training, experiment.parallel, torch.device("cpu")
+    ledger, begins, updates = Ledger(round_to), [], []
+    with _pretended_ranks(rank, parallel.world_size):
+        strategy = build_strategy(parallel, device, training.precision)
+        order = Order(documents, batch_size=training.batch_size, shuffle=False, dp_rank=strategy.place.dp,
+                      dp_size=parallel.dp, micro_batch_size=parallel.micro_batch_size(
+                          training.batch_size, training.micro_batch_size))
+        # Of a CPU: fake tensors of a GPU fail without one.
+        with patched(FakeTensorMode(allow_non_fake_inputs=True), ledger):
+            step = TrainingStep(experiment, device, strategy)
+            for number, plan in zip(range(1, steps + 1), order.steps(), strict=False):
+                begins.append(len(ledger.events))
+                with ledger.as_role("activations"):
+                    step.measure(documents, plan)
+                    step.forward_backward(documents, plan)
+                updates.append(len(ledger.events))
+                step.update(number)
+                with ledger.as_role("activations"):
+                    step.refresh_hessian(documents, plan, number)
+            events = list(ledger.events)  # not what taking it all apart adds
+    return Trace(events, ledger.roles, begins, updates)
+
+
+def full_documents(count: int, length: int) -> Documents:
+    """`count` documents of `length` tokens each, all of which but the first are learned."""
+    learned = np.tile(np.arange(length) > 0, count)
+    return Documents(np.zeros(count * length, dtype=np.int32), learned, np.arange(count + 1) * length,
+                     np.zeros(0, dtype=np.int64))
+
+
+@contextmanager
+def _pretended_ranks(rank: int, world_size: int) -> Iterator[None]:
+    """A process group of which only this rank is there."""
+    if world_size == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,137 @@
+"""Plans against what runs measure, against a GPU's own figures, and against themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import collie_lab as lab
+from collie_lab.planning import GPU, Plan, find_gpu, plan
+from collie_lab.planning.summary import forecast
+from tests.ranks import run_here, run_ranks
+
+ROOT = Path(__file__).parents[2]
+BASE = lab.Experiment(
+    model=lab.Model("llama-1m", init="random"), data=lab.RandomTokens(length=192, documents=32),
+    optimizer=lab.AdamW(lr=1e-3), training=lab.Training(steps=3, batch_size=4, export=False))
+ALONE = {
+    "adamw": BASE,
+    "micro-batches": BASE.with_("training.micro_batch_size", 2),
+    "recompute": BASE.with_("training.recompute", "full"),
+    "autocast": BASE.with_("training.precision", "bf16"),
+    "bf16 weights, master copy": BASE.replace(training=BASE.training.replace(precision="bf16", weights="bf16")),
+    "clipped in two passes": BASE.replace(optimizer=lab.Lomo(lr=0.1)).with_("training.clip_grad_norm", 1.0),
+    "adalomo": BASE.replace(optimizer=lab.AdaLomo(lr=0.01)),
+    "sophia": BASE.replace(optimizer=lab.Sophia(lr=1e-4, hessian_every=2)),
+    "adan": BASE.replace(optimizer=lab.Adan(lr=1e-3)),
+    "lora": BASE.replace(adapter=lab.LoRA(r=4)),
+}
+LAYOUTS = {
+    "dp": lab.Parallel(dp=2), "zero2": lab.Parallel(dp=2, zero=2), "zero3": lab.Parallel(dp=2, zero=3),
+    "tp": lab.Parallel(tp=2), "pp": lab.Parallel(pp=2, schedule="gpipe"),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_peak_is_that_of_the_run(name: str, tmp_path: Path) -> None:
+    measured = run_here(ALONE[name], tmp_path / "run").read("result.json")["peak_bytes"]
+    found = forecast(ALONE[name], 192)
+    assert max(found.first, found.peak) == pytest.approx(measured, rel=2e-3)
+    assert sum(found.components.values()) == found.peak
+
+
+def _train(folder: str) -> None:
+    for name, layout in LAYOUTS.items():
+        run_here(BASE.replace(parallel=layout), Path(folder) / name)
+
+
+@pytest.mark.ranks
+def test_the_peak_of_the_worst_rank_is_that_of_the_run(tmp_path: Path) -> None:
+    run_ranks(_train, 2, str(tmp_path))
+    for name, layout in LAYOUTS.items():
+        measured = json.loads((tmp_path / name / "result.json").read_text())["peak_bytes"]
+        found = [forecast(BASE.replace(parallel=layout), 192, rank=rank) for rank in range(2)]
+        assert max(each.peak for each in found) == pytest.approx(measured, rel=1e-2), name
+
+
+@pytest.mark.parametrize("experiment", [BASE, BASE.replace(optimizer=lab.Lomo(), adapter=None)], ids=["adamw", "lomo"])
+def test_alike_layers_are_counted_once(experiment: lab.Experiment) -> None:
+    deep = experiment.with_("model.config", {"num_hidden_layers": 9})
+    short, whole = forecast(deep, 128), forecast(deep, 128, course=True)
+    assert short.layers_run == (5, 9)
+    assert whole.layers_run == (9, 9)
+    assert (short.first, short.peak, short.components) == (whole.first, whole.peak, whole.components)
+
+
+def _measured() -> list[Any]:
+    """What one H200 measured, by torch's own allocator."""
+    results = ROOT / "experiments" / "results"
+    memory = json.loads((results / "gpu_h200_memory_1b.json").read_text())["results"]
+    return [pytest.param(row, id=row["method"]) for row in memory if row["method"] in ("Lion", "LoRA")]
+
+
+@pytest.mark.parametrize("row", _measured())
+def test_a_plan_is_what_a_gpu_measured(row: dict[str, Any]) -> None:
+    cells = {"Lion": {"optimizer": lab.Lion(lr=1e-5)},
+             "LoRA": {"optimizer": lab.AdamW(lr=1e-4), "adapter": lab.LoRA(r=16)}}[row["method"]]
+    experiment = lab.Experiment(
+        model=lab.Model(row["model"], init="random"), **cells, data=lab.RandomTokens(length=row["length"]),
+        training=lab.Training(batch_size=row["batch_size"], precision="bf16",
+                              weights="fp32" if row["method"] == "Lion" else "bf16"))
+    found = plan(experiment, "H200")
+    assert found.peak_bytes == pytest.approx(row["allocated"], rel=1e-3)
+    assert found.reserved_bytes == pytest.approx(row["reserved"], rel=3e-2)
+    assert found.process_bytes == pytest.approx(row["process"], rel=3e-2)
+    assert found.fits
+    assert found.components["total"].max() == found.peak_bytes
+
+
+def test_the_largest_model_and_many_ranks(tmp_path: Path) -> None:
+    """LLaMA-65B by LOMO took 138,212,464,640 bytes of an H200; on 1,024 ranks nobody has to have it."""
+    experiment = lab.Experiment(
+        model=lab.Model("llama-65b", init="random"), data=lab.RandomTokens(length=2048), optimizer=lab.Lomo(),
+        training=lab.Training(batch_size=2, precision="bf16", weights="bf16", recompute="full"))
+    assert plan(experiment, "H200").peak_bytes == pytest.approx(138_212_464_640, rel=1e-3)
+    many = experiment.replace(parallel=lab.Parallel(dp=1024, zero=3), optimizer=lab.AdamW()).replace(
+        training=experiment.training.replace(batch_size=1024, weights="fp32"))
+    found = plan(many, "A100-40GB")
+    sharded = 65_285_660_672 / 1024
+    assert found.components["weights"].max() == pytest.approx(4 * sharded, rel=2e-2)
+    assert found.components["optimizer"].max() == pytest.approx(8 * sharded, rel=2e-2)
+    assert found.fits
+
+
+def test_planning_leaves_torch_out_of_the_kernel_and_no_process_behind(tmp_path: Path) -> None:
+    script = "import sys, collie_lab as lab; from collie_lab.planning import _client\n" \
+        "exp = lab.Experiment(model=lab.Model('llama-tiny', init='random'), data=lab.Instructions('missing.json'))\n" \
+        "print(exp.plan().peak_bytes, 'torch' in sys.modules, _client._process.pid)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    peak, torch, process = done.stdout.split()
+    assert int(peak) > 1e6
+    assert torch == "False"
+    assert not Path(f"/proc/{process}").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"gpu": "H2000"}, "did you mean"), ({"gpu": ""}, "catalogue"),
+    ({"parallel": lab.Parallel(tp=3)}, "cannot share"), ({"model": lab.Model("no/such folder")}, "neither a folder"),
+    ({"parallel": lab.Parallel(dp=2, zero=2, engine="deepspeed")}, "DeepSpeed"),
+])
+def test_mistakes_are_told(change: dict[str, Any], message: str) -> None:
+    gpu = change.pop("gpu", None)
+    with pytest.raises(lab.CellError, match=message):
+        plan(BASE.replace(**change), gpu)
+
+
+def test_gpus_are_found_by_what_people_call_them() -> None:
+    assert find_gpu("3090").name == find_gpu("rtx-3090").name == "RTX 3090"
+    own = GPU("mine", 10**9, 1e12, 1e14, 1e10)
+    assert find_gpu(own) is own
+    assert isinstance(plan(BASE, own), Plan)
