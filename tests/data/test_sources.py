@@ -119,7 +119,7 @@ def test_a_function_that_fails_on_the_way() -> None:
     ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xe4"}\n', "line 2, byte 13 is 0xE4 → iconv -f LAT"),
     ("a.txt", "one\ntwo ü\n".encode("latin-1"), "line 2, byte 5 is 0xFC"),
     ("a.csv", "prompt\nü\n".encode("utf-16"), "line 1, byte 1 is 0xFF → iconv -f UTF-16"),
-    ("a.jsonl.gz", gzip.compress(b"\n" * 9999)[:-12], "damaged gzip"),
+    ("a.jsonl.gz", gzip.compress(b"\n" * 9999, mtime=0)[:-12], "damaged gzip"),
     ("a.json.gz", b"[]", "damaged gzip"),
     ("a.parquet", b"PAR1 and no more", "not a whole Parquet file"),
     ("b-*.jsonl", b"", "no such file"),
