@@ -114,10 +114,8 @@ class Meters:
         for name, value in figures.items():
             if isinstance(value, DTensor):  # of sharded weights: known when all ranks have added their part
                 value = value.full_tensor()
-            if isinstance(value, Tensor) and value.is_cuda:
-                self._logged[name] = value.detach().reshape(())
-            else:
-                self._logged[name] = float(value)
+            value = value.detach() if isinstance(value, Tensor) else value
+            self._logged[name] = value.reshape(()) if isinstance(value, Tensor) and value.is_cuda else float(value)
 
     def pull(self, *, all_: bool = False) -> list[StepFigures]:
         """The figures of the steps that must be finished by now: all but the last, or all."""

@@ -35,7 +35,7 @@ def test_a_sound_experiment_has_only_advice() -> None:
 
 @pytest.mark.parametrize(("experiment", "message"), [
     (_with(lab.EarlyStopping(monitor="accuracy")), "EarlyStopping.monitor: no evaluation gives 'accuracy' → there are: "
-     "perplexity, nll, own_exact_match, own_exact_match_se"),
+     "perplexity, nll, bits_per_byte, own_exact_match, own_exact_match_se"),
     (_with(lab.BestCheckpoint(), evaluate=[]), "BestCheckpoint.monitor: nothing is evaluated"),
     (_with(lab.EarlyStopping(), lab.EarlyStopping(patience=1)), "two of a kind"),
     (_with(lab.CSV(), lab.CSV()), "two of a kind"),

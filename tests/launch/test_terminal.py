@@ -24,6 +24,9 @@ fails = "fail" in sys.argv
 def callback(trainer):
     time.sleep(0.05)
     if trainer.step == 4 and trainer.rank == 1 and fails:
+        while not (trainer.folder.path / "metrics.jsonl").exists():  # the other rank may start later
+            time.sleep(0.01)
+        time.sleep(0.5)
         raise ValueError("in step 4")
     if trainer.step == 1:
         print("not shown")

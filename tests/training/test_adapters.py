@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,9 @@ def test_freeze_keeps_ties_and_refuses_what_matches_nothing() -> None:
 
 # --- layouts --------------------------------------------------------------------------------------
 
-ALL = {**ADAPTERS, "pissa": MUTATED["pissa"], "qlora": lab.QLoRA(r=2), "freeze": lab.Freeze(("*.q_proj.*", "*norm*"))}
+ALL = {**ADAPTERS, "pissa": MUTATED["pissa"], "freeze": lab.Freeze(("*.q_proj.*", "*norm*"))}
+if importlib.util.find_spec("bitsandbytes"):
+    ALL["qlora"] = lab.QLoRA(r=2)
 ADALORA = BASE.replace(adapter=lab.AdaLoRA(init_r=3, target_r=2), training=BASE.training.replace(steps=10))
 LAYOUTS = {"dp": lab.Parallel(dp=2), "zero3": lab.Parallel(dp=2, zero=3), "pp": lab.Parallel(pp=2)}
 

@@ -75,7 +75,7 @@ def test_hooks_are_called_in_their_order(tmp_path: Path) -> None:
     exact = lab.ExactMatch(every=3, limit=2, max_new_tokens=2)
     run = run_here(BASE.replace(callbacks=[recorder], evaluate=[lab.Perplexity(every=3), exact]).with_(
         "training.checkpoint_every", 2), tmp_path / "run")
-    figures = ["exact_match", "exact_match_se", "nll", "perplexity"]
+    figures = ["bits_per_byte", "exact_match", "exact_match_se", "nll", "nll_se", "perplexity", "perplexity_se"]
     step = [[("before", n), ("update", n), ("after", n), ("metrics", n, loss)] for n, loss in enumerate(losses(run), 1)]
     assert recorder.calls == [("start", 0), *step[0], *step[1], *step[2], ("evaluation", 3, figures), *step[3],
                               ("evaluation", 4, figures), ("end", "ok")]

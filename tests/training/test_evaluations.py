@@ -58,7 +58,8 @@ def test_likelihoods_are_those_of_a_plain_loop(flat: bool, stories: tuple[Path, 
     with torch.no_grad():
         if not flat:
             model.set_attn_implementation("sdpa")
-        found, likeliest = score(model.eval(), questions, chosen, ALONE, batch_size=3, flat=flat, tick=lambda: None)
+        found, likeliest = score(model.eval(), questions, chosen, ALONE, batch_size=3, flat=flat, virtual=None,
+                                 tick=lambda: None)
         for document, prompt in enumerate(questions.prompt_lengths):
             begin, end = questions.offsets[document : document + 2]
             ids = torch.from_numpy(questions.tokens[begin:end].astype(np.int64))[None]

@@ -106,7 +106,7 @@ def test_every_field_of_every_kind_can_be_typed(slot: str, cls: type[lab.Cell],
                                                 compose: Callable[..., Composer]) -> None:
     required = {facts.name: "file.json" for facts in facts_of(cls) if facts.required}
     fields = _changed(cls, required)
-    functions = {"score", "format"} if cls is lab.MultipleChoice else {"score"}
+    functions = {"score", "metrics"} | ({"format"} if cls is lab.MultipleChoice else set())
     assert set(cls.model_fields) - set(fields) <= {"data", *functions}  # a cell, and functions
     composer = compose(lab.Experiment(model="llama-1m"))
     form = _choose(composer, slot, cls.__name__)
