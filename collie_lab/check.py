@@ -21,7 +21,7 @@ from collie_lab.data.prepare import room_for_documents
 from collie_lab.data.records import Corpus
 from collie_lab.folder import read_json
 
-__all__ = ["Report", "check", "check_resume", "check_without_data"]
+__all__ = ["Report", "check", "check_cells", "check_resume"]
 
 
 class Report:
@@ -70,12 +70,13 @@ def check(experiment: Experiment) -> Report:
     """All problems of an experiment; reads its model's configuration and its data, starts nothing."""
     problems: list[Problem] = []
     config = _cells(experiment, problems)
+    problems += _gpus(experiment)
     _collect(problems, lambda: _data(experiment, config, problems))
     return Report(problems)
 
 
-def check_without_data(experiment: Experiment) -> Report:
-    """As `check`, with no look at the data."""
+def check_cells(experiment: Experiment) -> Report:
+    """The conflicts between cells alone: as `check`, with no look at the data or at the GPUs of this machine."""
     problems: list[Problem] = []
     _cells(experiment, problems)
     return Report(problems)
@@ -86,8 +87,7 @@ def _cells(experiment: Experiment, problems: list[Problem]) -> dict[str, Any]:
     config: dict[str, Any] = _collect(problems, lambda: _model(experiment.model, problems)) or {}
     problems += [*_batches(experiment), *tokenizer_problems(experiment, config), *optimizer_problems(experiment),
                  *adapter_problems(experiment), *parallel_problems(experiment, config), *deepspeed_problems(experiment),
-                 *evaluation_problems(experiment), *callback_problems(experiment), *_without_effect(experiment),
-                 *_gpus(experiment)]
+                 *evaluation_problems(experiment), *callback_problems(experiment), *_without_effect(experiment)]
     return config
 
 

@@ -67,10 +67,13 @@ class Tokenizer:
     def encode_marked(self, documents: Sequence[Sequence[tuple[str, bool]]]
                       ) -> list[tuple[list[int], NDArray[np.bool_], list[int]]]:
         """Token ids of the joined segments of each document, for each whether it begins in a segment with the flag, and
-        its UTF-8 bytes; in parallel over the cores."""
+        its UTF-8 bytes, none for special tokens; in parallel over the cores."""
         texts = ["".join(text for text, _ in segments) for segments in documents]
         encodings = self._rust.encode_batch(texts, add_special_tokens=False)
-        return [(encoding.ids, _flags(encoding.offsets, segments), _sizes(text, encoding.offsets))
+        special = {id_ for id_, token in self._rust.get_added_tokens_decoder().items() if token.special}
+        return [(encoding.ids, _flags(encoding.offsets, segments), [
+                    0 if id_ in special else size
+                    for id_, size in zip(encoding.ids, _sizes(text, encoding.offsets), strict=True)])
                 for text, encoding, segments in zip(texts, encodings, documents, strict=True)]
 
     def decode(self, ids: list[int]) -> str:

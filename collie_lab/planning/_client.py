@@ -41,7 +41,7 @@ def ask(experiment: Experiment, requests: list[dict[str, Any]]) -> list[dict[str
         Path(folder, "experiment.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False), encoding="utf-8")
         if packed:
             Path(folder, "code.pkl").write_bytes(packed)
-        return [_asked({"folder": folder, **request}) for request in requests]
+        return [_asked({"folder": folder, "cwd": os.getcwd(), **request}) for request in requests]
 
 
 def _asked(request: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _asked(request: dict[str, Any]) -> dict[str, Any]:
         raise
     if not line:
         _stop(process)
-        raise PlanError("torch ended the process of the dry run: one of the model's operators has no fake version")
+        raise PlanError("the process of the dry runs has ended")
     answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
         raise PlanError(answer["error"])

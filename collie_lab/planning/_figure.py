@@ -49,8 +49,8 @@ def draw(summary: dict[str, Any], gpu: GPU | None) -> Figure:
                           color=MUTED, fontsize=8)
         if summary["update"] < 0.995:
             axes.axvline(summary["update"], color=MUTED, linewidth=0.8, linestyle=":")
-            axes.annotate("update", (summary["update"], top), ha="left", va="top", color=MUTED, fontsize=8,
-                          xytext=(3, -2), textcoords="offset points")
+            axes.annotate("update", (summary["update"], top), ha="right", va="top", color=MUTED, fontsize=8,
+                          xytext=(-3, -2), textcoords="offset points")
         axes.set_ylim(0, top)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
     return picture

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Any, TextIO
 
 from collie_lab.rank import die_with_parent
 
@@ -24,10 +24,27 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     warnings.simplefilter("ignore")
     import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import collie_lab.planning.summary  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:
-        answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+        _apart(json.loads(line), answers)
+
+
+def _apart(request: dict[str, Any], answers: TextIO) -> None:
+    """Answer in a process of its own: torch keeps the meshes of one layout, and takes them for those of the next."""
+    child = os.fork()
+    if not child:
+        die_with_parent()
+        answers.write(json.dumps(_answer(request)) + "\n")
+        answers.flush()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status:
+        answers.write(json.dumps({"error": f"torch ended the process of the dry run ({status}): one of the model's "
+                                  "operators has no fake version"}) + "\n")
         answers.flush()
 
 
@@ -37,6 +54,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     from collie_lab.planning.summary import forecast
 
     try:
+        os.chdir(request.pop("cwd"))  # a model may be a folder there
         experiment = load_experiment(RunFolder(request.pop("folder")))
         return forecast(experiment, **request).to_json()
     except Exception as error:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from collie_lab.cells import CellError, Experiment, Model, Problem, RandomTokens
-from collie_lab.check import check_without_data
+from collie_lab.cells import (
+    AdaLoRA,
+    CellError,
+    Experiment,
+    ExtendTokenizer,
+    Model,
+    NewTokenizer,
+    Problem,
+    QLoRA,
+    RandomTokens,
+    Sophia,
+)
+from collie_lab.check import check_cells
 from collie_lab.data.hub import context_length, model_config
-from collie_lab.data.prepare import sequence_length
+from collie_lab.data.prepare import room_for_documents, sequence_length
 from collie_lab.planning._client import ask
 from collie_lab.planning.gpus import GPU, find_gpu
 
@@ -87,7 +99,8 @@ class Plan:
         worst = self.worst
         if not worst["course"]:
             request = {"length": self.length, "rank": worst["rank"], "round_to": _GRANULE if self.gpu else 1}
-            worst, = ask(_bare(self.experiment, self.length), [{**request, "course": True}])
+            bare = _bare(self.experiment.replace(evaluate=(), callbacks=()), self.length)
+            worst, = ask(bare, [{**request, "course": True}])
         return draw(worst, self.gpu)
 
     def __repr__(self) -> str:
@@ -115,19 +128,17 @@ def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool =
         course: also keep memory's course over the step, for `Plan.figure`: all layers are run then.
 
     Raises:
-        CellError: the cells do not go together; an unknown GPU; a model without a configuration.
+        CellError: the cells do not go together, or cannot be planned (DeepSpeed, QLoRA, AdaLoRA, new tokens that the
+            data decide on); an unknown GPU; a model without a configuration.
         PlanError: the step failed.
     """
     chosen = None if gpu is None else find_gpu(gpu)
-    length = sequence_length(experiment.data, context_length(model_config(experiment.model)))
-    if isinstance(experiment.data, RandomTokens):
-        length = experiment.data.length
-    bare = _bare(experiment, length)
-    check_without_data(bare).raise_for_errors()
-    parallel = experiment.parallel
-    if parallel.engine == "deepspeed":
-        raise CellError([Problem("Parallel", "engine", "DeepSpeed's buffers are its own: no dry run knows them",
-                                 'engine="torch" for a plan')])
+    cells = experiment.replace(model=_without_weights(experiment.model), evaluate=(), callbacks=())
+    check_cells(cells).raise_for_errors()
+    if refused := list(_refused(experiment)):
+        raise CellError(refused)
+    length = _length(experiment)
+    bare, parallel = _bare(cells, length), experiment.parallel
     ranks = [stage * parallel.dp * parallel.tp for stage in range(parallel.pp)]
     requests = [{"length": length, "rank": rank, "round_to": _GRANULE if chosen else 1, "course": course}
                 for rank in ranks]
@@ -138,10 +149,44 @@ def _peak(summary: dict[str, Any]) -> int:
     return max(int(summary["first"]), int(summary["peak"]))
 
 
+def _length(experiment: Experiment) -> int:
+    """Tokens of the longest document."""
+    room = room_for_documents(experiment, context_length(model_config(experiment.model)))
+    longest = sequence_length(experiment.data, room)
+    if not isinstance(experiment.data, RandomTokens):
+        return longest
+    if experiment.data.length > longest:
+        raise CellError([Problem("RandomTokens", "length", f"{experiment.data.length} tokens do not fit into sequences "
+                                 f"of {longest}", "lower it, or raise `max_length` up to the model's context")])
+    return experiment.data.length
+
+
+def _without_weights(model: Model) -> Model:
+    """The configuration is enough."""
+    return Model(**{**{name: getattr(model, name) for name in model.model_fields_set}, "init": "random"}) \
+        if not isinstance(model.tokenizer, ExtendTokenizer) else model
+
+
 def _bare(experiment: Experiment, length: int) -> Experiment:
-    """The same step without data or weights."""
-    model = experiment.model
-    fields = {name: getattr(model, name) for name in model.model_fields_set}
-    return experiment.replace(
-        model=Model(**{**fields, "init": "random"}), evaluate=(), callbacks=(),
-        data=RandomTokens(length=length, packing=experiment.data.packing))
+    """The same step without data or a tokenizer. Sophia's second step refreshes its Hessian: it takes most."""
+    model, optimizer = _without_weights(experiment.model), experiment.optimizer
+    if isinstance(model.tokenizer, NewTokenizer):
+        model = model.replace(tokenizer=None, config=dict(model.overrides))
+    if isinstance(optimizer, Sophia) and optimizer.hessian_every <= experiment.training.steps:
+        optimizer = optimizer.replace(hessian_every=min(2, optimizer.hessian_every))
+    return experiment.replace(model=model, optimizer=optimizer,
+                              data=RandomTokens(length=length, packing=experiment.data.packing))
+
+
+def _refused(experiment: Experiment) -> Iterator[Problem]:
+    """What takes memory that no dry run sees."""
+    if experiment.parallel.engine == "deepspeed":
+        yield Problem("Parallel", "engine", "DeepSpeed's buffers are its own: no dry run knows them",
+                      'engine="torch" for a plan')
+    if isinstance(experiment.adapter, QLoRA | AdaLoRA):
+        what = "four-bit weights cannot be run without values" if isinstance(experiment.adapter, QLoRA) else \
+            "AdaLoRA chooses its ranks by values"
+        yield Problem("Experiment", "adapter", what, "LoRA, for a plan near it")
+    if isinstance(experiment.model.tokenizer, ExtendTokenizer):
+        yield Problem("Model", "tokenizer", "how many new tokens there are is known when the data are read",
+                      "leave it out for a plan: a token adds a row of the embedding and of the head")

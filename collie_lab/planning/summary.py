@@ -9,12 +9,11 @@ import itertools
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from transformers import AutoConfig
-
-from collie_lab.cells import SHAPES, Experiment, Freeze
+from collie_lab.cells import Experiment, Freeze
 from collie_lab.planning._ledger import ROLES, Role
 from collie_lab.planning.allocator import reserved_bytes
 from collie_lab.planning.dry_run import Trace, dry_run, full_documents
+from collie_lab.training.weights import configuration
 
 __all__ = ["Summary", "forecast"]
 
@@ -75,12 +74,7 @@ def _trace(experiment: Experiment, length: int, rank: int, round_to: int) -> Tra
 
 def _depth(experiment: Experiment) -> tuple[str | None, int]:
     """The configuration's field for the number of layers, None where depth is not all that layers differ in."""
-    cell = experiment.model
-    if cell.is_shape:
-        fields = {**SHAPES[cell.source], **cell.config}
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    else:
-        config = AutoConfig.from_pretrained(cell.source, revision=cell.revision, **cell.config)
+    config = configuration(experiment.model)
     text = config.get_text_config()
     layers = int(text.num_hidden_layers)
     lists = any(isinstance(value, list) and len(value) == layers for value in vars(text).values())

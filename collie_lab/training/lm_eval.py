@@ -90,6 +90,9 @@ class _Model(LM):  # type: ignore[misc]
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string. Requests with the same settings are answered together."""
         settings = [_Settings(request.args[1]) for request in requests]
+        if too_long := [each.tokens for each in settings if each.tokens >= self._context]:
+            raise ValueError(f"{max(too_long)} tokens of answer leave nothing of the model's context of "
+                             f"{self._context} for a prompt: give the task another `max_gen_toks`")
         texts = self._tokenizer.encode([request.args[0] for request in requests])
         prompts = [np.array((self._tokenizer.prefix + ids)[-(self._context - each.tokens):], dtype=np.int32)
                    for ids, each in zip(texts, settings, strict=True)]

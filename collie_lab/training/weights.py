@@ -28,7 +28,7 @@ from collie_lab.training import last_model
 from collie_lab.training.quantize import quantized_layers, set_quantized
 from collie_lab.training.weight_files import Source, pretrained_source
 
-__all__ = ["blueprint", "copy_into", "fill", "materialise"]
+__all__ = ["blueprint", "configuration", "copy_into", "fill", "materialise"]
 
 _Region = tuple[slice, ...]
 
@@ -41,12 +41,12 @@ def blueprint(cell: Model, extension: Extension | None = None) -> PreTrainedMode
     Raises:
         ValueError: `Model.config` overrides a field that the family does not have.
     """
-    options: dict[str, Any] = {"trust_remote_code": cell.trust_remote_code}
-    config = _config(cell, options)
+    config = configuration(cell)
     if extension is not None:
         config.get_text_config().vocab_size = extension.rows
     with no_init_weights(), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
+                                                                  trust_remote_code=cell.trust_remote_code)
     model.tie_weights()
     if cell.init == "pretrained" and model.can_generate():
         model.generation_config = _generation_config(cell)
@@ -97,12 +97,18 @@ def fill(model: nn.Module, cell: Model, seed: int, device: torch.device, dtype: 
         last_model.remember(model, (cell, extension), seed, mine)
 
 
-def _config(cell: Model, options: dict[str, Any]) -> PretrainedConfig:
+def configuration(cell: Model) -> PretrainedConfig:
+    """transformers' configuration of the cell's model, with what the cell overrides.
+
+    Raises:
+        ValueError: `Model.config` overrides a field that the family does not have.
+    """
     if cell.is_shape:
         fields = {**SHAPES[cell.source], **cell.overrides}
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     else:
-        config = AutoConfig.from_pretrained(cell.source, revision=cell.revision, **options, **cell.overrides)
+        config = AutoConfig.from_pretrained(cell.source, revision=cell.revision,
+                                            trust_remote_code=cell.trust_remote_code, **cell.overrides)
     if unknown := [name for name in cell.config if not hasattr(type(config)(), name)]:
         raise ValueError(f"Model.config: {type(config).__name__} has no field {unknown[0]!r}")
     return config

@@ -46,6 +46,26 @@ def test_the_peak_is_that_of_the_run(name: str, tmp_path: Path) -> None:
     assert sum(found.components.values()) == found.peak
 
 
+def test_the_pass_for_sophias_hessian_counts(tmp_path: Path) -> None:
+    experiment = BASE.replace(optimizer=lab.Sophia(lr=1e-4, hessian_every=4)).with_("training.steps", 4)
+    measured = run_here(experiment, tmp_path / "run").read("result.json")["peak_bytes"]
+    assert plan(experiment).peak_bytes == pytest.approx(measured, rel=2e-3)
+
+
+def test_other_machines_and_tokenizers_that_do_not_exist_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collie_lab.check._gpus", lambda _: iter([lab.Problem("Parallel", "dp", "no GPUs")]))
+    model = lab.Model("llama-1m", init="random", tokenizer=lab.TrainTokenizer(vocab_size=640))
+    found = plan(BASE.replace(model=model, data=lab.Skills(max_length=192), parallel=lab.Parallel(dp=4, zero=3)))
+    smaller = plan(BASE.replace(parallel=lab.Parallel(dp=4, zero=3)))
+    assert found.components["weights"].max() - smaller.components["weights"].max() == 320 * 128 * 4 // 4
+
+
+def test_one_layout_leaves_nothing_for_the_next() -> None:
+    layouts = [lab.Parallel(dp=4, zero=3), lab.Parallel(dp=2, tp=2, zero=3), lab.Parallel(dp=2, tp=2)]
+    first = [plan(BASE.replace(parallel=layout)).peak_bytes for layout in layouts]
+    assert [plan(BASE.replace(parallel=layout)).peak_bytes for layout in reversed(layouts)] == first[::-1]
+
+
 def _train(folder: str) -> None:
     for name, layout in LAYOUTS.items():
         run_here(BASE.replace(parallel=layout), Path(folder) / name)
@@ -123,6 +143,9 @@ def test_planning_leaves_torch_out_of_the_kernel_and_no_process_behind(tmp_path:
     ({"gpu": "H2000"}, "did you mean"), ({"gpu": ""}, "catalogue"),
     ({"parallel": lab.Parallel(tp=3)}, "cannot share"), ({"model": lab.Model("no/such folder")}, "neither a folder"),
     ({"parallel": lab.Parallel(dp=2, zero=2, engine="deepspeed")}, "DeepSpeed"),
+    ({"adapter": lab.AdaLoRA(), "training": lab.Training(steps=20)}, "by values"),
+    ({"data": lab.RandomTokens(length=5000)}, "do not fit"),
+    ({"adapter": lab.Prompt(tokens=20), "data": lab.RandomTokens(length=500)}, "do not fit"),
 ])
 def test_mistakes_are_told(change: dict[str, Any], message: str) -> None:
     gpu = change.pop("gpu", None)
