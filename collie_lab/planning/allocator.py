@@ -97,16 +97,18 @@ def _release(block: _Block, pool: _Pool) -> None:
     """Give a block back, joined with its free neighbours."""
     if (after := block.after) is not None and after.free:
         pool.remove(after)
-        block.size += after.size
-        block.after = after.after
-        if block.after is not None:
-            block.after.before = block
+        _absorb(block, after)
     if (before := block.before) is not None and before.free:
         pool.remove(before)
-        before.size += block.size
-        before.after = block.after
-        if before.after is not None:
-            before.after.before = before
+        _absorb(before, block)
         block = before
     block.free = True
     pool.add(block)
+
+
+def _absorb(block: _Block, after: _Block) -> None:
+    """Join a block with the one behind it."""
+    block.size += after.size
+    block.after = after.after
+    if block.after is not None:
+        block.after.before = block
