@@ -11,7 +11,8 @@ import pytest
 
 from collie_lab import sandbox
 
-if reason := sandbox.unavailable():
+# A kernel without filters is no failure; a program that gets out of the sandbox is one, and the tests below show it.
+if (reason := sandbox.unavailable()) and not reason.startswith("a program"):
     pytest.skip(f"no sandbox here: {reason}", allow_module_level=True)
 
 
