@@ -19,8 +19,8 @@ import pytest
 import collie_lab as lab
 from collie_lab.data import Documents, _memory, cache
 from collie_lab.data import prepare as prepare_data
-from collie_lab.data.prepare import _Maker
 from collie_lab.folder import RunFolder
+from tests.data.conftest import Watch
 
 
 @pytest.fixture
@@ -33,17 +33,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def tokenized(splits_of: Watch) -> list[str]:
     """The splits that are really tokenized."""
-    splits: list[str] = []
-    original = _Maker._tokenize
-
-    def note(self: Any, cell: Any, split: Any) -> Any:
-        splits.append(split)
-        return original(self, cell, split)
-
-    monkeypatch.setattr(_Maker, "_tokenize", note)
-    return splits
+    return splits_of("_tokenize")
 
 
 def _write(path: Path, answer: str = "yes") -> Path:

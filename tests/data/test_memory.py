@@ -12,22 +12,14 @@ import pytest
 import collie_lab as lab
 from collie_lab.data import prepare
 from collie_lab.data.documents import Documents
-from collie_lab.data.prepare import _Maker
 from collie_lab.folder import RunFolder
+from tests.data.conftest import Watch
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def made(splits_of: Watch) -> list[str]:
     """The splits that are really read and tokenized."""
-    splits: list[str] = []
-    make = _Maker._make
-
-    def note(self: Any, cell: Any, split: Any) -> Any:
-        splits.append(split)
-        return make(self, cell, split)
-
-    monkeypatch.setattr(_Maker, "_make", note)
-    return splits
+    return splits_of("_make")
 
 
 def prepared(folder: Path, name: str, data: lab.Data, **fields: Any) -> tuple[Documents, dict[str, Any]]:
