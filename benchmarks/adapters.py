@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from _results import machine
-from quality import METHODS
+from quality import METHODS, options_of
 
 import collie_lab as lab
 
-_ROOT = Path(__file__).resolve().parents[1]
-
 
 def rates_of(method: str, options: argparse.Namespace) -> tuple[float, ...]:
-    """The learning rates that a method gets."""
+    """The learning rates that a method gets: the lowest of its grid, as fits a short training."""
     return METHODS[method][1][:options.rates]
 
 
@@ -89,16 +87,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run what is missing, report all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--shared", type=Path, default=_ROOT.parent / "shared")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--model", default="babyllama-1m", help="a folder of the shared models")
-    parser.add_argument("--rates", type=int, default=3, help="how many of the lower learning rates each method gets")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--limit", type=int, default=200)
+    parser = options_of(__doc__, model="babyllama-1m", rates=3, seeds=[0], steps=200, batch_size=16, limit=200)
     parser.add_argument("--for", type=float, default=math.inf, dest="seconds", help="begin no run after so long")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -107,7 +96,7 @@ def main() -> None:
             row := json.loads(line))]
     else:
         options.results.write_text(json.dumps({"environment": machine()}) + "\n", encoding="utf-8")
-    done = {(row["method"], row["lr"], row["seed"], row["steps"]) for row in rows}
+    done = {(row["method"], row["lr"], row["seed"], row["steps"]) for row in rows if row["model"] == options.model}
     # All methods' middle rates first: a table that is cut short is fair.
     order = sorted(range(options.rates), key=lambda index: abs(index - options.rates // 2))
     wanted = [(method, rates_of(method, options)[index], seed) for seed in options.seeds for index in order

@@ -133,18 +133,24 @@ def report(options: argparse.Namespace, done: dict[tuple[Any, ...], dict[str, An
               f"{statistics.mean(matches):.1f}{spread} | {statistics.mean(perplexities):.3f} | {trials} |")
 
 
-def main() -> None:
-    """Tune, repeat, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options_of(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The options of a comparison of methods, with its defaults."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--shared", type=Path, default=_ROOT.parent / "shared")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--model", default="stories260k", help="a folder of the shared models")
-    parser.add_argument("--rates", type=int, default=5, help="learning rates that each method gets")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--limit", type=int, default=500)
+    parser.add_argument("--model", help="a folder of the shared models")
+    parser.add_argument("--rates", type=int, help="learning rates that each method gets")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    for name in ("--steps", "--batch-size", "--limit"):
+        parser.add_argument(name, type=int)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def main() -> None:
+    """Tune, repeat, report."""
+    parser = options_of(__doc__, model="stories260k", rates=5, seeds=[0, 1, 2], steps=900, batch_size=32, limit=500)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     done: dict[tuple[Any, ...], dict[str, Any]] = {}
