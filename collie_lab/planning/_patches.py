@@ -23,7 +23,7 @@ from collie_lab.cells import Model
 from collie_lab.optim.engine import Eager, Formula
 from collie_lab.optim.rounding import Weight
 from collie_lab.optim.rule import Gradient, Scalars, States
-from collie_lab.planning._ledger import Ledger
+from collie_lab.planning._ledger import Ledger, Role
 from collie_lab.training.weights import materialise
 
 __all__ = ["patched"]
@@ -66,6 +66,7 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
     import collie_lab.parallel.pipeline as pipeline
     import collie_lab.parallel.strategy as strategy
     import collie_lab.training.batch as batch
+    import collie_lab.training.loss as loss
     import collie_lab.training.model as model
     import collie_lab.training.packed as packed
 
@@ -94,7 +95,8 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
         put(fsdp_param, "alloc_storage", _then_counted(fsdp_param.alloc_storage, ledger))
         put(fsdp_param, "free_storage", _then_counted(fsdp_param.free_storage, ledger))
         for name in ("unshard", "wait_for_unshard", "post_backward"):
-            put(FSDPParamGroup, name, _communicating(getattr(FSDPParamGroup, name), ledger))
+            put(FSDPParamGroup, name, _in_role("communication", getattr(FSDPParamGroup, name), ledger))
+        put(loss, "linear_loss", _in_role("loss", loss.linear_loss, ledger))
         if hasattr(_PipelineSchedule, "_warmup_p2p"):
             put(_PipelineSchedule, "_warmup_p2p", _static)
         yield
@@ -179,9 +181,9 @@ def _then_counted(function: Callable[[Tensor], None], ledger: Ledger) -> Callabl
     return call
 
 
-def _communicating(function: Callable[..., Any], ledger: Ledger) -> Callable[..., Any]:
+def _in_role(role: Role, function: Callable[..., Any], ledger: Ledger) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        with ledger.as_role("communication"):
+        with ledger.as_role(role):
             return function(*args, **kwargs)
 
     return call

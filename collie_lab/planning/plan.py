@@ -162,9 +162,10 @@ def _length(experiment: Experiment) -> int:
 
 
 def _without_weights(model: Model) -> Model:
-    """The configuration is enough."""
-    return Model(**{**{name: getattr(model, name) for name in model.model_fields_set}, "init": "random"}) \
-        if not isinstance(model.tokenizer, ExtendTokenizer) else model
+    """The configuration is enough. An extended tokenizer wants trained weights, and is refused with a better reason."""
+    if isinstance(model.tokenizer, ExtendTokenizer):
+        return model
+    return model.replace(init="random")
 
 
 def _bare(experiment: Experiment, length: int) -> Experiment:
