@@ -8,6 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ class Trainer:
         self.model, self.optimizer, built = self._step.model, self._step.optimizer, self._step.built
         self._causal_lm, self._flops = built.causal_lm, built.flops
         self._adapted: Any = built.root
-        self._counts = {"parameters": built.parameters, "trainable": built.trainable}
+        self._counts = {"parameters": built.size.parameters, "trainable": built.size.trainable}
         if isinstance(experiment.adapter, AdaLoRA):
             attach_budget(self._adapted, self.optimizer, lambda: self.step)
         # Dropout differs between ranks that see other tokens; tensor-parallel ranks draw alike (`parallel.tensor`).
@@ -228,7 +229,7 @@ class Trainer:
             self.step = self._strategy.load(read, self._adapted, self.optimizer)
             self._callbacks.load_state_dict(read_json(self.resumed_from / "state.json").get("callbacks", {}))
         self.event("start", step=self.step, steps=training.steps, world_size=experiment.parallel.world_size,
-                   device=str(self.device.type), **self._counts)
+                   device=str(self.device.type), **asdict(built.size))
 
     def _build_data(self) -> None:
         data, training, parallel = self.experiment.data, self.experiment.training, self.experiment.parallel
