@@ -103,6 +103,7 @@ class History:
         if kind == "start":
             self.total = record.get("steps")
             self.first_step = record.get("step") or 0
+            self.evaluations = [old for old in self.evaluations if old.step <= self.first_step]
             if "weight_bytes" in record:
                 self.size = Size(**{field.name: record[field.name] for field in fields(Size)})
         elif kind == "phase":
@@ -111,8 +112,8 @@ class History:
             numbers = {key: float(value) for key, value in record.items()
                        if key not in ("step", "time") and isinstance(value, (int, float))
                        and not isinstance(value, bool)}
-            self.evaluations = [old for old in self.evaluations if old.step < record["step"]
-                                or (old.step == record["step"] and not old.values.keys() & numbers.keys())]
+            self.evaluations = [old for old in self.evaluations
+                                if old.step != record["step"] or not old.values.keys() & numbers.keys()]
             self.evaluations.append(Evaluation(record["step"], numbers))
         elif kind == "warning":
             self.warnings.append(record["text"])
