@@ -13,7 +13,7 @@ from collie_lab.check_adapter import adapter_problems
 from collie_lab.check_callbacks import callback_problems
 from collie_lab.check_deepspeed import deepspeed_problems
 from collie_lab.check_evaluation import evaluation_problems
-from collie_lab.check_optimizer import optimizer_problems
+from collie_lab.check_optimizer import matrix_problems, optimizer_problems
 from collie_lab.check_parallel import parallel_problems
 from collie_lab.check_tokenizer import tokenizer_problems
 from collie_lab.data.hub import context_length, model_config
@@ -67,16 +67,17 @@ class Report:
 
 
 def check(experiment: Experiment) -> Report:
-    """All problems of an experiment; reads its model's configuration and its data, starts nothing."""
+    """All problems of an experiment; reads its model's configuration and its data, starts nothing of a run."""
     problems: list[Problem] = []
     config = _cells(experiment, problems)
+    _collect(problems, lambda: problems.extend(matrix_problems(experiment)))
     problems += _gpus(experiment)
     _collect(problems, lambda: _data(experiment, config, problems))
     return Report(problems)
 
 
 def check_cells(experiment: Experiment) -> Report:
-    """The conflicts between cells alone: as `check`, with no look at the data or at the GPUs of this machine."""
+    """The conflicts between cells alone: as `check`, with no look at weights, data or the GPUs of this machine."""
     problems: list[Problem] = []
     _cells(experiment, problems)
     return Report(problems)

@@ -15,7 +15,6 @@ from collie_lab.cells import (
     Experiment,
     LibraryOptimizer,
     LoRA,
-    Muon,
     Prefix,
     Problem,
     Prompt,
@@ -153,8 +152,10 @@ def _virtual(cell: VirtualTokens, experiment: Experiment) -> Iterator[Problem]:
     ):
         if size > 1:
             yield Problem("Parallel", axis, f"{name}: {reason}", f"{axis}=1; dp and zero work with it")
-    if isinstance(experiment.optimizer, Muon):
-        yield Problem("Experiment", "optimizer", f"Muon is for the matrices of blocks, and {name} trains none", "AdamW")
+    optimizer = experiment.optimizer
+    if isinstance(optimizer, LibraryOptimizer) and optimizer.for_matrices:
+        yield Problem("Experiment", "optimizer", f"{type(optimizer).__name__} is for the matrices of blocks, and "
+                      f"{name} trains none", "AdamW")
     if isinstance(cell, Prompt) and cell.text is not None and "init" in cell.model_fields_set:
         yield Problem("Prompt", "init", "without effect beside a text", "leave one of them out", level="warning")
     if isinstance(cell, Prefix) and cell.hidden is not None and not cell.projection:

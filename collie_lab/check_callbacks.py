@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from collie_lab.cells import (
+    BestCheckpoint,
     CallbackCell,
     EarlyStopping,
     Experiment,
@@ -26,6 +27,10 @@ def callback_problems(experiment: Experiment) -> Iterator[Problem]:
     for index, cell in enumerate(cells):
         if any(_same_work(cell, other) for other in cells[:index]):
             yield Problem(type(cell).__name__, "", "two of a kind would do the same work twice", "leave one out")
+        if isinstance(cell, BestCheckpoint) and cell.restore and any(
+                isinstance(other, BestCheckpoint) and other.restore for other in cells[:index]):
+            yield Problem("BestCheckpoint", "restore", "a run has one model at its end, and two figures choose it",
+                          "restore=False for one of them")
         if isinstance(cell, Monitor):
             yield from _monitor(cell, experiment)
         if isinstance(cell, Statistics):

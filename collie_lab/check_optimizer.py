@@ -19,8 +19,9 @@ from collie_lab.cells import (
     ScheduleFree,
     Sophia,
 )
+from collie_lab.size import find_size
 
-__all__ = ["optimizer_problems"]
+__all__ = ["matrix_problems", "optimizer_problems"]
 
 
 def optimizer_problems(experiment: Experiment) -> Iterator[Problem]:
@@ -35,6 +36,19 @@ def optimizer_problems(experiment: Experiment) -> Iterator[Problem]:
             yield from _in_backward(cell, experiment)
         yield from _without_effect(cell, experiment)
     yield from _advice(experiment)
+
+
+def matrix_problems(experiment: Experiment) -> Iterator[Problem]:
+    """Whether an optimizer for the matrices of blocks has any to train, where the patterns of `Freeze` decide that.
+
+    A process of its own looks at the model, which takes some seconds; nothing is asked of it in other cases.
+    """
+    optimizer, adapter = experiment.optimizer, experiment.adapter
+    if not (isinstance(optimizer, LibraryOptimizer) and optimizer.for_matrices and isinstance(adapter, Freeze)):
+        return
+    if not find_size(experiment).matrices:
+        yield Problem("Freeze", "train", f"{type(optimizer).__name__} is for the matrices of blocks, and "
+                      f"{', '.join(adapter.train)} names none", 'a pattern for some of them, such as "*mlp*"; or AdamW')
 
 
 def _library(cell: LibraryOptimizer, experiment: Experiment) -> Iterator[Problem]:

@@ -25,6 +25,7 @@ class Size:
         weight_bytes: of all parameters, as the run keeps them.
         gradient_bytes: of all gradients; 0 where each is freed when it is used, in the backward pass.
         state_bytes: what the optimizer remembers; None for an optimizer of another library.
+        matrices: of the trained numbers those in 2-D weights of blocks, which Muon, GaLore and APOLLO are for.
     """
 
     parameters: int
@@ -32,6 +33,7 @@ class Size:
     weight_bytes: int
     gradient_bytes: int
     state_bytes: int | None
+    matrices: int
 
     @property
     def share(self) -> float:
@@ -48,7 +50,7 @@ class Size:
 
 
 def find_size(experiment: Experiment) -> Size:
-    """The size of an experiment's model.
+    """The size of an experiment's model; of an `ExtendTokenizer` with a row for every token that it is to learn.
 
     Raises:
         CellError: a target or pattern that names nothing in the model, or a model that cannot be built.

@@ -108,6 +108,9 @@ class BestCheckpoint(Monitor):
 
     keep: int = Field(default=1, ge=1)
     """So many, the best first."""
+    restore: bool = False
+    """At the end the run goes back to the best weights: `run.model_path` holds these, and `run.summary` their figures.
+    Without, both are of the last step."""
 
 
 class Statistics(CallbackCell):

@@ -27,6 +27,8 @@ class LibraryOptimizer(Optimizer):
     """Whether sharded parameters (`Parallel.zero`) get the updates that whole ones get."""
     why_whole: ClassVar[str] = ""
     """Why not, if not."""
+    for_matrices: ClassVar[bool] = False
+    """Whether it is for the 2-D weights of blocks, and has nothing to do where none of them is trained."""
 
 
 class Adafactor(LibraryOptimizer):
@@ -52,6 +54,8 @@ class Muon(LibraryOptimizer):
     (3-D) go by AdamW. The orthogonalization computes in bf16: shards move like whole matrices to about 2%.
     """
 
+    for_matrices: ClassVar[bool] = True
+
     lr: float = Field(default=1e-3, gt=0.0)
     weight_decay: float = Field(default=0.1, ge=0.0)
     momentum: Beta = 0.95
@@ -74,6 +78,7 @@ class GaLore(LibraryOptimizer):
     package: ClassVar[str] = "galore_torch"
     shardable: ClassVar[bool] = False
     why_whole: ClassVar[str] = "a checkpoint cannot keep its low-rank states of shards"
+    for_matrices: ClassVar[bool] = True
 
     lr: float = Field(default=1e-2, gt=0.0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -95,6 +100,7 @@ class Apollo(LibraryOptimizer):
     package: ClassVar[str] = "apollo_torch"
     shardable: ClassVar[bool] = False
     why_whole: ClassVar[str] = "apollo-torch cannot project sharded gradients"
+    for_matrices: ClassVar[bool] = True
 
     lr: float = Field(default=1e-2, gt=0.0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)

@@ -7,10 +7,10 @@ from collie_lab.data.prepare import Prepared, prepare, question_tokens, room_for
 from collie_lab.data.records import Document, read_documents
 from collie_lab.data.skills import make_skills
 from collie_lab.data.tokenizer import Tokenizer, save_tokenizer
-from collie_lab.data.vocabulary import Extension, make_tokenizer
+from collie_lab.data.vocabulary import Extension, expected_extension, make_tokenizer
 
 __all__ = [
-    "Document", "Documents", "Extension", "Order", "Prepared", "Step", "Tokenizer", "context_length", "make_skills",
-    "make_tokenizer", "model_config", "pack", "prepare", "question_tokens", "read_documents", "room_for_documents",
-    "save_tokenizer", "sequence_length",
+    "Document", "Documents", "Extension", "Order", "Prepared", "Step", "Tokenizer", "context_length",
+    "expected_extension", "make_skills", "make_tokenizer", "model_config", "pack", "prepare", "question_tokens",
+    "read_documents", "room_for_documents", "save_tokenizer", "sequence_length",
 ]

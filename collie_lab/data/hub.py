@@ -8,7 +8,7 @@ from typing import Any
 
 from collie_lab.cells import SHAPES, CellError, Model, Problem
 
-__all__ = ["context_length", "fetch", "model_config"]
+__all__ = ["context_length", "fetch", "model_config", "vocabulary_size"]
 
 # Names under which configurations of transformers keep the longest sequence.
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
@@ -57,3 +57,9 @@ def context_length(config: dict[str, Any]) -> int | None:
     """The longest sequence the model was built for, in tokens; None where the configuration does not say."""
     config = {**config, **config.get("text_config", {})}
     return next((int(config[name]) for name in _CONTEXT_FIELDS if config.get(name)), None)
+
+
+def vocabulary_size(config: dict[str, Any]) -> int | None:
+    """The rows of a model for tokens; None where the configuration does not say."""
+    rows = {**config, **config.get("text_config", {})}.get("vocab_size")
+    return None if rows is None else int(rows)

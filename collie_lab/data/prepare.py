@@ -26,7 +26,7 @@ from collie_lab.data import cache
 from collie_lab.data._memory import Made, key_of, recall, remember
 from collie_lab.data.benchmarks import read_questions
 from collie_lab.data.documents import Documents, Writer
-from collie_lab.data.hub import context_length, model_config
+from collie_lab.data.hub import context_length, model_config, vocabulary_size
 from collie_lab.data.labels import label_questions
 from collie_lab.data.lm_eval_tasks import check_tasks
 from collie_lab.data.progress import Progress
@@ -73,9 +73,9 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
     """
     config = model_config(experiment.model)
     data = experiment.data
-    rows = {**config, **config.get("text_config", {})}.get("vocab_size")
+    rows = vocabulary_size(config)
     tokenizer, extension, warnings = make_tokenizer(experiment.model, data, rows, folder.path / "tokenizer")
-    vocabulary = extension.rows if extension else int(rows or tokenizer.vocab_size)
+    vocabulary = extension.rows if extension else rows or tokenizer.vocab_size
     with cache.scratch(folder.path) as scratch:
         room = room_for_documents(experiment, context_length(config))
         maker = _Maker(tokenizer, vocabulary, room, Path(scratch))

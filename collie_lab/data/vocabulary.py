@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from collie_lab.cells import CellError, Data, ExtendTokenizer, Model, Problem, TrainTokenizer
 from collie_lab.data._merges import continue_merges
+from collie_lab.data.hub import model_config, vocabulary_size
 from collie_lab.data.records import read_documents
 from collie_lab.data.tokenizer import Tokenizer, save_own, save_tokenizer
 from collie_lab.folder import read_json, write_json
 
-__all__ = ["Extension", "MadeTokenizer", "make_tokenizer"]
+__all__ = ["Extension", "MadeTokenizer", "expected_extension", "make_tokenizer"]
 
 Texts = Callable[[], Iterator[str]]
 
@@ -95,10 +97,32 @@ def _extended(cell: ExtendTokenizer, old: Tokenizer, data: Data, vocabulary: int
     if first > before:
         raise CellError([Problem("Model", "tokenizer", f"it has {first:,} tokens, but the model's vocabulary has "
                                  f"{before:,}", "extend a model that has a row for each")])
-    rows = max(before, first + len(new))
     pieces = tuple(tuple(ids) if cell.rows == "pieces" else () for ids in new)
-    extension = Extension(first, pieces, before, -(-rows // cell.multiple) * cell.multiple)
+    extension = Extension(first, pieces, before, _rows(cell, max(before, first + len(new))))
     return MadeTokenizer(Tokenizer(old.folder), extension, tuple(made["warnings"]))
+
+
+def expected_extension(model: Model) -> Extension | None:
+    """What an `ExtendTokenizer` will ask of the model, for its size: known before any document is read, but for tokens
+    to learn that the documents will not give. None without one.
+
+    Raises:
+        CellError: there is no tokenizer to begin with.
+    """
+    cell = model.tokenizer
+    if not isinstance(cell, ExtendTokenizer):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        old = RustTokenizer.from_file(str(save_tokenizer(model.replace(tokenizer=None), Path(folder)).folder
+                                          / "tokenizer.json"))
+    before = old.get_vocab(with_added_tokens=True)
+    new = cell.learn + sum(token not in before for token in cell.tokens + cell.special)
+    had = vocabulary_size(model_config(model)) or len(before)
+    return Extension(len(before), ((),) * new, had, _rows(cell, max(had, len(before) + new)))
+
+
+def _rows(cell: ExtendTokenizer, least: int) -> int:
+    return -(-least // cell.multiple) * cell.multiple
 
 
 def _texts_of(data: Data, tokenizer: Tokenizer | None = None) -> Texts:

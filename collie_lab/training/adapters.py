@@ -31,11 +31,11 @@ def adapt(model: PreTrainedModel, cell: Adapter, steps: int = 100) -> nn.Module:
     import peft
 
     with _stand_ins(model):
-        adapted: nn.Module = peft.get_peft_model(model, _peft_config(cell, steps))
+        adapted: nn.Module = peft.get_peft_model(model, _peft_config(cell, steps, model))
     return adapted
 
 
-def _peft_config(cell: Adapter, steps: int) -> Any:
+def _peft_config(cell: Adapter, steps: int, model: PreTrainedModel) -> Any:
     import peft
 
     task: dict[str, Any] = {"task_type": "CAUSAL_LM"}
@@ -64,8 +64,15 @@ def _peft_config(cell: Adapter, steps: int) -> Any:
             return peft.PromptEncoderConfig(num_virtual_tokens=cell.tokens, encoder_hidden_size=cell.hidden, **task)
         case Prefix():
             return peft.PrefixTuningConfig(num_virtual_tokens=cell.tokens, prefix_projection=cell.projection,
-                                           encoder_hidden_size=cell.hidden, **task)
+                                           encoder_hidden_size=cell.hidden, **_single_head(model.config), **task)
     raise TypeError(f"no adapter for the cell {type(cell).__name__}")
+
+
+def _single_head(config: Any) -> dict[str, int]:
+    """For peft's configuration of a prefix, where all heads share one key and one value, which peft may not know."""
+    if not getattr(config, "multi_query", False) or getattr(config, "new_decoder_architecture", False):
+        return {}
+    return {"num_attention_heads": 1, "token_dim": config.hidden_size // config.num_attention_heads}
 
 
 def _targets(cell: LoRA | AdaLoRA | OFT) -> str | list[str]:

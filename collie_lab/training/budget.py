@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["attach_budget", "attach_orthogonality"]
+__all__ = ["attach_budget", "attach_orthogonality", "forget_choice"]
 
 
 def attach_orthogonality(root: Any, weight: float) -> None:
@@ -73,3 +73,10 @@ def attach_budget(root: Any, optimizer: torch.optim.Optimizer, step: Callable[[]
 
     optimizer.register_step_pre_hook(recall)
     optimizer.register_step_post_hook(torch.no_grad()(update))
+
+
+def forget_choice(root: Any, step: int) -> None:
+    """Drop the last choice of directions, where the weights are again those after a `step` before it."""
+    config = root.active_peft_config
+    if step < config.total_step - config.tfinal:
+        config.rank_pattern = None

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from collie_lab.cells import AdaLoRA, Experiment, Parallel, QLoRA, VirtualTokens
 from collie_lab.data import Extension, Tokenizer
 from collie_lab.parallel import Strategy
+from collie_lab.size import Size
 from collie_lab.training.adapters import adapt
 from collie_lab.training.budget import attach_orthogonality
 from collie_lab.training.first_values import set_first_values
@@ -21,6 +22,7 @@ from collie_lab.training.loss import attach_loss, attach_whole_loss
 from collie_lab.training.packed import ATTENTION
 from collie_lab.training.probe import ModelWarning, find_path
 from collie_lab.training.quantize import quantize_linears
+from collie_lab.training.size import size_of
 from collie_lab.training.virtual import attach_virtual_tokens
 from collie_lab.training.weights import blueprint, fill
 
@@ -34,8 +36,7 @@ class BuiltModel(NamedTuple):
     root: nn.Module
     """What is called: the same, or peft's wrapper with an adapter."""
     flops: StepFlops
-    parameters: int
-    trainable: int
+    size: Size
 
 
 def build_model(experiment: Experiment, device: torch.device, strategy: Strategy | None = None,
@@ -74,8 +75,7 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
         attach_orthogonality(root, experiment.adapter.orthogonal)
     if extension is not None and not model.get_input_embeddings().weight.requires_grad:
         warnings.warn("the embedding is frozen: the rows of new tokens stay what they begin with", ModelWarning, 2)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in root.parameters()]
-    flops = StepFlops.of_model(model)
+    size, flops = size_of(root, experiment), StepFlops.of_model(model)
     strategy.lay_out(model, root)
     if not any(parameter.requires_grad for parameter in root.parameters()):
         raise ValueError("Parallel.pp: one stage of the pipeline has nothing to train with this adapter; take less pp, "
@@ -83,7 +83,7 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
     fill(root, experiment.model, training.seed, device, torch.bfloat16 if training.weights == "bf16" else torch.float32,
          extension)
     set_first_values(root, experiment.adapter, strategy.gather, tokenizer, training.seed)
-    return BuiltModel(model, root, flops, sum(size for size, _ in sizes), sum(size for size, on in sizes if on))
+    return BuiltModel(model, root, flops, size)
 
 
 def _recompute_blocks(model: nn.Module) -> None:

@@ -8,6 +8,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +18,14 @@ from torch import Tensor
 
 from collie_lab import optim
 from collie_lab.beat import Beat
-from collie_lab.cells import AdaLoRA, Evaluation, Experiment
+from collie_lab.cells import AdaLoRA, BestCheckpoint, Evaluation, Experiment
 from collie_lab.data import Documents, Extension, Order, Tokenizer, room_for_documents, sequence_length
 from collie_lab.data.order import Step
 from collie_lab.data.questions import load_questions
 from collie_lab.folder import Board, JsonLines, RunFolder, read_json, write_lines
 from collie_lab.parallel import build_strategy
 from collie_lab.training.answers import Answers
-from collie_lab.training.budget import attach_budget
+from collie_lab.training.budget import attach_budget, forget_choice
 from collie_lab.training.callbacks import Callbacks
 from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoint
 from collie_lab.training.ending import ending
@@ -65,7 +67,9 @@ class Trainer:
         self._stop_wish = self._best_wish = False
         self._reason = ""  # why the run ends before its last step
         self._complete = False  # `finish` has been called
-        self._found: tuple[int, dict[str, float]] = (0, {})
+        # What evaluations have found: by the step of the weights, then by the evaluation's place.
+        self._figures: dict[int, dict[int, dict[str, float]]] = {}
+        self._best: Mapping[str, Any] | None = None  # the checkpoint to go back to at the end
         self._callbacks = Callbacks(experiment)
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -169,10 +173,12 @@ class Trainer:
         """Those of this rank, by their names in the model itself: wrappers lengthen those of `model`."""
         return {name: parameter for name, parameter in self._adapted.named_parameters() if parameter.requires_grad}
 
-    def keep_best(self, monitor: str, board: Board, *, take: bool = True) -> None:
-        """Keep the checkpoints that `board` names; with `take`, one of this step is among them. On all ranks together.
+    def keep_best(self, monitor: str, board: Board, *, take: bool = True, restore: bool = False) -> None:
+        """Keep the checkpoints that `board` names; with `take`, one of this step is among them. With `restore` the run
+        ends with the weights of the first. On all ranks together.
         """
         self._best_wish = self._best_wish or take
+        self._best = board[0] if restore else self._best
         self._checkpoints.keep_best(monitor, board, tell=not take)
 
     def _tell_of_checkpoint(self, written: Written) -> None:
@@ -206,7 +212,7 @@ class Trainer:
         self.model, self.optimizer, built = self._step.model, self._step.optimizer, self._step.built
         self._causal_lm, self._flops = built.causal_lm, built.flops
         self._adapted: Any = built.root
-        self._counts = {"parameters": built.parameters, "trainable": built.trainable}
+        self._counts = {"parameters": built.size.parameters, "trainable": built.size.trainable}
         if isinstance(experiment.adapter, AdaLoRA):
             attach_budget(self._adapted, self.optimizer, lambda: self.step)
         # Dropout differs between ranks that see other tokens; tensor-parallel ranks draw alike (`parallel.tensor`).
@@ -218,17 +224,21 @@ class Trainer:
         self._answers = Answers(self.folder, self.rank, self._tokenizer, self.folder.read("data/index.json")["style"],
                                 training.seed)
         layout = experiment.parallel.model_dump(include={"dp", "tp", "pp"})
+        self._read = functools.partial(load_checkpoint, layout=layout, seed=seed)
         shared = identity(experiment, self.folder.read("data/index.json")["fingerprint"], self._counts, self.device)
         self._checkpoints = Checkpointer(self.folder.checkpoints, keep=training.keep_checkpoints, layout=layout,
                                          identity=shared, on_written=self._tell_of_checkpoint,
                                          on_refused=self._warn)
         if self.resumed_from is not None:
             check_frozen(self.resumed_from, shared["drawn_on"])
-            read = functools.partial(load_checkpoint, self.resumed_from, layout=layout, seed=seed)
-            self.step = self._strategy.load(read, self._adapted, self.optimizer)
+            self.step = self._load(self.resumed_from)
             self._callbacks.load_state_dict(read_json(self.resumed_from / "state.json").get("callbacks", {}))
         self.event("start", step=self.step, steps=training.steps, world_size=experiment.parallel.world_size,
-                   device=str(self.device.type), **self._counts)
+                   device=str(self.device.type), **asdict(built.size))
+
+    def _load(self, checkpoint: Path) -> int:
+        """Weights, optimizer and random state of a checkpoint; its step."""
+        return self._strategy.load(functools.partial(self._read, checkpoint), self._adapted, self.optimizer)
 
     def _build_data(self) -> None:
         data, training, parallel = self.experiment.data, self.experiment.training, self.experiment.parallel
@@ -274,26 +284,30 @@ class Trainer:
     def _due(self, cell: Evaluation) -> bool:
         return cell.every is not None and self.step % cell.every == 0
 
-    def _evaluate(self, due: Callable[[Evaluation], bool]) -> dict[str, float]:
-        """Run the evaluations that are due; their figures, also as events."""
-        found: dict[str, float] = {}
-        for cell, documents in zip(self.experiment.evaluate, self._held_out, strict=True):
-            if due(cell):
+    def _evaluate(self, due: Callable[[Evaluation], bool], step: int | None = None) -> dict[str, float]:
+        """Run the evaluations that are due, but for those whose figures are known; all figures of these weights.
+
+        The weights are those after `step`, by default the current one. Of others callbacks are not told: they have seen
+        later ones.
+        """
+        at = self.step if step is None else step
+        known, found = self._figures.setdefault(at, {}), dict[str, float]()
+        for place, (cell, documents) in enumerate(zip(self.experiment.evaluate, self._held_out, strict=True)):
+            if due(cell) and place not in known:
                 with optim.averaged(self.optimizer):
-                    figures = evaluate(
+                    known[place] = evaluate(
                         cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._step.flat,
                         virtual=self.experiment.virtual, tick=self._tick,
-                        keep=functools.partial(self._keep_answers, cell))
-                self.event("evaluation", step=self.step, **figures)
-                found |= figures
-        if found:
-            self._found = self.step, found
+                        keep=functools.partial(self._keep_answers, cell, at))
+                self.event("evaluation", step=at, **known[place])
+                found |= known[place]
+        if found and at == self.step:
             self._callbacks.on_evaluation(self, found)
-        return found
+        return {name: value for figures in known.values() for name, value in figures.items()}
 
-    def _keep_answers(self, cell: Evaluation, samples: list[dict[str, Any]]) -> None:
+    def _keep_answers(self, cell: Evaluation, step: int, samples: list[dict[str, Any]]) -> None:
         self.folder.evaluations.mkdir(exist_ok=True)
-        write_lines(self.folder.evaluations / file_name(cell, self.step), samples)
+        write_lines(self.folder.evaluations / file_name(cell, step), samples)
 
     def _answer(self) -> None:
         """Let the model answer what it has been asked."""
@@ -308,13 +322,13 @@ class Trainer:
             status, self._reason = "diverged", f"weights are not finite after step {self.step}"
         if status == "stopped":
             self.save_checkpoint()
-        self._checkpoints.finish()
-        if training.export and status != "diverged":
+        step = self._go_to_best(status)
+        if training.export and (status != "diverged" or step != self.step):
             self._beat.say("export")
             self.event("phase", text="writing the model")
             with optim.averaged(self.optimizer):
                 export_model(self._adapted, self._tokenizer, self.folder, self._strategy)
-        figures = self._evaluate_at_end() if status == "ok" else {}
+        figures = self._evaluate(lambda cell: True, step) if status == "ok" else {}
         if self._best_wish:
             self.save_checkpoint(rolling=False)
             self._checkpoints.finish()
@@ -322,7 +336,7 @@ class Trainer:
             "status": status, "steps": self.step, **self._meters.summary(), **figures,
             "peak_bytes": worst_peak(self._memory, self.device), "seconds": time.perf_counter() - began,
             "world_size": self.experiment.parallel.world_size, **self._counts,
-            **ending(status, self._reason, self.folder),
+            **({"restored": step} if step != self.step else {}), **ending(status, self._reason, self.folder),
         }
         if self.rank == 0:
             self.folder.write("result.json", result)
@@ -330,9 +344,21 @@ class Trainer:
         self.event("end")
         return status
 
-    def _evaluate_at_end(self) -> dict[str, float]:
-        """All evaluations; what `finish` has ended after an evaluation is not evaluated again."""
-        step, found = self._found
-        if step != self.step:
-            return self._evaluate(lambda cell: True)
-        return found | self._evaluate(lambda cell: not self._due(cell))
+    def _go_to_best(self, status: str) -> int:
+        """At the end, where `BestCheckpoint(restore=True)` wants it, take the best weights; the step that they are of.
+
+        The last ones may be the best: they are judged first, as often as those before were.
+        """
+        if status == "ok" and any(isinstance(cell, BestCheckpoint) and cell.restore
+                                  for cell in self.experiment.callbacks):
+            self._evaluate(lambda cell: cell.every is not None)
+            if self._best_wish:
+                self.save_checkpoint(rolling=False)
+        self._checkpoints.finish()
+        if self._best is None or self._best["step"] == self.step:
+            return self.step
+        self.event("phase", text=f"going back to the weights of step {self._best['step']:,}")
+        step = self._load(self.folder.checkpoints / self._best["path"])
+        if isinstance(self.experiment.adapter, AdaLoRA):
+            forget_choice(self._adapted, step)
+        return step

@@ -76,7 +76,7 @@ def facts(history: History) -> dict[str, str]:
 def held_out(history: History) -> dict[str, str]:
     """The latest value of every metric by its label; those of the finished run where it has written its result."""
     latest = {name: value for item in history.evaluations for name, value in item.values.items()}
-    for name in ("perplexity", "exact_match"):
+    for name in [*latest, "perplexity", "exact_match"]:
         if history.result.get(name) is not None:
             latest[name] = history.result[name]
     return {_label(name): text for name, text in _metric_texts(latest).items()}

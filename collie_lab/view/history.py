@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import numpy as np
 
 from collie_lab.folder import RunFolder, Tail, read_json
+from collie_lab.size import Size
 from collie_lab.view.beats import Beats, Trouble
 from collie_lab.view.curves import Array, Curve, curve
 
@@ -55,6 +56,7 @@ class History:
         self.evaluations: list[Evaluation] = []
         self.warnings: list[str] = []
         self.total: int | None = None
+        self.size: Size | None = None
         self.first_step = 0
         self.status = "starting"
         self.result: dict[str, Any] = {}
@@ -101,14 +103,17 @@ class History:
         if kind == "start":
             self.total = record.get("steps")
             self.first_step = record.get("step") or 0
+            self.evaluations = [old for old in self.evaluations if old.step <= self.first_step]
+            if "weight_bytes" in record:
+                self.size = Size(**{field.name: record[field.name] for field in fields(Size)})
         elif kind == "phase":
             self._phase = (record["time"], record["text"])
         elif kind == "evaluation":
             numbers = {key: float(value) for key, value in record.items()
                        if key not in ("step", "time") and isinstance(value, (int, float))
                        and not isinstance(value, bool)}
-            self.evaluations = [old for old in self.evaluations if old.step < record["step"]
-                                or (old.step == record["step"] and not old.values.keys() & numbers.keys())]
+            self.evaluations = [old for old in self.evaluations
+                                if old.step != record["step"] or not old.values.keys() & numbers.keys()]
             self.evaluations.append(Evaluation(record["step"], numbers))
         elif kind == "warning":
             self.warnings.append(record["text"])

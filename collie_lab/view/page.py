@@ -26,7 +26,7 @@ _COURSES: Final = {"tokens/s": "tokens_per_second", "peak memory": "memory_alloc
 def page(history: History, hint: str = "", points: int = 400) -> str:
     """The whole panel; `hint` is a quiet last line."""
     return sheet(_head(history), progress_bar(history), _loss(history, points), _tiles(history), ranks(history),
-                 _boxes(history), hint_line(hint))
+                 _boxes(history), hint_line(str(history.size or "")), hint_line(hint))
 
 
 def _head(history: History) -> str:

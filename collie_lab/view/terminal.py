@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from collie_lab.size import Size
 from collie_lab.view.comparison import Comparison
 from collie_lab.view.facts import (
     STATUS_WORDS,
@@ -26,15 +27,20 @@ __all__ = ["PlainLines", "ProgressLine", "moving_lines", "several_lines"]
 
 
 class _Announcer:
-    """What both views tell only once, each on a line of its own: evaluations, warnings, ranks that stand out."""
+    """What both views tell only once, each on a line of its own: the size, evaluations, warnings, ranks that stand out.
+    """
 
     def __init__(self) -> None:
         self._evaluations: set[tuple[int, str]] = set()
         self._warnings = 0
+        self._size: Size | None = None
         self._in_trouble: set[int] = set()
 
     def new(self, history: History) -> list[str]:
         lines = []
+        if history.size != self._size:  # a run that is begun again tells it again
+            self._size = history.size
+            lines.append(f"  {self._size}")
         for item in history.evaluations:
             text = evaluation_text(item.values)
             if (item.step, text) not in self._evaluations:

@@ -38,6 +38,8 @@ def test_a_sound_experiment_has_only_advice() -> None:
      "perplexity, nll, bits_per_byte, own_exact_match, own_exact_match_se"),
     (_with(lab.BestCheckpoint(), evaluate=[]), "BestCheckpoint.monitor: nothing is evaluated"),
     (_with(lab.EarlyStopping(), lab.EarlyStopping(patience=1)), "two of a kind"),
+    (_with(lab.BestCheckpoint(restore=True), lab.BestCheckpoint(monitor="nll", restore=True)),
+     "BestCheckpoint.restore: a run has one model at its end"),
     (_with(lab.CSV(), lab.CSV()), "two of a kind"),
     (_with(lab.GradientStatistics(), optimizer=lab.Lomo()), "GradientStatistics: Lomo updates in backward"),
     (_with(lab.GradientStatistics(), parallel=lab.Parallel(dp=2, zero=2, engine="deepspeed")), "flat pieces"),

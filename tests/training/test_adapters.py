@@ -57,7 +57,7 @@ def test_an_adapter_is_that_of_peft_on_the_whole_model(name: str, tmp_path: Path
     found, expected = dict(built.root.named_parameters()), dict(reference.named_parameters())
     assert {key: (each.shape, each.requires_grad) for key, each in found.items()} == {
         key: (each.shape, each.requires_grad) for key, each in expected.items()}
-    assert built.trainable == sum(each.numel() for each in expected.values() if each.requires_grad)
+    assert built.size.trainable == sum(each.numel() for each in expected.values() if each.requires_grad)
     for key, parameter in found.items():
         if "lora_A" not in key:
             torch.testing.assert_close(parameter, expected[key], msg=key)

@@ -60,12 +60,16 @@ def _of_peft(root: Any, documents: Documents) -> Tensor:
 
 
 @pytest.mark.parametrize(("family", "name"), [*(("llama", name) for name in CELLS), ("gpt2", "prompt"),
-                                              ("gpt2", "prefix"), ("mistral", "prefix")])
+                                              ("gpt2", "prefix"), ("mistral", "prefix"), ("gpt_bigcode", "prefix"),
+                                              ("falcon", "prefix")])
 def test_loss_and_gradients_are_those_of_peft_on_each_document_alone(family: str, name: str, tmp_path: Path) -> None:
     shapes: dict[str, Any] = {
         "llama": lab.Model("llama-tiny", init="random", config={"num_key_value_heads": 2}),
         "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 320, "resid_pdrop": 0, "embd_pdrop": 0,
                  "attn_pdrop": 0, "n_positions": 64},
+        "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 320, "resid_pdrop": 0, "embd_pdrop": 0,
+                        "attn_pdrop": 0, "n_positions": 64, "multi_query": True},
+        "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320},
         "mistral": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                     "intermediate_size": 64, "vocab_size": 320, "sliding_window": 12},
     }
@@ -78,7 +82,7 @@ def test_loss_and_gradients_are_those_of_peft_on_each_document_alone(family: str
     documents, cell = _documents([20, 30, 25, 30, 7, 2]), CELLS[name]
     root: Any = build_model(lab.Experiment(model=model, adapter=cell), CPU).root.train()
     found = {}
-    for flat in (True, False):
+    for flat in (True, False) if family != "falcon" else (False,):  # its attention takes padded rows alone
         if not flat:
             root.get_base_model().set_attn_implementation("sdpa")
         batch = collate(documents, np.arange(6), CPU, flat=flat, virtual=cell)

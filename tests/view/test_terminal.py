@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from collie_lab.folder import RunFolder
+from collie_lab.size import Size
 from collie_lab.view.comparison import Comparison
 from collie_lab.view.history import History
 from collie_lab.view.live import watch
+from collie_lab.view.page import page
 from collie_lab.view.terminal import PlainLines, ProgressLine, moving_lines, several_lines
 from tests.view.fabricate import START, FakeRun, append, beat, end, record
 
@@ -41,6 +44,23 @@ def test_plain_lines_come_every_tenth_of_the_steps(folder: RunFolder, capsys: py
     assert lines[1] == "  loading the model"
     assert [line.split()[1] for line in lines[2:]] == [f"{step}/50" for step in range(1, 50, 5)]
     assert lines[2].startswith("  step 1/50    loss 1.000   lr 0.0010   128 tok/s   1.00 kB")
+
+
+def test_the_size_is_told_once_and_before_the_first_step(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    history, view, out = History(folder), PlainLines(), io.StringIO()
+    moving = ProgressLine(moving_lines(Console(file=out, width=160)))
+    size = Size(parameters=1_128_128, trainable=97_600, weight_bytes=4_512_512, gradient_bytes=390_400,
+                state_bytes=780_800, matrices=97_600)
+    append(folder, "events.jsonl", [{"time": START, "kind": "phase", "text": "loading the model"},
+                                    {"time": START + 1, "kind": "start", "steps": 50, "step": 0, **asdict(size)}])
+    for _ in range(2):
+        history.update()
+        view.draw(history)
+        moving.draw(history)
+    line = "  97,600 of 1,128,128 parameters are trained (8.65%): weights 4.5 MB, gradients 0.4 MB, optimizer 0.8 MB"
+    assert capsys.readouterr().out.splitlines() == [line, "  loading the model"]
+    assert out.getvalue().count(line) == 1
+    assert line.strip() in page(history)
 
 
 def test_plain_lines_of_a_failure(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

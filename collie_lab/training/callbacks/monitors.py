@@ -71,7 +71,7 @@ class KeepBest(_Watch):
 
     def __init__(self, cell: BestCheckpoint, experiment: Experiment):
         super().__init__(cell, experiment)
-        self._keep = cell.keep
+        self._keep, self._restore = cell.keep, cell.restore
         self._board: Board = []
 
     def _take(self, trainer: Any, value: float) -> None:
@@ -82,7 +82,7 @@ class KeepBest(_Watch):
         board = sorted([*self._board, entry], key=lambda each: self._sign * each["value"])[: self._keep]
         if entry in board:
             self._board = board
-            trainer.keep_best(self._monitor, board)
+            trainer.keep_best(self._monitor, board, restore=self._restore)
 
     @override
     def on_start(self, trainer: Any) -> None:
@@ -91,7 +91,7 @@ class KeepBest(_Watch):
             path = trainer.resumed_from.parent / entry["path"]  # what is absolute stays so
             entry["path"] = path.name if path.parent == trainer.folder.checkpoints else str(path)
         if self._board:
-            trainer.keep_best(self._monitor, self._board, take=False)
+            trainer.keep_best(self._monitor, self._board, take=False, restore=self._restore)
 
     @override
     def state_dict(self) -> dict[str, Any]:
