@@ -1,7 +1,10 @@
 """What an experiment will need, before it runs."""
 
 from collie_lab.planning._client import PlanError
+from collie_lab.planning.calibration import calibrate
 from collie_lab.planning.gpus import GPU, GPUS, find_gpu
 from collie_lab.planning.plan import Plan, plan
+from collie_lab.planning.rates import Rates
+from collie_lab.planning.speed import Speed
 
-__all__ = ["GPU", "GPUS", "Plan", "PlanError", "find_gpu", "plan"]
+__all__ = ["GPU", "GPUS", "Plan", "PlanError", "Rates", "Speed", "calibrate", "find_gpu", "plan"]
