@@ -156,7 +156,7 @@ def _virtual(cell: VirtualTokens, experiment: Experiment) -> Iterator[Problem]:
     if isinstance(optimizer, LibraryOptimizer) and optimizer.for_matrices:
         yield Problem("Experiment", "optimizer", f"{type(optimizer).__name__} is for the matrices of blocks, and "
                       f"{name} trains none", "AdamW")
-    if isinstance(cell, Prompt) and cell.text is not None and "init" in cell.model_fields_set:
+    if isinstance(cell, Prompt) and cell.text is not None and "init" in cell.chosen:
         yield Problem("Prompt", "init", "without effect beside a text", "leave one of them out", level="warning")
     if isinstance(cell, Prefix) and cell.hidden is not None and not cell.projection:
         yield Problem("Prefix", "hidden", "without effect unless projection=True", level="warning")

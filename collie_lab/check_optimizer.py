@@ -89,7 +89,7 @@ def _in_backward(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]:
 
 def _without_effect(cell: RuleCell, experiment: Experiment) -> Iterator[Problem]:
     training, name = experiment.training, type(cell).__name__
-    given = cell.model_fields_set
+    given = cell.chosen
     if "clip_by" in given and not (cell.in_backward and training.clip_grad_norm):
         yield _warning(name, "clip_by", "without effect unless clip_grad_norm is set, in backward")
     elif cell.clip_by == "previous_norm" and experiment.parallel.pp > 1:

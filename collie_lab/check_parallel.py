@@ -92,7 +92,7 @@ def _without_effect(cell: Parallel) -> Iterator[Problem]:
     if cell.shard is not None and not cell.zero:
         yield warning("shard", "without effect: nothing is sharded", "zero=3, or leave it out")
     if cell.pp == 1:
-        for field in {"schedule", "micro_batches"} & cell.model_fields_set:
+        for field in {"schedule", "micro_batches"} & cell.chosen:
             yield warning(field, "without effect outside of a pipeline", "set `pp` too, or leave it out")
     elif cell.zero == 3:
         yield warning("zero", "in a pipeline weights stay gathered between micro-batches, as with zero=2", "zero=2")

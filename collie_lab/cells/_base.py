@@ -66,6 +66,12 @@ class Cell(BaseModel):
             found += [child, *child.kinds().values()]
         return {child.kind: child for child in found if child.kind} or {cls.kind: cls}
 
+    @property
+    def chosen(self) -> set[str]:
+        """The fields that differ from their defaults; a YAML file names all, and `model_fields_set` with it."""
+        return {name for name, field in type(self).model_fields.items()
+                if field.is_required() or getattr(self, name) != field.get_default(call_default_factory=True)}
+
     def replace(self, **changes: Any) -> Self:
         """The same cell with some fields changed; the result is validated anew."""
         fields = {name: getattr(self, name) for name in self.model_fields_set}

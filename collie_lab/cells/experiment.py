@@ -77,13 +77,16 @@ class Experiment(Cell):
         return value
 
     def with_(self, path: str, value: Any) -> Self:
-        """A variant with one nested field changed: `exp.with_("optimizer.lr", 3e-5)`."""
+        """A variant with one nested field changed: `exp.with_("optimizer.lr", 3e-5)`.
+
+        A whole slot takes a cell, or its mapping as in YAML.
+        """
         head, _, rest = path.partition(".")
         if head not in type(self).model_fields:
             raise CellError([Problem("Experiment", head, "unknown field",
                                      "its fields: " + ", ".join(type(self).model_fields))])
         if not rest:
-            return self.replace(**{head: value})
+            return self.replace(**self._with_cells({head: value}))
         return self.replace(**{head: _changed(getattr(self, head), head, rest, value)})
 
     def check(self) -> Report:
@@ -153,14 +156,20 @@ class Experiment(Cell):
         fields: dict[str, Any] = dict(mapping)
         if fields.pop("kind", cls.kind) != cls.kind:
             raise CellError([Problem("Experiment", "kind", f"{mapping['kind']!r} is no experiment")])
+        return cls(**cls._with_cells(fields))
+
+    @classmethod
+    def _with_cells(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The same fields, with a cell for every mapping in a slot."""
+        made = dict(fields)
         for slot, base in cls._slots.items():
-            if fields.get(slot) is None:
+            if made.get(slot) is None:
                 continue
             if slot in ("evaluate", "callbacks"):
-                fields[slot] = tuple(_cell_from(item, base, slot) for item in fields[slot])
+                made[slot] = tuple(_cell_from(item, base, slot) for item in made[slot])
             else:
-                fields[slot] = _cell_from(fields[slot], base, slot)
-        return cls(**fields)
+                made[slot] = _cell_from(made[slot], base, slot)
+        return made
 
 
 def _changed(cell: Any, place: str, path: str, value: Any) -> Cell:

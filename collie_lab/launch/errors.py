@@ -21,11 +21,13 @@ class RankError(RuntimeError):
     """A run failed.
 
     `rank` is the rank that failed first (None where none is to blame, as after a time-out), `traceback`
-    its traceback or the end of its error log, `others` what became of the other ranks that failed.
+    its traceback or the end of its error log, `others` what became of the other ranks that failed, `status` that of
+    the run.
     """
 
-    def __init__(self, message: str, rank: int | None, traceback: str, others: dict[int, str]):
+    def __init__(self, message: str, rank: int | None, traceback: str, others: dict[int, str], status: str = "error"):
         super().__init__(message)
+        self.status = status
         self.rank = rank
         self.traceback = traceback
         self.others = others
@@ -51,7 +53,7 @@ def rank_error(folder: RunFolder, status: str) -> RankError:
     traceback = records[rank]["traceback"] if rank in records else _stacks.main(stacks[rank]) if rank in stacks \
         else _last_words(folder, rank)
     parts = [*_account(f"{status}: {detail}", traceback, rank, lines, others), f"logs: {_readable(folder.logs)}"]
-    return RankError("\n".join(parts), rank, traceback, others)
+    return RankError("\n".join(parts), rank, traceback, others, status)
 
 
 def cell_error(outcomes: Mapping[int, Mapping[str, Any]], deaf: Sequence[int] = (), why: str = "") -> RankError:

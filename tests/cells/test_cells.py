@@ -46,6 +46,7 @@ evaluate: [{kind: perplexity, every: 10}]
 def test_variants() -> None:
     assert FULL.with_("optimizer.lr", 0.5).optimizer == lab.Lomo(lr=0.5)
     assert FULL.with_("adapter", None).adapter is None
+    assert FULL.with_("optimizer", {"kind": "lion", "lr": 1e-4}).optimizer == lab.Lion(lr=1e-4)
     assert FULL.replace(optimizer=lab.AdamW()).parallel == FULL.parallel
     assert FULL.optimizer == lab.Lomo(lr=1e-2)  # the original is as it was
     with pytest.raises(Exception, match="frozen"):

@@ -1,0 +1,87 @@
+"""The shell's commands: the same words, files and errors as in Python, and exit codes that tell."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import collie_lab as lab
+from collie_lab.cli import app
+
+EXPERIMENT = lab.Experiment(
+    model=lab.Model("llama-tiny", init="random"), data=lab.RandomTokens(length=32, documents=8),
+    training=lab.Training(steps=2, batch_size=2, export=False))
+
+
+def _call(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def file() -> str:
+    EXPERIMENT.to_yaml("exp.yaml")
+    return "exp.yaml"
+
+
+def test_nothing_heavy_is_imported_for_help() -> None:
+    code = ("import sys\nfrom typer.testing import CliRunner\nfrom collie_lab.cli import app\n"
+            "print('doctor' in CliRunner().invoke(app, ['--help']).output,\n"
+            "      {'torch', 'pandas', 'matplotlib', 'transformers', 'ipywidgets'} & set(sys.modules))")
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                            cwd=Path(lab.__file__).parents[1]).stdout
+    assert output.strip() == "True set()"
+    assert _call("--version").strip() == lab.__version__
+
+
+def test_a_run_is_that_of_the_file_with_its_changes(file: str) -> None:
+    output = _call("run", file, "--set", "optimizer={kind: lion, lr: 1e-4}", "--set", "training.steps=3")
+    run, = lab.runs()
+    launched = lab.Experiment.from_yaml(run.experiment_yaml)
+    assert launched.optimizer == lab.Lion(lr=1e-4)
+    assert run.steps == 3
+    assert run.id in output
+    assert "step 3/3" in output
+    assert f"{run.id}     ok     3" in _call("runs")
+
+    assert "run.json" not in _call("export", f"Lion={run.id}", "--to", "out")
+    assert "| Lion" in Path("out/table.md").read_text(encoding="utf-8")
+
+
+def test_the_exit_code_tells_how_a_run_ended(file: str) -> None:
+    assert "timeout" in _call("run", file, "--timeout", "0.01", code=124)
+    assert [run.status for run in lab.runs()] == ["timeout"]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("run", "none.yaml"), "no such file: none.yaml"),
+    (("run", "exp.yaml", "--set", "optimizer.lrr=1"), "did you mean `lr`?"),
+    (("run", "exp.yaml", "--set", "optimizer.lr"), "is no FIELD=VALUE"),
+    (("run", "exp.yaml", "--set", "optimizer={kind: lino}"), "unknown kind 'lino'"),
+    (("run", "exp.yaml", "--resume", "no-such-run"), "no run in 'runs' for 'no-such-run'"),
+    (("check", "exp.yaml", "--set", "parallel.dp=4"), "cannot be shared equally by 4"),
+    (("plan", "exp.yaml", "--gpu", "3091"), "no GPU '3091' in the catalogue"),
+    (("doctor", "llama-tiny", "--check", "sanity"), "unknown check 'sanity'"),
+    (("export", "no-such-run", "--to", "out"), "no run in 'runs' for 'no-such-run'"),
+])
+def test_mistakes_are_told_in_words(file: str, arguments: tuple[str, ...], words: str) -> None:
+    assert words in _call(*arguments, code=2)
+    assert not lab.runs()
+
+
+def test_a_plan_says_whether_it_fits(file: str) -> None:
+    output = _call("plan", file, "--gpu", "3090", "--figure", "plan.png")
+    assert "fits on RTX 3090" in output
+    assert Path("plan.png").stat().st_size > 10_000
+    assert "does not fit" in _call("plan", file, "--gpu", "3090", "--set", "training.batch_size=16384",
+                                    "--set", "data.length=256", code=1)
+
+
+def test_defaults_that_a_file_names_are_no_choices(file: str) -> None:
+    assert _call("check", file) == "no problems\n"
+    assert _call("runs") == "no runs in runs\n"
