@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -142,6 +142,13 @@ class ArmFolder:
     def write_status(self, status: dict[str, Any]) -> None:
         """Write `status.json`; for who holds the arm."""
         write_json(self.path / "status.json", status)
+
+    def conclude(self, status: str, reason: str) -> None:
+        """Write what became of an arm whose program was ended before it could; nothing where it could, or runs."""
+        with suppress(HeldError), self.hold():
+            state = self.state_when_held
+            if state["status"] in ("pending", "lost"):
+                self.write_status({**state, "status": status, "reason": reason})
 
     def put_aside(self) -> None:
         """Keep the status and the notebook of an attempt before the next one; for who holds the arm."""
