@@ -57,7 +57,8 @@ class Study:
         self.results = Path(results if results is not None else Path("results") / name)
         self._ends: dict[str, tuple[str, dict[str, Any]]] = {}
         self._folders: dict[str, ArmFolder] = {}
-        self._tuning = Tuning(self.grid.tune, arms_of(self.grid), self._outcome)
+        self._made_now: dict[str, ArmFolder] = {}
+        self._tuning = Tuning(self.grid.tune, arms_of(self.grid, self.results), self._outcome)
         if self.grid.tune is not None:
             for trials in self._tuning.choices().values():
                 direction(trials.arms[0], self.grid.tune)
@@ -93,6 +94,11 @@ class Study:
         """The status of every arm by its name: one of `ARM_STATUSES`."""
         self._ends.clear()
         return {arm.name: self._outcome(arm)[0] for arm in self.arms}
+
+    def reasons(self) -> dict[str, str]:
+        """What is to be said of each arm that has run and is not ok, or has something to say."""
+        states = {arm.name: folder.state for arm in self.arms if (folder := self._folder(arm)) is not None}
+        return {name: state.get("reason", "") for name, state in states.items() if state.get("reason")}
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -167,7 +173,7 @@ class Study:
             self.retry(arms=self.outdated, resume=False)
         self._write()
         observer = Progress(self._tuning.count, self._seconds) if progress else None
-        runner = Runner(self._arms_now, self._made, chosen, observer)
+        runner = Runner(self._tuning.known, self._made, chosen, observer)
         try:
             runner.run()
         finally:
@@ -262,9 +268,6 @@ class Study:
         """How long the arms that have ended took."""
         return [float(self._folders[arm.id].state["seconds"]) for arm in self.arms if arm.id in self._ends]
 
-    def _arms_now(self) -> list[Arm]:
-        return self._tuning.known()
-
     def _folder(self, arm: Arm) -> ArmFolder | None:
         if arm.id not in self._folders:
             found = ArmFolder.find(self.results, arm.id)
@@ -274,10 +277,9 @@ class Study:
         return self._folders[arm.id]
 
     def _made(self, arm: Arm) -> ArmFolder:
-        if (found := self._folder(arm)) is not None:
-            return found
-        self._folders[arm.id] = ArmFolder.create(self.results, arm)
-        return self._folders[arm.id]
+        if arm.id not in self._made_now:
+            self._folders[arm.id] = self._made_now[arm.id] = ArmFolder.create(self.results, arm)
+        return self._made_now[arm.id]
 
     def _write(self) -> None:
         """Write `study.json`: the resolved grid, which arms it has, and what tuning has found."""
