@@ -55,7 +55,7 @@ class Canvas:
     def __init__(self, outcomes: Outcomes, panels: Sequence[Panel], spread: str | None, title: str):
         self.panels = panels
         self.looks = Looks(ordered(line.label for panel in panels for line in panel.lines))
-        columns = min(len(panels), 3)
+        columns = 2 if len(panels) == 4 else min(len(panels), 3)
         rows = -(-len(panels) // columns)
         self.figure = StudyFigure(figsize=(_WIDTH, _HEIGHT * (1 if rows == 1 else 0.85 * rows)), layout="constrained")
         self.figure.outcomes = outcomes
@@ -65,7 +65,7 @@ class Canvas:
             unused.remove()
         for axes, panel in zip(self.axes, panels, strict=True):
             if spread is not None:
-                axes.set_title(f"{spread.rpartition('.')[2]} {label_text(panel.label)}")
+                axes.set_title(f"{spread.rpartition('.')[2].replace('_', ' ')} {label_text(panel.label)}")
         self._columns = columns
         if title:
             self.figure.suptitle(title, x=0.012, ha="left", weight="bold", size=10, color=INK)

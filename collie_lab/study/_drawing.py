@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from collie_lab.study.columns import Column
 from collie_lab.study.groups import label_text
@@ -45,13 +45,28 @@ class Looks:
         return _DASHES[self._places[label] // len(COLORS) % len(_DASHES)]
 
 
-def _mark_failed(axes: Axes, x: float, color: str, word: str, y: float | None = None) -> None:
-    """A cross where an arm came to no figure, at its forecast or else at the top edge, and how it ended."""
-    transform = axes.get_xaxis_transform() if y is None else axes.transData
-    height = 0.95 if y is None else y
-    axes.plot([x], [height], "x", color=color, markersize=6.5, markeredgewidth=1.8, transform=transform, zorder=4)
-    axes.annotate(word, (x, height), xycoords=transform, xytext=(0, -8), textcoords="offset points", ha="center",
-                  va="top", size=6.5, color=MUTED)
+def _mark_failed(axes: Axes, x: float, y: float, color: str, word: str) -> None:
+    """A cross where an arm came to no figure, and how it ended."""
+    axes.plot([x], [y], "x", color=color, markersize=6.5, markeredgewidth=1.8, zorder=4)
+    axes.annotate(word, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", va="bottom", size=6.5,
+                  color=MUTED)
+
+
+def _strip_of_failures(axes: Axes, failed: Sequence[tuple[float, str, str]]) -> None:
+    """Crosses in a strip above the data, side by side where they stand at one place; each its x, colour and word."""
+    if not failed:
+        return
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.16 * (high - low))
+    for x in dict.fromkeys(place for place, _, _ in failed):
+        here = [(color, word) for place, color, word in failed if place == x]
+        for count, (color, _) in enumerate(here):
+            axes.annotate("×", (x, 0.93), xycoords=axes.get_xaxis_transform(), size=12, weight="bold", color=color,
+                          xytext=(9 * (count - (len(here) - 1) / 2), 0), textcoords="offset points", ha="center",
+                          va="center")
+        axes.annotate(", ".join(dict.fromkeys(word for _, word in here)), (x, 0.96), xytext=(0, 2), ha="center",
+                      xycoords=axes.get_xaxis_transform(), textcoords="offset points", va="bottom", size=6.5,
+                      color=MUTED)
 
 
 def draw_size(
@@ -61,6 +76,7 @@ def draw_size(
     """Points against a size, a fitted line each; hollow: planned; dashed: the reference's slopes, per unit of x."""
     spans = [point.x for line in panel.lines for point in line.points if point.x == point.x]
     grid = np.geomspace(min(spans), max(spans), 60) if spans else np.array([])
+    nowhere: list[tuple[float, str, str]] = []
     for line in panel.lines:
         color = looks.color(line.label)
         points = line.measured
@@ -78,10 +94,10 @@ def draw_size(
                       yerr=[_or_zero(point.value.std) * shown.factor for point in points], fmt=looks.marker(line.label),
                       color=color, markersize=4.5, capsize=2, elinewidth=1, zorder=3)
         for point in line.failed:
-            if point.x == point.x:
-                height = forecast.get(point.x)
-                _mark_failed(axes, point.x, color, point.value.word or "",
-                             None if height is None else height * shown.factor)
+            if point.x in forecast:
+                _mark_failed(axes, point.x, forecast[point.x] * shown.factor, color, point.value.word or "")
+            elif point.x == point.x:
+                nowhere.append((point.x, color, point.value.word or ""))
     if log:
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -89,6 +105,8 @@ def draw_size(
     else:
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
+        _plain_numbers(axes)
+    _strip_of_failures(axes, nowhere)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if 0 < len(set(spans)) <= 6:
         axes.xaxis.set_major_locator(FixedLocator(_apart(sorted(set(spans)), log)))
@@ -108,11 +126,13 @@ def _apart(places: list[float], log: bool) -> list[float]:
 
 def _log_ticks(axes: Axes) -> None:
     """Plain numbers at 1, 2, 5 of every decade."""
-    from matplotlib.ticker import LogLocator
-
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(axes)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def _or_zero(value: float) -> float:
@@ -126,7 +146,9 @@ def draw_bars(
     """Bars with the deviation: a group a place and a bar a label, or one bar a place. A word where a figure lacks."""
     count = len(looks.labels) if grouped else 1
     width = 0.82 / count
-    several = len(places) * count
+    texts = [shown.text(point.value.mean) for line in panel.lines for point in line.points if point.value.n]
+    inches = axes.get_window_extent().width / axes.figure.dpi / (len(places) * count)
+    roomy = 0.9 * inches > 0.06 * max((len(text) for text in texts), default=0)  # 0.06 inches a digit of this size
     for line in panel.lines:
         shift = (looks.labels.index(line.label) - (count - 1) / 2) * width if grouped else 0.0
         for point in line.points:
@@ -137,7 +159,7 @@ def draw_bars(
                 if point.value.n > 1:
                     axes.errorbar(x, height, yerr=point.value.std * shown.factor, color=INK, capsize=1.5,
                                   elinewidth=0.8, capthick=0.8, zorder=3)
-                if several <= 14:
+                if roomy:
                     axes.annotate(shown.text(point.value.mean), (x, height + _or_zero(point.value.std) * shown.factor),
                                   xytext=(0, 2), textcoords="offset points", ha="center", size=6.5, color=MUTED)
             elif point.value.word:
@@ -148,6 +170,7 @@ def draw_bars(
                 axes.plot([x - width * 0.46, x + width * 0.46], [published * shown.factor] * 2, color=INK,
                           linewidth=1.6, zorder=4, solid_capstyle="butt")
     axes.set_xticks(range(len(places)), [label_text(place) for place in places])
+    _plain_numbers(axes)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(places) - 0.4)
 
@@ -172,6 +195,7 @@ def draw_stacks(
             axes.annotate(words[label], (place + 0.2, 0), xytext=(0, 3), textcoords="offset points", rotation=90,
                           ha="center", va="bottom", size=6.5, color=MUTED)
     axes.set_xticks(range(len(labels)), [label_text(label) for label in labels])
+    _plain_numbers(axes)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(labels) - 0.4)
 
@@ -194,11 +218,12 @@ def draw_pareto(axes: Axes, points: Sequence[Any], x: Column, y: Column, looks: 
 
 
 def draw_bands(axes: Axes, bands: Sequence[Band], shown: Column, looks: Looks) -> None:
-    """Means over steps with a band of one standard deviation; a cross at the end of what diverged."""
+    """Means over steps with a band of one standard deviation; a cross where a label ended whose arms all failed."""
+    sparse = all(len(band.x) < 20 for band in bands)
     for band in bands:
         color, y = looks.color(band.label), band.mean * shown.factor
-        axes.plot(band.x, y, color=color, linestyle=looks.dash(band.label),
-                  marker=looks.marker(band.label) if len(band.x) < 20 else "", markersize=3.5)
+        axes.plot(band.x, y, color=color, linestyle=looks.dash(band.label), markersize=3.5,
+                  marker=looks.marker(band.label) if sparse else "")
         spread = band.std * shown.factor
         axes.fill_between(band.x, y - spread, y + spread, color=color, alpha=0.18, linewidth=0)
         known = np.isfinite(y)
@@ -209,7 +234,8 @@ def draw_bands(axes: Axes, bands: Sequence[Band], shown: Column, looks: Looks) -
 
 
 def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, log: bool) -> None:
-    """Points along a tuned axis, the best of each line ringed; crosses at the top: no figure."""
+    """Points along a tuned axis, the best of each line ringed; crosses above: no figure."""
+    failed: list[tuple[float, str, str]] = []
     for line in panel.lines:
         color, points = looks.color(line.label), sorted(line.measured, key=lambda point: point.x)
         means = [point.value.mean * shown.factor for point in points]
@@ -219,8 +245,8 @@ def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, log: bool)
         if points:
             best = int(np.argmin(means) if shown.better == "min" else np.argmax(means))
             axes.plot(points[best].x, means[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=color)
-        for point in line.failed:
-            _mark_failed(axes, point.x, color, point.value.word or "")
+        failed += [(point.x, color, point.value.word or "") for point in line.failed]
+    _strip_of_failures(axes, failed)
     if log:
         axes.set_xscale("log")
         places = sorted({point.x for line in panel.lines for point in line.points})
@@ -229,10 +255,12 @@ def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, log: bool)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def handles(canvas: Canvas, words: Mapping[Any, str] | None = None, bars: bool = False) -> list[Line2D]:
+def handles(
+    canvas: Canvas, words: Mapping[Any, str] | None = None, shape: Literal["points", "line", "bar"] = "points",
+) -> list[Line2D]:
     """What the legend shows of each label, with other words than its own where there are some."""
     looks = canvas.looks
-    return [Line2D([], [], color=looks.color(label), label=(words or {}).get(label, label_text(label)),
-                   marker="s" if bars else looks.marker(label), linestyle="" if bars else looks.dash(label),
-                   markersize=7 if bars else 4.5, linewidth=1.3)
+    return [Line2D([], [], color=looks.color(label), label=(words or {}).get(label, label_text(label)), linewidth=1.3,
+                   marker={"points": looks.marker(label), "line": "", "bar": "s"}[shape],
+                   linestyle="" if shape == "bar" else looks.dash(label), markersize=7 if shape == "bar" else 4.5)
             for label in looks.labels]

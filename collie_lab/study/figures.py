@@ -130,7 +130,7 @@ def bars(
     places = ordered(point.x for point in canvas.points)
     for axes, panel in zip(canvas.axes, found, strict=True):
         drawing.draw_bars(axes, panel, shown, canvas.looks, places, reference or {}, grouped=x != by)
-    marks = drawing.handles(canvas, bars=True) if x != by else []
+    marks = drawing.handles(canvas, shape="bar") if x != by else []
     if reference:
         marks.append(mark("published", color=INK, linewidth=1.6))
     return canvas.finish(shown.heading, marks, points_frame(found, x, shown.key, by, panels))
@@ -274,7 +274,7 @@ def curves(
     rows = [pd.DataFrame({**({panels: label} if panels else {}), by: [band.label] * len(band.x), "step": band.x,
                           shown.key: band.mean, f"{shown.key}_std": band.std, "n": band.seeds})
             for label, each, _ in found for band in each]
-    return canvas.finish(shown.heading, drawing.handles(canvas), pd.concat(rows),
+    return canvas.finish(shown.heading, drawing.handles(canvas, shape="line"), pd.concat(rows),
                          arms=[name for _, _, names in found for name in names])
 
 

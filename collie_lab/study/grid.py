@@ -217,6 +217,20 @@ class Combination:
     """Not of the product: nothing is tuned."""
 
 
+def size_in_bytes(value: Any) -> Any:
+    """`4 GB`, `512 MiB` → bytes; what is no string stays.
+
+    Raises:
+        ValueError: a string of another form.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?i?B)\s*", value)
+    if match is None:
+        raise ValueError(f"no size in bytes: {value!r}; e.g. 4 GB")
+    return int(float(match[1]) * _BYTES[match[2].upper()])
+
+
 def _merged(base: Any, over: Any) -> Any:
     """Both mappings in one, deeply; a cell of another kind, and what is no mapping, replaces what is there."""
     if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
