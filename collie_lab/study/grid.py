@@ -370,17 +370,3 @@ def _text(entry: Mapping[str, Any]) -> str:
 
 def _error(field: str, message: str, remedy: str = "") -> CellError:
     return CellError([Problem("Grid", field, message, remedy)])
-
-
-def size_in_bytes(value: Any) -> Any:
-    """A size that is written with its unit (`4 GB`, `64 GiB`) in bytes; anything but a string as it is.
-
-    Raises:
-        ValueError: it is no size.
-    """
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kKMGT]?i?B)\s*", value)
-    if match is None:
-        raise ValueError(f"no size in bytes: {value!r}; e.g. 4 GB")
-    return int(float(match[1]) * _BYTES[match[2].upper()])
