@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -66,7 +67,7 @@ class Arrays:
         from submitit.slurm.slurm import SlurmExecutor as Submitter
 
         settings = self._settings
-        folder = place / f"{place.parent.name}-{os.urandom(3).hex()}"
+        folder = place / f"{re.sub(r'[^A-Za-z0-9._-]', '-', place.parent.name)}-{os.urandom(3).hex()}"
         folder.mkdir()
         write_json(folder / "arms.json", {"arms": [arm.name for arm in arms]})
         # In place of the shell and without srun: so Slurm's signals reach this one process, and none below it.

@@ -96,7 +96,7 @@ class SlurmExecutor:
 
     def has_room(self, gpus: int) -> bool:
         """Whether there is a slot."""
-        return self._slots is None or sum(job.alive for job in [*self._submitted, *self._new]) < self._slots
+        return self._slots is None or len(self._new) + sum(job.is_queued for job in self._submitted) < self._slots
 
     def submit(self, folder: Path, gpus: int) -> SlurmJob:
         """Have an arm run. Where it is in the queue already, whoever has put it there, its job is that one."""
@@ -163,7 +163,7 @@ class SlurmJob:
     @property
     def alive(self) -> bool:
         """Whether it waits or runs. Where it no longer does, and the arm could not say why, Slurm does."""
-        if self._concluded or ArmFolder(self.arm).status in FINAL:
+        if self._is_over:
             return False
         self._executor.look()
         if self._queued is None or self._queued.alive:
@@ -185,8 +185,13 @@ class SlurmJob:
 
     @property
     def is_queued(self) -> bool:
-        """Whether Slurm knows it, and it has not ended."""
-        return self._queued is not None and self._queued.alive
+        """Whether it waits or runs, as far as Slurm was asked."""
+        return self._queued is not None and self._queued.alive and not self._is_over
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether nothing more comes of it; where the arm has its result, its job ends in a moment."""
+        return self._concluded or ArmFolder(self.arm).status in FINAL
 
     def _end(self, *signal: str) -> None:
         if self._executor.forget(self):

@@ -146,9 +146,10 @@ class ArmFolder:
     def conclude(self, status: str, reason: str) -> None:
         """Write what became of an arm whose program was ended before it could; nothing where it could, or runs."""
         with suppress(HeldError), self.hold():
-            state = self.state_when_held
+            state, now = self.state_when_held, time.time()
             if state["status"] in ("pending", "lost"):
-                self.write_status({**state, "status": status, "reason": reason})
+                self.write_status({**state, "status": status, "reason": reason, "ended": now,
+                                   "seconds": now - state.get("started", now)})
 
     def put_aside(self) -> None:
         """Keep the status and the notebook of an attempt before the next one; for who holds the arm."""
