@@ -43,20 +43,19 @@ def _asked(what: str) -> Any:
 
 @study_app.command(epilog=_EPILOG)
 def run(file: File, profile: Profile = None, results: Results = None, changes: Changes = None,
-        slots: Annotated[int | None, typer.Option(help="Arms at once. Default: 1; as many as GPUs allow.")] = None,
+        slots: Annotated[int | None, typer.Option(help="Arms at once. Default: 1; as GPUs, or a cluster, allow.")] = None,
         executor: Annotated[str, typer.Option(help="Where arms run: local, slurm or ray.")] = "local",
         fresh_code: Annotated[bool, typer.Option("--fresh-code", help="Again what another version has made.")] = False,
-        partition: Annotated[str | None, _asked("Of Slurm. Default: the cluster's.")] = None,
-        time: Annotated[str | None, _asked("Of a job of Slurm: 90 (minutes), 4:00:00, 1-12.")] = None,
+        partition: Annotated[str | None, _asked("Slurm's. Default: the cluster's own.")] = None,
+        time: Annotated[str | None, _asked("Of a job of Slurm's: 90 (minutes), 4:00:00, 1-12.")] = None,
         gpus: Annotated[str | None, _asked("Their type, any, or none. Every rank gets one.")] = None,
         cpus: Annotated[int | None, _asked("For each rank.")] = None,
         memory: Annotated[str | None, _asked("Of the host, for an arm: 64GB.")] = None,
         address: Annotated[str | None, _asked("Of a Ray that runs: auto, 10.0.0.1:6379.")] = None) -> None:
     """Run every arm that has no result yet. Interrupted, arms stop with a checkpoint, and go on from it next time."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt: arms stop with a checkpoint
     asked = {"partition": partition, "time": time, "gpus": gpus, "cpus": cpus, "memory": memory, "address": address}
     settings = {name: value for name, value in asked.items() if value is not None}
-    with _mistakes():
+    with _mistakes(), _terminated_as_interrupted():
         study = _study(file, profile, results, changes)
         place = cluster(executor, **settings) if settings else executor
         try:
@@ -120,6 +119,16 @@ def _mistakes() -> Iterator[None]:
     except CellError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(MISTAKE) from None
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM is an interrupt: arms stop with a checkpoint."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _study(file: Path, profile: str | None, results: Path | None, changes: list[str] | None) -> Study:
