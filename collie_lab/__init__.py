@@ -78,13 +78,13 @@ if TYPE_CHECKING:
     from collie_lab import optim
     from collie_lab.diagnosis import doctor
     from collie_lab.launch import Pool, RankError, Run, attach, pull, runs
-    from collie_lab.planning import GPU, GPUS, Plan, PlanError
+    from collie_lab.planning import GPU, GPUS, Plan, PlanError, residuals
     from collie_lab.study import Results
     from collie_lab.training.merge import merge
     from collie_lab.view import compare, compose, figure, watch
 
 _LAZY = {
-    "GPU": "planning", "GPUS": "planning", "Plan": "planning", "PlanError": "planning",
+    "GPU": "planning", "GPUS": "planning", "Plan": "planning", "PlanError": "planning", "residuals": "planning",
     "Pool": "launch", "RankError": "launch", "Run": "launch", "attach": "launch", "pull": "launch", "runs": "launch",
     "Results": "study", "compare": "view", "compose": "view", "doctor": "diagnosis", "figure": "view",
     "merge": "training.merge", "watch": "view",
@@ -99,7 +99,7 @@ __all__ = [
     "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS",
     "ScheduleFree", "Skills", "Sophia", "SystemMeters", "TensorBoard", "Text", "TrainTokenizer", "Training", "WandB",
     "WeightStatistics", "__version__", "attach", "compare", "compose", "doctor", "figure", "merge", "optim", "pull",
-    "runs", "watch",
+    "residuals", "runs", "watch",
 ]
 
 

@@ -21,7 +21,7 @@ from collie_lab.data.prepare import room_for_documents
 from collie_lab.data.records import Corpus
 from collie_lab.folder import read_json
 
-__all__ = ["Report", "check", "check_cells", "check_resume"]
+__all__ = ["Report", "check", "check_cells", "check_resume", "visible_gpus"]
 
 
 class Report:
@@ -168,12 +168,18 @@ def _without_effect(experiment: Experiment) -> Iterator[Problem]:
             yield warning(type(cell).__name__, "every", f"only at the end: there are {training.steps} steps")
 
 
-def _gpus(experiment: Experiment) -> Iterator[Problem]:
-    """More ranks than GPUs, where there are any; known without torch."""
+def visible_gpus() -> list[Path]:
+    """The driver's folders, one for each of this machine's GPUs that runs may use; known without torch."""
     folder, visible = Path("/proc/driver/nvidia/gpus"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = len(list(folder.iterdir())) if folder.is_dir() else 0
-    if gpus and visible is not None:
-        gpus = len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    gpus = sorted(folder.iterdir()) if folder.is_dir() else []
+    if visible is not None:
+        gpus = gpus[:len([name for name in visible.split(",") if name.strip() not in ("", "-1")])]
+    return gpus
+
+
+def _gpus(experiment: Experiment) -> Iterator[Problem]:
+    """More ranks than GPUs, where there are any."""
+    gpus = len(visible_gpus())
     if gpus and experiment.parallel.world_size > gpus:
         yield Problem("Parallel", "dp", f"{experiment.parallel.world_size} ranks, but there are {gpus} GPUs",
                       "one rank a GPU; CUDA_VISIBLE_DEVICES='' hides them, for a run on CPU cores")

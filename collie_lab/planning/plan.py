@@ -117,7 +117,7 @@ class Plan:
         return f"<div>{bar(self)}<div>{html.escape(repr(self))}</div></div>"
 
 
-def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool = False) -> Plan:
+def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool = False, quiet: bool = False) -> Plan:
     """Run a step on tensors without values and count its memory, byte by byte: no GPU, no data, no weights.
 
     The same code runs that a rank runs: model, adapter, layout, optimizer. Sequences have the longest length of the
@@ -126,6 +126,7 @@ def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool =
     Args:
         gpu: a name of `GPUS`, or one of your own. Default: memory as it is measured on a CPU.
         course: also keep memory's course over the step, for `Plan.figure`: all layers are run then.
+        quiet: in a process of the lowest priority, as nobody waits for it.
 
     Raises:
         CellError: the cells do not go together, or cannot be planned (DeepSpeed, QLoRA, AdaLoRA, new tokens that the
@@ -142,7 +143,7 @@ def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool =
     ranks = [stage * parallel.dp * parallel.tp for stage in range(parallel.pp)]
     requests = [{"length": length, "rank": rank, "round_to": _GRANULE if chosen else 1, "course": course}
                 for rank in ranks]
-    return Plan(experiment, chosen, length, tuple(ask(bare, requests)))
+    return Plan(experiment, chosen, length, tuple(ask(bare, requests, quiet)))
 
 
 def _peak(summary: dict[str, Any]) -> int:

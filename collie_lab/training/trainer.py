@@ -32,7 +32,7 @@ from collie_lab.training.export import export_model
 from collie_lab.training.finite import finite_everywhere
 from collie_lab.training.flops import peak_flops
 from collie_lab.training.identity import check_frozen, identity
-from collie_lab.training.memory import NoMemory, build_memory, worst_peak
+from collie_lab.training.memory import NoMemory, build_memory, held_bytes, worst_rank
 from collie_lab.training.meters import Meters, StepFigures
 from collie_lab.training.optimizer import set_learning_rate
 from collie_lab.training.probe import model_warnings
@@ -66,6 +66,7 @@ class Trainer:
         self._reason = ""  # why the run ends before its last step
         self._complete = False  # `finish` has been called
         self._found: tuple[int, dict[str, float]] = (0, {})
+        self._began_at, self._held = 0, dict[str, int]()
         self._callbacks = Callbacks(experiment)
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -123,6 +124,8 @@ class Trainer:
             step.measure(self._documents, plan)
             loss_sum, attended = step.forward_backward(self._documents, plan)
             self._callbacks.before_update(self)
+            if self.step == self._began_at + 2 and self.experiment.parallel.engine == "torch":
+                self._held = held_bytes(self._adapted, self.optimizer)  # the first step makes states
             grad_norm = step.update(self.step)
             unclipped = step.refresh_hessian(self._documents, plan, self.step)
         # A tensor from a host number would wait for the device; a filled one does not.
@@ -225,7 +228,7 @@ class Trainer:
         if self.resumed_from is not None:
             check_frozen(self.resumed_from, shared["drawn_on"])
             read = functools.partial(load_checkpoint, self.resumed_from, layout=layout, seed=seed)
-            self.step = self._strategy.load(read, self._adapted, self.optimizer)
+            self.step = self._began_at = self._strategy.load(read, self._adapted, self.optimizer)
             self._callbacks.load_state_dict(read_json(self.resumed_from / "state.json").get("callbacks", {}))
         self.event("start", step=self.step, steps=training.steps, world_size=experiment.parallel.world_size,
                    device=str(self.device.type), **self._counts)
@@ -320,7 +323,7 @@ class Trainer:
             self._checkpoints.finish()
         result = {
             "status": status, "steps": self.step, **self._meters.summary(), **figures,
-            "peak_bytes": worst_peak(self._memory, self.device), "seconds": time.perf_counter() - began,
+            **worst_rank(self._memory, self._held, self.device), "seconds": time.perf_counter() - began,
             "world_size": self.experiment.parallel.world_size, **self._counts,
             **ending(status, self._reason, self.folder),
         }
