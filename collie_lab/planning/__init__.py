@@ -1,8 +1,13 @@
 """What an experiment will need, before it runs."""
 
 from collie_lab.planning._client import PlanError
+from collie_lab.planning.calibration import calibrate
 from collie_lab.planning.gpus import GPU, GPUS, find_gpu
 from collie_lab.planning.plan import Plan, plan
+from collie_lab.planning.rates import Rates
 from collie_lab.planning.residual_table import Residuals, residuals
+from collie_lab.planning.speed import Speed
 
-__all__ = ["GPU", "GPUS", "Plan", "PlanError", "Residuals", "find_gpu", "plan", "residuals"]
+__all__ = [
+    "GPU", "GPUS", "Plan", "PlanError", "Rates", "Residuals", "Speed", "calibrate", "find_gpu", "plan", "residuals",
+]

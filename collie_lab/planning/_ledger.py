@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from typing_extensions import override
 
+from collie_lab.planning._work import Work
+
 __all__ = ["ROLES", "Event", "Ledger", "Role"]
 
 Role = Literal["weights", "gradients", "optimizer", "activations", "loss", "communication", "temporaries"]
@@ -40,6 +42,7 @@ class Ledger(TorchDispatchMode):
         events: what happened, in order.
         roles: what each storage was made for; `mark` corrects it.
         role: what the storages that appear now are for, outside of a backward pass.
+        work: what the operators do.
     """
 
     def __init__(self, round_to: int = 1):
@@ -48,6 +51,7 @@ class Ledger(TorchDispatchMode):
         self.events: list[Event] = []
         self.roles: dict[int, Role] = {}
         self.role: Role = "weights"
+        self.work = Work()
         self._round = round_to
         self._paused = 0
         self._held: dict[int, tuple[int, int]] = {}  # by address: the number of the storage, and its bytes
@@ -114,6 +118,7 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self._paused:
             return out
+        self.work.note(func, args, kwargs, out, "loss" if self.role == "loss" else None)
         if scratch := _scratch(func, args):
             self.scratch(scratch)
         with self.as_role("communication") if func.namespace in _COLLECTIVES else contextlib.nullcontext():

@@ -24,6 +24,7 @@ from collie_lab.optim.engine import Eager, Formula
 from collie_lab.optim.rounding import Weight
 from collie_lab.optim.rule import Gradient, Scalars, States
 from collie_lab.planning._ledger import Ledger, Role
+from collie_lab.planning._work import Work
 from collie_lab.training.weights import materialise
 
 __all__ = ["patched"]
@@ -32,14 +33,20 @@ __all__ = ["patched"]
 class _DryEngine(Eager):
     """An engine that writes in place and nothing else, as compiled loops and kernels do."""
 
+    def __init__(self, work: Work, device: torch.device):
+        super().__init__(device)
+        self._work = work
+
     @override
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
                     scalars: Scalars) -> None:
-        """Nothing: no byte is taken."""
+        """No byte is taken."""
+        self._work.update(formula, weight, gradient, operands, scalars)
 
     @override
     def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
         """Uninitialised sums."""
+        self._work.read(weight.tensor, gradient.raw)
         m, n = weight.tensor.shape
         row, square = weight.tensor.new_empty(2, m, dtype=weight.dtype).unbind()
         return row, weight.tensor.new_empty(n, dtype=weight.dtype), square.sum()
@@ -47,6 +54,7 @@ class _DryEngine(Eager):
     @override
     def energy(self, gradient: Gradient, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised sum."""
+        self._work.read(gradient.raw)
         return torch.empty_like(row, dtype=dtype).sum()
 
 
@@ -87,7 +95,7 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
 
         put(model, "fill", fill)
         put(model, "set_first_values", lambda *_: None)
-        put(optimizer, "choose_engine", lambda _, device: _DryEngine(device))
+        put(optimizer, "choose_engine", lambda _, device: _DryEngine(ledger.work, device))
         put(strategy, "DistributedDataParallel", functools.partial(_Replicas, ledger))
         put(pipeline._Stage, "forward", _first_batch)
         put(torch.distributed.tensor._utils, "compute_local_shape_and_global_offset",
@@ -138,7 +146,8 @@ class _Replicas(nn.Module):
 
     def __init__(self, ledger: Ledger, module: nn.Module, **_: Any):
         super().__init__()
-        self.module = module
+        self.module, self._work = module, ledger.work
+        self._exchanges = True
         self._buckets: dict[torch.dtype, Tensor] = {}
         sizes: dict[torch.dtype, int] = {}
         with ledger.as_role("gradients"):
@@ -151,15 +160,23 @@ class _Replicas(nn.Module):
             parameter.register_post_accumulate_grad_hook(self._into_bucket)
 
     def _into_bucket(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if self._exchanges:
+            self._work.average(parameter.grad)
         parameter.grad = self._buckets[parameter.dtype][:parameter.numel()].view_as(parameter)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
-    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
         """As DistributedDataParallel's."""
-        return contextlib.nullcontext()
+        self._exchanges = False
+        try:
+            yield
+        finally:
+            self._exchanges = True
 
 
 def _with_values(function: Callable[..., Any]) -> Callable[..., Any]:

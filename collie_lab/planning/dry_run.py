@@ -20,6 +20,7 @@ from collie_lab.data import Documents, Order
 from collie_lab.parallel import build_strategy
 from collie_lab.planning._ledger import Event, Ledger, Role
 from collie_lab.planning._patches import patched
+from collie_lab.planning._work import Work
 from collie_lab.training.step import TrainingStep
 
 __all__ = ["Trace", "dry_run", "full_documents"]
@@ -34,12 +35,16 @@ class Trace:
         roles: what each storage was for.
         steps: where in `events` each step begins.
         updates: where in each the optimizer's step begins; in backward, its end.
+        work: what the last step computes, moves and sends.
+        flops: of the whole model's step, as MFU counts them: a token's, and those of a pair of tokens.
     """
 
     events: list[Event]
     roles: dict[int, Role]
     steps: list[int]
     updates: list[int]
+    work: Work
+    flops: tuple[int, int]
 
 
 def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, steps: int = 2, round_to: int = 1) -> Trace:
@@ -62,15 +67,19 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
             step = TrainingStep(experiment, device, strategy)
             for number, plan in zip(range(1, steps + 1), order.steps(), strict=False):
                 begins.append(len(ledger.events))
+                ledger.work.begin()
                 with ledger.as_role("activations"):
                     step.measure(documents, plan)
                     step.forward_backward(documents, plan)
                 updates.append(len(ledger.events))
+                ledger.work.phase = "optimizer"
                 step.update(number)
+                ledger.work.phase = "hessian"
                 with ledger.as_role("activations"):
                     step.refresh_hessian(documents, plan, number)
             events = list(ledger.events)  # not what taking it all apart adds
-    return Trace(events, ledger.roles, begins, updates)
+    flops = step.built.flops
+    return Trace(events, ledger.roles, begins, updates, ledger.work, (flops.per_token, flops.per_attended))
 
 
 def full_documents(count: int, length: int) -> Documents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from collie_lab.check import check_cells
 from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.prepare import room_for_documents, sequence_length
 from collie_lab.planning._client import ask
+from collie_lab.planning.calibration import find_rates
 from collie_lab.planning.gpus import GPU, find_gpu
+from collie_lab.planning.speed import Speed, forecast_speed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,6 +95,53 @@ class Plan:
         frame["total"] = frame.sum(axis=1)
         return frame
 
+    @functools.cached_property
+    def speed(self) -> Speed | None:
+        """Where the time of a step goes. None on a CPU that is not calibrated, and on a GPU without the arithmetic."""
+        rates = find_rates(self.gpu, self.experiment.parallel.world_size)
+        if rates is None:
+            return None
+        per_machine = self.experiment.parallel.world_size if self.gpu is None else self.gpu.per_machine
+        return forecast_speed(self.experiment, self.summaries, rates, per_machine)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Of an optimizer step, evaluations and checkpoints left out; None where nothing is known of the hardware."""
+        return None if self.speed is None else self.speed.seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Useful tokens of all ranks together, as in `run.metrics`."""
+        return None if self.speed is None else self._tokens / self.speed.seconds
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilization as in `run.metrics`: 6·N FLOPs a token for trained matrices (4·N for frozen ones) and
+        6·L·d·s for causal attention, over the GPUs' dense 16-bit peak; recomputation does not count."""
+        if self.speed is None or self.gpu is None:
+            return None
+        per_token, per_attended = self.summaries[0]["flops"]
+        virtual = self.experiment.virtual.tokens if self.experiment.virtual is not None else 0
+        attended = self.experiment.training.batch_size * (self.length + virtual) ** 2
+        flops = per_token * self._tokens + per_attended * attended
+        return float(flops / self.speed.seconds / (self.gpu.flops * self.experiment.parallel.world_size))
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of all steps on all GPUs; None on a CPU."""
+        if self.speed is None or self.gpu is None:
+            return None
+        return self.experiment.training.steps * self.speed.seconds * self.experiment.parallel.world_size / 3600
+
+    def cost(self, price_per_gpu_hour: float) -> float | None:
+        """Of all steps, in the currency of the price of one GPU for an hour."""
+        return None if self.gpu_hours is None else self.gpu_hours * price_per_gpu_hour
+
+    @property
+    def _tokens(self) -> int:
+        """Of a step."""
+        return self.experiment.training.batch_size * self.length
+
     def figure(self) -> Figure:
         """Memory over a step, by what it is for, on the worst rank. Runs all layers, which a plan need not."""
         from collie_lab.planning._figure import draw
@@ -109,7 +159,21 @@ class Plan:
         parts = ", ".join(f"{role} {bytes_text(size)}" for role, size in self.worst["components"].items() if size)
         verdict = "" if self.gpu is None else f", {'fits' if self.fits else 'does not fit'} on {self.gpu.name} " \
             f"({bytes_text(self.gpu.memory)})"
-        return f"peak {bytes_text(self.peak_bytes)} a rank{verdict}: {parts}"
+        return f"peak {bytes_text(self.peak_bytes)} a rank{verdict}: {parts}{self._pace}"
+
+    @property
+    def _pace(self) -> str:
+        from collie_lab.view.units import count_text, percent_text
+
+        if self.speed is None:
+            precision = self.experiment.training.precision
+            if self.gpu is not None and self.gpu.peak(precision) is None:
+                return f"; no speed: {self.gpu.name} computes no {precision}" if self.gpu.fp32 else \
+                    f"; no speed: the {precision} peak of {self.gpu.name} is not known"
+            return "; no speed: `lab.calibrate()` measures this machine" if self.gpu is None else ""
+        low, high = (count_text(self._tokens / seconds) for seconds in (self.speed.high, self.speed.low))
+        utilization = "" if self.mfu is None else f", MFU {percent_text(self.mfu)}"
+        return f"; {count_text(self.tokens_per_second)} tokens/s ({low} to {high}){utilization}"
 
     def _repr_html_(self) -> str:
         from collie_lab.planning._figure import bar

@@ -59,7 +59,8 @@ class Residuals:
         parts = COMPONENTS[:-1]
         rows = [{"model": row["model"], "on": "CPU" if pd.isna(row["gpu"]) else row["gpu"],
                  "planned": bytes_text(row["planned"]), "measured": bytes_text(row["measured"]),
-                 "error": _share(row["error"]), **{name: _share(row[f"{name}_error"]) for name in parts}, "": row["reason"]}
+                 "error": _share(row["error"]), **{name: _share(row[f"{name}_error"]) for name in parts},
+                 "": row["reason"]}
                 for row in self.frame.to_dict("records")]
         columns = ["model", "on", "planned", "measured", "error", *parts, ""]
         return pd.DataFrame(rows, index=self.frame.index, columns=columns)

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from collie_lab.cells import Experiment, Freeze
 from collie_lab.planning._ledger import ROLES, Role
+from collie_lab.planning._work import extended
 from collie_lab.planning.allocator import reserved_bytes
 from collie_lab.planning.dry_run import Trace, dry_run, full_documents
 from collie_lab.training.weights import configuration
@@ -37,6 +38,8 @@ class Summary:
         course: over a later step, by role, so many points; empty where layers were not all run.
         update: where in the course the optimizer steps, as a share of it.
         layers_run: how many layers were traced, of how many.
+        work: the operations of a step, a row each: the fields of `Operation`, and how many.
+        flops: of the whole model, as MFU counts them: those of a token, and of a pair of tokens in attention.
     """
 
     rank: int
@@ -48,6 +51,8 @@ class Summary:
     course: dict[Role, list[int]] = field(default_factory=dict)
     update: float = 1.0
     layers_run: tuple[int, int] = (0, 0)
+    work: list[list[Any]] = field(default_factory=list)
+    flops: tuple[int, ...] = (0, 0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -106,7 +111,8 @@ def _extended(some: list[Summary], layers: int) -> Summary | None:
         gaps = [each.reserved - each.peak for each in some]
         reserved = peak + gaps[-1] + more * max(0, gaps[-1] - gaps[0]) // (len(gaps) - 1)
     return Summary(last.rank, first, peak, reserved, components, held,  # type: ignore[arg-type]
-                   layers_run=(_DEPTHS[-1], layers))
+                   layers_run=(_DEPTHS[-1], layers), work=extended([each.work for each in some], more),
+                   flops=tuple(b + more * (b - a) for a, b in zip(some[-2].flops, last.flops, strict=True)))
 
 
 def _summarise(trace: Trace, rank: int, layers: int, course: bool) -> Summary:
@@ -133,4 +139,5 @@ def _summarise(trace: Trace, rank: int, layers: int, course: bool) -> Summary:
                 points[role].append(live[role])
     update = (trace.updates[1] - begin) / max(1, end - begin)
     return Summary(rank, peaks[0], peaks[1], reserved_bytes(trace.events), made_of,
-                   {role: held[role] for role in HELD}, points, update, (layers, layers))
+                   {role: held[role] for role in HELD}, points, update, (layers, layers), trace.work.to_json(),
+                   trace.flops)

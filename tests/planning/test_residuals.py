@@ -131,7 +131,7 @@ def test_a_launch_keeps_the_plan_from_a_thread_of_its_own(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("name", "found"), [
     ("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA GeForce RTX 3090", "RTX 3090"),
-    ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("Tesla T4", None), (None, None),
+    ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("Quadro RTX 8000", None), (None, None),
 ])
 def test_the_drivers_names(name: str | None, found: str | None) -> None:
     gpu = lab.planning.gpus.on_machine({"gpu": name})
