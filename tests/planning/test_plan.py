@@ -87,6 +87,14 @@ def test_the_peak_of_the_worst_rank_is_that_of_the_run(tmp_path: Path) -> None:
             assert held == pytest.approx(result[f"{role}_bytes"], abs=1e-3 * worst.peak), (name, role)
 
 
+@pytest.mark.parametrize("zero", [0, 3])
+def test_replicas_and_shards_take_micro_batches(zero: int) -> None:
+    whole = BASE.replace(parallel=lab.Parallel(dp=2, zero=zero))
+    found = forecast(whole.with_("training.micro_batch_size", 1), 64)
+    assert found.held == forecast(whole, 64).held | {"gradients": found.held["gradients"]}
+    assert found.held["gradients"] >= found.held["weights"] * 0.99
+
+
 @pytest.mark.parametrize("experiment", [BASE, BASE.replace(optimizer=lab.Lomo(), adapter=None)], ids=["adamw", "lomo"])
 def test_alike_layers_are_counted_once(experiment: lab.Experiment) -> None:
     deep = experiment.with_("model.config", {"num_hidden_layers": 9})
