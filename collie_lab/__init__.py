@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     from collie_lab import optim
     from collie_lab.diagnosis import doctor
     from collie_lab.launch import Pool, RankError, Run, attach, pull, runs
-    from collie_lab.planning import GPU, GPUS, Plan, PlanError, calibrate, residuals
+    from collie_lab.planning import GPU, GPUS, Plan, PlanError, calibrate, fit, residuals
     from collie_lab.study import Results
     from collie_lab.training.merge import merge
     from collie_lab.view import compare, compose, figure, watch
@@ -87,7 +87,7 @@ _LAZY = {
     "GPU": "planning", "GPUS": "planning", "Plan": "planning", "PlanError": "planning", "residuals": "planning",
     "Pool": "launch", "RankError": "launch", "Run": "launch", "attach": "launch", "pull": "launch", "runs": "launch",
     "Results": "study", "compare": "view", "compose": "view", "doctor": "diagnosis", "figure": "view",
-    "calibrate": "planning", "merge": "training.merge", "watch": "view",
+    "calibrate": "planning", "fit": "planning", "merge": "training.merge", "watch": "view",
 }
 
 __all__ = [
@@ -98,8 +98,8 @@ __all__ = [
     "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Plan", "PlanError", "Pool", "Prefix",
     "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS",
     "ScheduleFree", "Skills", "Sophia", "SystemMeters", "TensorBoard", "Text", "TrainTokenizer", "Training", "WandB",
-    "WeightStatistics", "__version__", "attach", "calibrate", "compare", "compose", "doctor", "figure", "merge",
-    "optim", "pull", "residuals", "runs", "watch",
+    "WeightStatistics", "__version__", "attach", "calibrate", "compare", "compose", "doctor", "figure", "fit",
+    "merge", "optim", "pull", "residuals", "runs", "watch",
 ]
 
 
