@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     from collie_lab import optim
     from collie_lab.diagnosis import doctor
     from collie_lab.launch import Pool, RankError, Run, attach, pull, runs
-    from collie_lab.planning import GPU, GPUS, Plan, PlanError, calibrate
+    from collie_lab.planning import GPU, GPUS, Plan, PlanError, calibrate, fit, residuals
     from collie_lab.study import Ray, Results, Slurm, Study
     from collie_lab.training.merge import merge
     from collie_lab.view import compare, compose, figure, watch
@@ -87,7 +87,8 @@ _LAZY = {
     "GPU": "planning", "GPUS": "planning", "Plan": "planning", "PlanError": "planning", "Pool": "launch",
     "RankError": "launch", "Ray": "study", "Results": "study", "Run": "launch", "Slurm": "study", "Study": "study",
     "attach": "launch", "calibrate": "planning", "compare": "view", "compose": "view", "doctor": "diagnosis",
-    "figure": "view", "merge": "training.merge", "pull": "launch", "runs": "launch", "watch": "view",
+    "figure": "view", "fit": "planning", "merge": "training.merge", "pull": "launch", "residuals": "planning",
+    "runs": "launch", "watch": "view",
 }
 
 __all__ = [
@@ -99,7 +100,7 @@ __all__ = [
     "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Ray", "Results", "Run", "SGD", "SHAPES", "SKILLS",
     "ScheduleFree", "Skills", "Slurm", "Sophia", "Study", "SystemMeters", "TensorBoard", "Text", "TrainTokenizer",
     "Training", "WandB", "WeightStatistics", "__version__", "attach", "calibrate", "compare", "compose", "doctor",
-    "figure", "merge", "optim", "pull", "runs", "watch",
+    "figure", "fit", "merge", "optim", "pull", "residuals", "runs", "watch",
 ]
 
 

@@ -132,6 +132,21 @@ def runs(folder: _Folder = Path("runs")) -> None:
 
 
 @app.command()
+def residuals(folder: _Folder = Path("runs"),
+              figure: Annotated[Path | None, typer.Option(help="Write the picture there.")] = None) -> None:
+    """What the plans of all runs were worth: planned and measured peak memory, and the errors by component."""
+    from collie_lab.planning import residuals as over
+
+    found = over(folder)
+    if len(found.frame):
+        _print_table(found.table())
+    print(found)
+    if figure is not None:
+        found.figure().savefig(figure, dpi=200)
+        print(figure)
+
+
+@app.command()
 def doctor(model: Annotated[str, typer.Argument(help="A hub id, a folder, a shape, or an experiment's YAML.")],
            ranks: Annotated[int, typer.Option(help="Processes of a layout.")] = 2,
            checks: Annotated[list[str] | None, typer.Option("--check", help="This one. As often as wanted. Default: "

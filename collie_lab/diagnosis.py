@@ -159,7 +159,7 @@ class _Launcher:
         if key not in self._done:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # options without effect are no news here
-                self._done[key] = experiment.launch(show=False, folder=self._folder, resume=resume,
+                self._done[key] = experiment.launch(show=False, plan=False, folder=self._folder, resume=resume,
                                                     pool=self._pool(experiment.parallel.world_size))
         return self._done[key]
 

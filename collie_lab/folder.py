@@ -1,15 +1,16 @@
 """The run folder: the contract between the processes of a run and everyone who reads it.
 
     runs/<name>-<id>/  experiment.yaml  launch.json  status.json  metrics.jsonl  events.jsonl  result.json
-                       env.json  logs/rank-N.{out,err}  logs/launcher.log  errors/rank-N.json  errors/stacks-N.json
-                       beats/rank-N.json  checkpoints/  evaluations/<name>-step-N.jsonl  model/  stop
+                       env.json  plan.json  logs/rank-N.{out,err}  logs/launcher.log  errors/rank-N.json
+                       errors/stacks-N.json  beats/rank-N.json  checkpoints/  evaluations/<name>-step-N.jsonl
+                       model/  stop
                        attempts/N/ (of a run that was begun again)  nodes/N.json (with several machines)
                        system-N.jsonl  metrics.csv  tensorboard/ (of callbacks)
 
-`status.json`, `errors/stacks-N.json`, `attempts/` and `nodes/` belong to the parents (the supervisors), everything else
-to the ranks. A JSON file is written whole or not at all; those in `beats/` and `nodes/` change all the time and are
-rewritten in place: who reads one half written reads again. A JSONL file grows by whole lines, so a reader may follow it
-while it is written.
+`status.json`, `errors/stacks-N.json`, `attempts/` and `nodes/` belong to the parents (the supervisors), `plan.json` to
+the kernel, everything else to the ranks. A JSON file is written whole or not at all; those in `beats/` and `nodes/`
+change all the time and are rewritten in place: who reads one half written reads again. A JSONL file grows by whole
+lines, so a reader may follow it while it is written.
 """
 
 from __future__ import annotations

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
-__all__ = ["visible_gpus"]
+__all__ = ["gpu_model", "visible_gpus"]
+
+#: A folder for each GPU, of NVIDIA's driver.
+_DRIVER: Final = Path("/proc/driver/nvidia/gpus")
 
 
 def visible_gpus() -> list[str]:
     """The GPUs that processes of this one would see, as `CUDA_VISIBLE_DEVICES` names them."""
-    folder, visible = Path("/proc/driver/nvidia/gpus"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = len(list(folder.iterdir())) if folder.is_dir() else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = len(list(_DRIVER.iterdir())) if _DRIVER.is_dir() else 0
     if count and visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
     return [str(number) for number in range(count)]
+
+
+def gpu_model() -> str:
+    """What the driver calls the first of the GPUs that processes of this one would see, `NVIDIA GeForce RTX 3090`; ""
+    without one."""
+    for folder in sorted(_DRIVER.iterdir()) if visible_gpus() else ():
+        for line in (folder / "information").read_text(encoding="utf-8").splitlines():
+            if line.startswith("Model:"):
+                return line.partition(":")[2].strip()
+    return ""

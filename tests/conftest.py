@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["COLLIE_LAB_PLANS"] = "off"  # runs are planned where a test wants it
 os.environ["COLLIE_LAB_DATA_CACHE"] = "off"  # tests leave no files behind; those of the cache name a folder
 
 SHARED = Path(os.environ.get("COLLIE_LAB_SHARED", Path(__file__).parents[1] / ".." / "shared")).resolve()

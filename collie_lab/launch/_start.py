@@ -28,7 +28,7 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
            resume: Run | str | Path | None = None, detach: bool = False, max_restarts: int = 0,
            timeout: float | None = None, stall_timeout: float | None = 1800.0, grace: float = 3.0,
            env: Mapping[str, str] | None = None, pool: Pool | None = None, nodes: Nodes | None = None,
-           show: bool = True, _module: str = "collie_lab.training.worker") -> Run:
+           show: bool = True, plan: bool = True, _module: str = "collie_lab.training.worker") -> Run:
     """Start an experiment in processes of its own and return its handle.
 
     With `wait` the call returns at the end and raises `RankError` if the run failed; without, at once.
@@ -43,6 +43,7 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     With a `pool` its warm ranks take the run, instead of new processes.
     With `nodes` the ranks are shared among several machines. All of them have to see `folder`, and on each of the
     others one runs the command that is printed. `env` is then written to the run folder, for these machines.
+    With `plan` its forecast is made meanwhile, at the lowest priority, and kept in the run folder: `run.plan`.
     """
     report = experiment.check()
     report.raise_for_errors()
@@ -80,6 +81,8 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
         raise
     if nodes is not None:
         print(_several.invitation(nodes, run_folder), flush=True)
+    if plan:
+        _plan(experiment, run_folder)
     run = Run(run_folder, _owner=process or pool)
     if wait:
         _see_to_the_end(run, show)
@@ -113,6 +116,12 @@ def _prepare(experiment: Experiment, folder: RunFolder) -> None:
     from collie_lab.data import prepare
 
     prepare(experiment, folder)
+
+
+def _plan(experiment: Experiment, folder: RunFolder) -> None:
+    from collie_lab.planning.kept import keep
+
+    keep(experiment, folder)
 
 
 def _checkpoint(resume: Run | str | Path | None) -> str | None:

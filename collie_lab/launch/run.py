@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from collie_lab.launch.pool import Pool
+    from collie_lab.planning import Plan
 
 __all__ = ["METRICS", "Run", "attach", "runs"]
 
 #: The columns of `Run.metrics`.
 METRICS: Final = ("step", "time", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "memory_allocated")
 
-_SUMMARY: Final = ("loss", "perplexity", "exact_match", "peak_bytes", "tokens_per_second", "seconds")
+_SUMMARY: Final = ("loss", "perplexity", "exact_match", "peak_bytes", "planned_bytes", "tokens_per_second", "seconds")
 _HARMLESS: Final = ("running", "ok", "stopped", "diverged")
 
 
@@ -149,7 +150,10 @@ class Run:
 
     @property
     def summary(self) -> pd.Series[Any]:
-        """The result in one row of a table: the last loss, the measures of the end, memory, speed and status."""
+        """The result in one row of a table: the last loss, the measures of the end, memory, speed and status.
+
+        `planned_bytes`, beside the peak, is what the plan said of it; None where there is none (yet).
+        """
         import pandas as pd
 
         values: dict[str, Any] = dict.fromkeys(_SUMMARY)
@@ -158,8 +162,33 @@ class Run:
         values |= self.result
         if (peak := self.folder.read("status.json").get("peak_bytes")) is not None:  # where memory ran out
             values["peak_bytes"] = peak
+        values["planned_bytes"] = self.folder.read("plan.json").get("peak_bytes")
         values["status"] = self.status
         return pd.Series(values, name=self.id, dtype=object)
+
+    @property
+    def plan(self) -> Plan:
+        """The forecast that was made beside the run; where there is none yet, it is made now, and kept.
+
+        Raises:
+            PlanError: it cannot be planned, for this reason.
+        """
+        from collie_lab.planning.kept import kept_plan
+
+        return kept_plan(self.folder)
+
+    @property
+    def residual(self) -> pd.DataFrame:
+        """The plan against what was measured, in bytes, and the error as a share of the measured peak: rows `weights`,
+        `gradients`, `optimizer` (what the worst rank holds when its update begins), `rest` (what the peak has beyond
+        that) and `total` (the peak).
+
+        Raises:
+            PlanError: it cannot be planned.
+        """
+        from collie_lab.planning.kept import residual
+
+        return residual(self.plan, self.result)
 
     @property
     def experiment_yaml(self) -> str:

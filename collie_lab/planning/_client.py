@@ -1,4 +1,5 @@
-"""The kernel's side of dry runs: one process that answers, started with the first question."""
+"""The kernel's side of dry runs: a process that answers, started with the first question; a second one of the lowest
+priority for what nobody waits for."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
@@ -19,33 +21,50 @@ import collie_lab
 from collie_lab import code
 from collie_lab.cells import Experiment
 
-__all__ = ["PlanError", "ask"]
+__all__ = ["PlanError", "ask", "rest"]
 
 
 class PlanError(RuntimeError):
     """The step of an experiment cannot be run on tensors without values."""
 
 
-_lock = threading.Lock()
-_process: subprocess.Popen[str] | None = None
+@dataclass
+class _Worker:
+    """One process, and whose turn it is to ask it."""
+
+    niceness: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    process: subprocess.Popen[str] | None = None
 
 
-def ask(experiment: Experiment, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The summaries of some dry runs of one experiment.
+_WORKERS: Final = {False: _Worker(0), True: _Worker(19)}
+
+
+def ask(experiment: Experiment, requests: list[dict[str, Any]], quiet: bool = False) -> list[dict[str, Any]]:
+    """The summaries of some dry runs of one experiment; `quiet`: from the process of the lowest priority.
 
     Raises:
         PlanError: a dry run failed; a rank would have failed for the same reason, or torch has no fake of an operator.
     """
     mapping, packed = code.pack(experiment)
-    with tempfile.TemporaryDirectory(prefix="collie-plan-") as folder, _lock:
+    worker = _WORKERS[quiet]
+    with tempfile.TemporaryDirectory(prefix="collie-plan-") as folder, worker.lock:
         Path(folder, "experiment.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False), encoding="utf-8")
         if packed:
             Path(folder, "code.pkl").write_bytes(packed)
-        return [_asked({"folder": folder, "cwd": os.getcwd(), **request}) for request in requests]
+        return [_asked(worker, {"folder": folder, "cwd": os.getcwd(), **request}) for request in requests]
 
 
-def _asked(request: dict[str, Any]) -> dict[str, Any]:
-    process = _running()
+def rest(quiet: bool) -> None:
+    """End the process, and so free its memory, until the next question."""
+    worker = _WORKERS[quiet]
+    with worker.lock:
+        if worker.process is not None:
+            _stop(worker.process)
+
+
+def _asked(worker: _Worker, request: dict[str, Any]) -> dict[str, Any]:
+    process = _running(worker)
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -64,18 +83,18 @@ def _asked(request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _running() -> subprocess.Popen[str]:
-    global _process
-    if _process is None or _process.poll() is not None:
-        if _process is None:
-            atexit.register(lambda: None if _process is None else _stop(_process))
+def _running(worker: _Worker) -> subprocess.Popen[str]:
+    if worker.process is None or worker.process.poll() is not None:
+        if worker.process is None:
+            atexit.register(lambda: None if worker.process is None else _stop(worker.process))
         root = str(Path(collie_lab.__file__).resolve().parent.parent)
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        _process = subprocess.Popen(
-            [sys.executable, "-m", "collie_lab.planning._worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, encoding="utf-8", start_new_session=True,  # no interrupts
+        worker.process = subprocess.Popen(
+            [sys.executable, "-m", "collie_lab.planning._worker", str(worker.niceness)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+            start_new_session=True,  # no interrupts
             env={**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-    return _process
+    return worker.process
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

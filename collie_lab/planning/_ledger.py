@@ -123,7 +123,7 @@ class Ledger(TorchDispatchMode):
             self.scratch(scratch)
         with self.as_role("communication") if func.namespace in _COLLECTIVES else contextlib.nullcontext():
             for value in tree_iter(out):
-                if isinstance(value, FakeTensor):
+                if isinstance(value, (FakeTensor, DTensor)):  # of a DTensor's own operators only the result is seen
                     self.take(value)
         return out
 

@@ -6,7 +6,6 @@ Each patch stands for one thing that torch cannot do without values, or does beh
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -96,7 +95,7 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
         put(model, "fill", fill)
         put(model, "set_first_values", lambda *_: None)
         put(optimizer, "choose_engine", lambda _, device: _DryEngine(ledger.work, device))
-        put(strategy, "DistributedDataParallel", functools.partial(_Replicas, ledger))
+        put(strategy, "DistributedDataParallel", type("_Replicas", (_Replicas,), {"ledger": ledger}))
         put(pipeline._Stage, "forward", _first_batch)
         put(torch.distributed.tensor._utils, "compute_local_shape_and_global_offset",
             _with_values(_utils.compute_local_shape_and_global_offset))
@@ -144,13 +143,15 @@ def _to_device(fake: FakeTensorMode, ledger: Ledger) -> Callable[[NDArray[np.int
 class _Replicas(nn.Module):
     """DistributedDataParallel's memory: gradients live in buckets, from the first step to the last."""
 
-    def __init__(self, ledger: Ledger, module: nn.Module, **_: Any):
+    ledger: Ledger  # of a subclass: the loop asks for the class
+
+    def __init__(self, module: nn.Module, **_: Any):
         super().__init__()
-        self.module, self._work = module, ledger.work
+        self.module, self._work = module, self.ledger.work
         self._exchanges = True
         self._buckets: dict[torch.dtype, Tensor] = {}
         sizes: dict[torch.dtype, int] = {}
-        with ledger.as_role("gradients"):
+        with self.ledger.as_role("gradients"):
             trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
             for parameter in trained:
                 sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import sys
 import warnings
 from typing import Any, TextIO
@@ -18,8 +20,8 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Answer requests until standard input ends."""
-    die_with_parent()
+    """Answer requests until standard input ends; `argv[1]` is added to the niceness."""
+    os.nice(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
     warnings.simplefilter("ignore")
@@ -41,11 +43,26 @@ def _apart(request: dict[str, Any], answers: TextIO) -> None:
         answers.write(json.dumps(_answer(request)) + "\n")
         answers.flush()
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if status:
+    if status := _waited(child):
         answers.write(json.dumps({"error": f"torch ended the process of the dry run ({status}): one of the model's "
                                   "operators has no fake version"}) + "\n")
         answers.flush()
+
+
+def _waited(child: int) -> int:
+    """The status of the child at its end. Ends with it, should the kernel go meanwhile.
+
+    The system's signal at a parent's death would come when the *thread* ends that asked first.
+    """
+    kernel = select.poll()
+    kernel.register(0, 0)  # of its end alone
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        if kernel.poll(5):
+            os.kill(child, signal.SIGKILL)
+            sys.exit()
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

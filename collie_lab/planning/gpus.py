@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from collie_lab.cells import CellError, Problem
+from collie_lab.machine import gpu_model
 
-__all__ = ["GPU", "GPUS", "find_gpu"]
+__all__ = ["GPU", "GPUS", "find_gpu", "on_machine"]
 
 _GIB: Final = 2**30
 
@@ -97,6 +100,17 @@ def find_gpu(gpu: GPU | str) -> GPU:
     raise CellError([Problem("plan", "gpu", f"no GPU {gpu!r} in the catalogue",
                              f"did you mean {close[0]!r}?" if close else "there are: " + ", ".join(GPUS)
                              + "; or make one: GPU(name, memory, bandwidth, flops, link)")])
+
+
+def on_machine(env: Mapping[str, Any]) -> GPU | None:
+    """The entry of the GPU that a run's `env.json` names, or, where there is none yet, of this machine's first.
+
+    None for a CPU, and for a GPU that is not in the catalogue.
+    """
+    name = str(env["gpu"] or "") if env else gpu_model()
+    words = set(re.findall(r"\w+", name.upper()))
+    found = [gpu for gpu in GPUS.values() if set(re.findall(r"\w+", gpu.name.upper())) <= words]
+    return max(found, key=lambda gpu: len(gpu.name), default=None)
 
 
 def _plain(name: str) -> str:

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["Plan", "plan"]
+__all__ = ["CONTEXT", "Plan", "longest_document", "plan"]
 
 #: CUDA's context in bytes: 804 MB on an H200 (driver 580, torch 2.11), the same for nine methods.
-_CONTEXT: Final = 804_061_184
+CONTEXT: Final = 804_061_184
 #: torch's allocator on a GPU hands out multiples of so many bytes.
 _GRANULE: Final = 512
 
@@ -74,7 +74,7 @@ class Plan:
     @property
     def process_bytes(self) -> int | None:
         """What the driver shows of the process: with CUDA's context, without buffers of NCCL."""
-        return None if self.reserved_bytes is None else self.reserved_bytes + _CONTEXT
+        return None if self.reserved_bytes is None else self.reserved_bytes + CONTEXT
 
     @property
     def fits(self) -> bool | None:
@@ -181,7 +181,7 @@ class Plan:
         return f"<div>{bar(self)}<div>{html.escape(repr(self))}</div></div>"
 
 
-def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool = False) -> Plan:
+def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool = False, quiet: bool = False) -> Plan:
     """Run a step on tensors without values and count its memory, byte by byte: no GPU, no data, no weights.
 
     The same code runs that a rank runs: model, adapter, layout, optimizer. Sequences have the longest length of the
@@ -190,6 +190,7 @@ def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool =
     Args:
         gpu: a name of `GPUS`, or one of your own. Default: memory as it is measured on a CPU.
         course: also keep memory's course over the step, for `Plan.figure`: all layers are run then.
+        quiet: in a process of the lowest priority, as nobody waits for it.
 
     Raises:
         CellError: the cells do not go together, or cannot be planned (DeepSpeed, QLoRA, AdaLoRA, new tokens that the
@@ -201,19 +202,19 @@ def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool =
     check_cells(cells).raise_for_errors()
     if refused := list(_refused(experiment)):
         raise CellError(refused)
-    length = _length(experiment)
+    length = longest_document(experiment)
     bare, parallel = _bare(cells, length), experiment.parallel
     ranks = [stage * parallel.dp * parallel.tp for stage in range(parallel.pp)]
     requests = [{"length": length, "rank": rank, "round_to": _GRANULE if chosen else 1, "course": course}
                 for rank in ranks]
-    return Plan(experiment, chosen, length, tuple(ask(bare, requests)))
+    return Plan(experiment, chosen, length, tuple(ask(bare, requests, quiet)))
 
 
 def _peak(summary: dict[str, Any]) -> int:
     return max(int(summary["first"]), int(summary["peak"]))
 
 
-def _length(experiment: Experiment) -> int:
+def longest_document(experiment: Experiment) -> int:
     """Tokens of the longest document."""
     room = room_for_documents(experiment, context_length(model_config(experiment.model)))
     longest = sequence_length(experiment.data, room)

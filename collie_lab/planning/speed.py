@@ -196,7 +196,7 @@ def _is_overlapped(experiment: Experiment, phase: str, kind: str, ranks: tuple[i
     """Whether a message can travel beside computation: those of shards and of replicas' buckets. Tensor-parallel ranks
     wait for theirs, and so does an update in backward."""
     parallel, optimizer = experiment.parallel, experiment.optimizer
-    if kind in ("send", "broadcast") or (parallel.tp > 1 and ranks[1:] == (1, parallel.tp)):
+    if kind in ("send", "broadcast") or (parallel.tp > 1 and tuple(ranks[1:]) == (1, parallel.tp)):
         return False
     if parallel.zero:
         return kind in ("all_gather", "reduce_scatter") or phase == "backward"

@@ -16,8 +16,10 @@ from collie_lab.planning.allocator import reserved_bytes
 from collie_lab.planning.dry_run import Trace, dry_run, full_documents
 from collie_lab.training.weights import configuration
 
-__all__ = ["Summary", "forecast"]
+__all__ = ["HELD", "Summary", "forecast"]
 
+#: What stays from step to step, and can be measured on a rank; the rest of a peak comes and goes.
+HELD: Final[tuple[Role, ...]] = ("weights", "gradients", "optimizer")
 _DEPTHS: Final = (3, 4, 5)
 _POINTS: Final = 400  # of the picture's course
 
@@ -32,6 +34,7 @@ class Summary:
         peak: that of every later step.
         reserved: what a GPU's allocator then has from the driver.
         components: what the peak is made of.
+        held: what is there when a later step's update begins: weights, gradients and states, whole.
         course: over a later step, by role, so many points; empty where layers were not all run.
         update: where in the course the optimizer steps, as a share of it.
         layers_run: how many layers were traced, of how many.
@@ -44,6 +47,7 @@ class Summary:
     peak: int
     reserved: int
     components: dict[Role, int]
+    held: dict[Role, int] = field(default_factory=dict)
     course: dict[Role, list[int]] = field(default_factory=dict)
     update: float = 1.0
     layers_run: tuple[int, int] = (0, 0)
@@ -100,25 +104,28 @@ def _extended(some: list[Summary], layers: int) -> Summary | None:
     peak = extend([each.peak for each in some])
     reserved = extend([each.reserved for each in some])
     components = {role: extend([each.components[role] for each in some]) for role in ROLES}
-    if first is None or peak is None or None in components.values():
+    held = {role: extend([each.held[role] for each in some]) for role in some[0].held}
+    if first is None or peak is None or None in (*components.values(), *held.values()):
         return None
     if reserved is None:  # gaps between blocks follow no line: their trend
         gaps = [each.reserved - each.peak for each in some]
         reserved = peak + gaps[-1] + more * max(0, gaps[-1] - gaps[0]) // (len(gaps) - 1)
-    return Summary(last.rank, first, peak, reserved, components, layers_run=(_DEPTHS[-1], layers),  # type: ignore[arg-type]
-                   work=extended([each.work for each in some], more),
+    return Summary(last.rank, first, peak, reserved, components, held,  # type: ignore[arg-type]
+                   layers_run=(_DEPTHS[-1], layers), work=extended([each.work for each in some], more),
                    flops=tuple(b + more * (b - a) for a, b in zip(some[-2].flops, last.flops, strict=True)))
 
 
 def _summarise(trace: Trace, rank: int, layers: int, course: bool) -> Summary:
     live: dict[Role, int] = dict.fromkeys(ROLES, 0)
     sizes: dict[int, int] = {}
-    total, peaks, made_of = 0, [0, 0], dict(live)
+    total, peaks, made_of, held = 0, [0, 0], dict(live), dict(live)
     begin, end = trace.steps[1], len(trace.events)
     every = max(1, (end - begin) // _POINTS)
     points: dict[Role, list[int]] = {role: [] for role in ROLES} if course else {}
     for index, (storage, size) in enumerate(trace.events):
         change = size - sizes.get(storage, 0)
+        if index == trace.updates[1]:
+            held = dict(live)
         sizes[storage] = size
         total += change
         live[trace.roles[storage]] += change
@@ -131,5 +138,6 @@ def _summarise(trace: Trace, rank: int, layers: int, course: bool) -> Summary:
             for role in ROLES:
                 points[role].append(live[role])
     update = (trace.updates[1] - begin) / max(1, end - begin)
-    return Summary(rank, peaks[0], peaks[1], reserved_bytes(trace.events), made_of, points, update, (layers, layers),
-                   trace.work.to_json(), trace.flops)
+    return Summary(rank, peaks[0], peaks[1], reserved_bytes(trace.events), made_of,
+                   {role: held[role] for role in HELD}, points, update, (layers, layers), trace.work.to_json(),
+                   trace.flops)

@@ -12,10 +12,13 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_iter
 
 from collie_lab.compiler import build, find_compiler
 
-__all__ = ["CpuMemory", "CudaMemory", "NoMemory", "build_memory", "uncounted", "worst_peak"]
+__all__ = ["CpuMemory", "CudaMemory", "NoMemory", "build_memory", "held_bytes", "uncounted", "worst_rank"]
 
 
 class CudaMemory:
@@ -85,12 +88,41 @@ def build_memory(device: torch.device) -> CudaMemory | CpuMemory | NoMemory:
         return NoMemory(str(error))
 
 
-def worst_peak(memory: CudaMemory | CpuMemory | NoMemory, device: torch.device) -> int | None:
-    """The peak of the rank that needed most; on all ranks together."""
-    peak = torch.tensor(float(memory.peak_bytes or 0), dtype=torch.float64, device=device)
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes that this rank keeps at this moment: `weights_bytes` (buffers too), `gradients_bytes`, `optimizer_bytes`.
+
+    Each storage counts once, whole: what is tied, and the buckets that gradients are views of.
+    """
+    parameters = list(model.parameters())
+    held = {"weights": [*parameters, *model.buffers()],
+            "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+            "optimizer": [value for value in tree_iter(list(optimizer.state.values())) if isinstance(value, Tensor)]}
+    found, seen = {}, set[int]()
+    for name, tensors in held.items():
+        storages = {storage._cdata: storage.nbytes() for storage in map(_storage, tensors)
+                    if storage.device.type == parameters[0].device.type and storage._cdata not in seen}
+        seen.update(storages)
+        found[f"{name}_bytes"] = sum(storages.values())
+    return found
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage()
+
+
+def worst_rank(memory: CudaMemory | CpuMemory | NoMemory, held: dict[str, int], device: torch.device
+               ) -> dict[str, int | None]:
+    """`peak_bytes` of the rank that needed most (None: not measured), and what it held; on all ranks together, which
+    name the same things."""
+    own = torch.tensor([float(memory.peak_bytes or 0), *held.values()], dtype=torch.float64, device=device)
+    rows = [own]
     if dist.is_initialized():
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return int(peak.item()) or None
+        rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, own)
+    worst = max(row.tolist() for row in rows)
+    found = dict(zip(held, map(int, worst[1:]), strict=True))
+    return {"peak_bytes": int(worst[0]) or None, **found}
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from collie_lab.training.export import export_model
 from collie_lab.training.finite import finite_everywhere
 from collie_lab.training.flops import peak_flops
 from collie_lab.training.identity import check_frozen, identity
-from collie_lab.training.memory import NoMemory, build_memory, worst_peak
+from collie_lab.training.memory import NoMemory, build_memory, held_bytes, worst_rank
 from collie_lab.training.meters import Meters, StepFigures
 from collie_lab.training.optimizer import set_learning_rate
 from collie_lab.training.probe import model_warnings
@@ -70,6 +70,7 @@ class Trainer:
         # What evaluations have found: by the step of the weights, then by the evaluation's place.
         self._figures: dict[int, dict[int, dict[str, float]]] = {}
         self._best: Mapping[str, Any] | None = None  # the checkpoint to go back to at the end
+        self._began_at, self._held = 0, dict[str, int]()
         self._callbacks = Callbacks(experiment)
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -127,6 +128,8 @@ class Trainer:
             step.measure(self._documents, plan)
             loss_sum, attended = step.forward_backward(self._documents, plan)
             self._callbacks.before_update(self)
+            if self.step == self._began_at + 2 and self.experiment.parallel.engine == "torch":
+                self._held = held_bytes(self._adapted, self.optimizer)  # the first step makes states
             grad_norm = step.update(self.step)
             unclipped = step.refresh_hessian(self._documents, plan, self.step)
         # A tensor from a host number would wait for the device; a filled one does not.
@@ -231,7 +234,7 @@ class Trainer:
                                          on_refused=self._warn)
         if self.resumed_from is not None:
             check_frozen(self.resumed_from, shared["drawn_on"])
-            self.step = self._load(self.resumed_from)
+            self.step = self._began_at = self._load(self.resumed_from)
             self._callbacks.load_state_dict(read_json(self.resumed_from / "state.json").get("callbacks", {}))
         self.event("start", step=self.step, steps=training.steps, world_size=experiment.parallel.world_size,
                    device=str(self.device.type), **asdict(built.size))
@@ -334,7 +337,7 @@ class Trainer:
             self._checkpoints.finish()
         result = {
             "status": status, "steps": self.step, **self._meters.summary(), **figures,
-            "peak_bytes": worst_peak(self._memory, self.device), "seconds": time.perf_counter() - began,
+            **worst_rank(self._memory, self._held, self.device), "seconds": time.perf_counter() - began,
             "world_size": self.experiment.parallel.world_size, **self._counts,
             **({"restored": step} if step != self.step else {}), **ending(status, self._reason, self.folder),
         }

@@ -40,9 +40,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", ALONE)
 def test_the_peak_is_that_of_the_run(name: str, tmp_path: Path) -> None:
-    measured = run_here(ALONE[name], tmp_path / "run").read("result.json")["peak_bytes"]
+    measured = run_here(ALONE[name], tmp_path / "run").read("result.json")
     found = forecast(ALONE[name], 192)
-    assert max(found.first, found.peak) == pytest.approx(measured, rel=2e-3)
+    assert max(found.first, found.peak) == pytest.approx(measured["peak_bytes"], rel=2e-3)
+    for role, held in found.held.items():
+        assert held == pytest.approx(measured[f"{role}_bytes"], abs=2e-4 * measured["peak_bytes"]), role
     assert sum(found.components.values()) == found.peak
 
 
@@ -75,12 +77,22 @@ def _train(folder: str) -> None:
 def test_the_peak_of_the_worst_rank_is_that_of_the_run(tmp_path: Path) -> None:
     run_ranks(_train, 2, str(tmp_path))
     for name, layout in LAYOUTS.items():
-        measured = json.loads((tmp_path / name / "result.json").read_text())["peak_bytes"]
+        result = json.loads((tmp_path / name / "result.json").read_text())
         found = [forecast(BASE.replace(parallel=layout), 192, rank=rank) for rank in range(2)]
         worst = max(found, key=lambda each: each.peak)
         # Gloo's threads copy what they reduce over shards, and free the copy when they get to it.
         copies = worst.components["communication"] if layout.zero else 0
-        assert worst.peak * 0.99 <= measured <= worst.peak * 1.01 + copies, name
+        assert worst.peak * 0.99 <= result["peak_bytes"] <= worst.peak * 1.01 + copies, name
+        for role, held in worst.held.items():
+            assert held == pytest.approx(result[f"{role}_bytes"], abs=1e-3 * worst.peak), (name, role)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_replicas_and_shards_take_micro_batches(zero: int) -> None:
+    whole = BASE.replace(parallel=lab.Parallel(dp=2, zero=zero))
+    found = forecast(whole.with_("training.micro_batch_size", 1), 64)
+    assert found.held == forecast(whole, 64).held | {"gradients": found.held["gradients"]}
+    assert found.held["gradients"] >= found.held["weights"] * 0.99
 
 
 @pytest.mark.parametrize("experiment", [BASE, BASE.replace(optimizer=lab.Lomo(), adapter=None)], ids=["adamw", "lomo"])

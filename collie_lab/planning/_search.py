@@ -1,0 +1,182 @@
+"""The layouts, micro-batches and recomputation that could run a method, and why the others cannot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from collie_lab.cells import CellError, Experiment, Parallel
+from collie_lab.check import check_cells
+from collie_lab.planning._client import PlanError
+from collie_lab.planning._rough import Shape, rough_bytes, rough_seconds
+from collie_lab.planning.gpus import GPU
+from collie_lab.planning.plan import CONTEXT, Plan, plan
+from collie_lab.planning.rates import Rates
+from collie_lab.view.units import bytes_text
+
+__all__ = ["Goal", "Option", "Refusal", "Search", "layout_text"]
+
+Goal = Literal["throughput", "memory"]
+
+#: A rough figure is trusted to be within so much: what needs more than this share of the memory is not tried.
+_WORTH_TRYING = 1.15
+
+
+@dataclass
+class Option:
+    """One way to train: an experiment that is ready to launch, and what it needs.
+
+    Attributes:
+        method: its name among the methods.
+        experiment: with the layout, the micro-batch and the recomputation.
+        gpu: on which.
+        length: tokens of a sequence.
+        rough_bytes: of a rank's process, before a dry run.
+        rough_seconds: of a step, before a dry run.
+        dry_run: what the dry run said; None where none was made yet.
+    """
+
+    method: str
+    experiment: Experiment
+    gpu: GPU
+    length: int
+    rough_bytes: float
+    rough_seconds: float
+    dry_run: Plan | None = None
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan; made now where the search did without. Raises PlanError."""
+        self.dry_run = self.dry_run or plan(self.experiment, self.gpu)
+        return self.dry_run
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the figures are those of a dry run."""
+        return self.dry_run is not None
+
+    @property
+    def process_bytes(self) -> float:
+        """Of a rank's process, as the driver shows it."""
+        exact = None if self.dry_run is None else self.dry_run.process_bytes
+        return self.rough_bytes + CONTEXT if exact is None else exact
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks together."""
+        exact = None if self.dry_run is None else self.dry_run.tokens_per_second
+        return self.experiment.training.batch_size * self.length / self.rough_seconds if exact is None else exact
+
+    def score(self, goal: Goal) -> float:
+        """The less the better."""
+        return -self.tokens_per_second if goal == "throughput" else self.process_bytes
+
+    @property
+    def settings(self) -> str:
+        """The layout, the micro-batch and the recomputation in words."""
+        training, parallel = self.experiment.training, self.experiment.parallel
+        micro = parallel.micro_batch_size(training.batch_size, training.micro_batch_size)
+        text = f"{layout_text(parallel)}, micro-batches of {micro}"
+        return text + (", recomputing" if training.recompute == "full" else "")
+
+    def __repr__(self) -> str:
+        from collie_lab.view.units import count_text
+
+        about = "" if self.confirmed else "about "
+        return (f"{self.method}, {self.settings}: {about}{bytes_text(self.process_bytes)} a GPU, "
+                f"{about}{count_text(self.tokens_per_second)} tokens/s")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A layout that does not do for a method, and why."""
+
+    method: str
+    layout: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is looked for, and on what."""
+
+    shape: Shape
+    gpu: GPU
+    gpus: int
+    length: int
+    rates: Rates
+    goal: Goal
+
+    def options(self, method: str, base: Experiment) -> tuple[list[Option], list[Refusal]]:
+        """For each layout the best that may fit with recomputation and without; and the layouts of which none may."""
+        options, refused = [], []
+        for layout in _layouts(self.gpus, self.gpu.per_machine):
+            cells = base.replace(parallel=layout)
+            found, reasons = [], []
+            for recompute in ("none", "full"):
+                option, reason = self._best(method, cells.with_("training.recompute", recompute))
+                found += [option] if option else []
+                reasons += [reason] if reason else []
+            options += found
+            if not found:
+                refused.append(Refusal(method, layout_text(layout), reasons[-1]))
+        return options, refused
+
+    def smaller(self, option: Option) -> Option | None:
+        """The same with the next smaller micro-batch; None where there is none."""
+        training = option.experiment.training
+        micro = option.experiment.parallel.micro_batch_size(training.batch_size, training.micro_batch_size)
+        return self._best(option.method, option.experiment, below=micro)[0]
+
+    def _best(self, method: str, cells: Experiment, below: int | None = None) -> tuple[Option | None, str]:
+        """The largest micro-batch that may fit (for `memory` the smallest); or why there is none."""
+        share, reason, least = max(1, cells.training.batch_size // cells.parallel.dp), "", math.inf
+        sizes = [size for size in range(1, share + 1) if share % size == 0 and (below is None or size < below)]
+        for size in sizes if self.goal == "memory" else reversed(sizes):
+            experiment = cells.with_("training.micro_batch_size", size)
+            if errors := check_cells(experiment).errors:
+                reason = reason or f"{errors[0].message[0].lower()}{errors[0].message[1:]}"
+                continue
+            needed = rough_bytes(experiment, self.shape, self.gpu, self.length)
+            if needed + CONTEXT <= _WORTH_TRYING * self.gpu.memory:
+                seconds = rough_seconds(experiment, self.shape, self.rates, self.length)
+                return Option(method, experiment, self.gpu, self.length, needed, seconds), ""
+            least = min(least, needed + CONTEXT)
+        if math.isfinite(least):
+            reason = f"out of memory by about {bytes_text(least - self.gpu.memory)}"
+        return None, reason or "no smaller micro-batch"
+
+    def try_out(self, option: Option) -> str:
+        """Make the dry run; why the option does not do after all, if so."""
+        try:
+            found = option.plan
+        except (PlanError, CellError) as error:
+            return str(error)
+        if found.fits:
+            return ""
+        assert found.process_bytes is not None
+        return f"out of memory by {bytes_text(found.process_bytes - self.gpu.memory)}"
+
+
+def layout_text(parallel: Parallel) -> str:
+    """`dp=4 zero=3 tp=2`; one GPU: `1 GPU`."""
+    axes: dict[str, Any] = {"dp": parallel.dp, "zero": parallel.zero, "tp": parallel.tp, "pp": parallel.pp}
+    return " ".join(f"{name}={size}" for name, size in axes.items() if size > (name != "zero")) or "1 GPU"
+
+
+def _layouts(gpus: int, per_machine: int) -> Iterator[Parallel]:
+    """Every product of axes. Matrices are shared inside a machine alone: their messages cannot wait for a network."""
+    for tp in _divisors(gpus):
+        if tp > per_machine:
+            continue
+        for pp in _divisors(gpus // tp):
+            dp = gpus // tp // pp
+            for zero in (0,) if dp == 1 else (0, 2) if pp > 1 else (0, 2, 3):
+                yield Parallel(dp=dp, tp=tp, pp=pp, zero=zero)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
