@@ -138,7 +138,8 @@ def ending(state: str, log: str) -> tuple[str, str]:
         return "timeout", "Slurm ended the job at its time limit"
     if state == "CANCELLED":
         return "stopped", "the job was cancelled"
-    return "lost", f"the job ended as {state or 'unknown to Slurm'}, the arm without a word"
+    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "nothing")
+    return "lost", f"the job ended ({state or 'Slurm has forgotten how'}), the arm without a word; the job's last: {last}"
 
 
 def _gpus(resources: str) -> int:

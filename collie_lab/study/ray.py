@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -95,6 +96,7 @@ class RayJob:
     def __init__(self, arm: Path, task: Any):
         self.arm = arm
         self._task = task
+        self._since = time.time()
 
     @property
     def alive(self) -> bool:
@@ -109,7 +111,7 @@ class RayJob:
         try:
             ray.get(task)
         except ray.exceptions.RayError as error:
-            ArmFolder(self.arm).conclude(*_ending(error))
+            ArmFolder(self.arm).conclude(*_ending(error), self._since)
         return False
 
     def stop(self) -> None:

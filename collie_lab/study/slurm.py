@@ -158,6 +158,7 @@ class SlurmJob:
         self.arm = arm.resolve()
         self._executor = executor
         self._queued: queue.Job | None = None  # as Slurm knew it last
+        self._since = time.time()
         self._concluded = False
 
     @property
@@ -204,7 +205,7 @@ class SlurmJob:
         self._concluded = True
         log = read_log(self.arm.parents[1] / "slurm" / job.name / f"{job.id}_0_log.out", tail=50)
         status, reason = queue.ending(job.state or queue.past_state(job.id), log)
-        ArmFolder(self.arm).conclude(status, f"{reason} (job {job.id})")
+        ArmFolder(self.arm).conclude(status, f"{reason} (job {job.id})", self._since)
 
 
 @contextmanager
