@@ -139,7 +139,8 @@ def ending(state: str, log: str) -> tuple[str, str]:
     if state == "CANCELLED":
         return "stopped", "the job was cancelled"
     last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "nothing")
-    return "lost", f"the job ended ({state or 'Slurm has forgotten how'}), the arm without a word; the job's last: {last}"
+    how = state or "Slurm has forgotten how"
+    return "lost", f"the job ended ({how}), the arm without a word; the job's last: {last}"
 
 
 def _gpus(resources: str) -> int:

@@ -148,7 +148,7 @@ class ArmFolder:
         never began, without a word. Nothing where it has said something since, or runs."""
         with suppress(HeldError), self.hold():
             state, now = self.state_when_held, time.time()
-            if state["status"] in ("pending", "lost") or state["ended"] < since:
+            if state["status"] in ("pending", "lost") or (state.get("ended") or now) < since:
                 self.write_status({**state, "status": status, "reason": reason, "ended": now,
                                    "seconds": now - state.get("started", now)})
 
