@@ -81,7 +81,7 @@ class Arrays:
         try:
             with submitter.batch():
                 for arm in arms:
-                    submitter.submit(ArmJob(command(arm), arm / "arm.log"))
+                    submitter.submit(ArmJob(command(arm), arm / "arm.log", read_arm(arm).gpus))
         except RuntimeError as error:  # sbatch's words
             shutil.rmtree(folder)
             raise CellError([Problem("Slurm", "", f"sbatch does not take the jobs: {error}")]) from None

@@ -61,6 +61,7 @@ class RayExecutor:
         """Raise where an arm has no place on one node."""
         gpus, cpus = _most("GPU"), _most("CPU")
         if problems := [problem for arm in arms for problem in self._settings.too_large(arm, gpus, cpus)]:
+            self.close()  # nobody else will: nothing has been started
             raise CellError(problems)
 
     def has_room(self, gpus: int) -> bool:
@@ -78,7 +79,8 @@ class RayExecutor:
             name=folder.name, max_retries=0, num_cpus=settings.cpus_of(gpus),
             num_gpus=gpus if settings.on_gpus(_most("GPU")) else 0,
             **{option: value for option, value in asked.items() if value is not None})
-        job = RayJob(folder, task.remote(command(folder), str(folder / "arm.log"), os.getcwd(), _variables()))
+        job = RayJob(folder, task.remote(command(folder), str(folder / "arm.log"), os.getcwd(),
+                                         _variables(settings.cpus_of(1))))
         self._jobs.append(job)
         return job
 
@@ -158,10 +160,10 @@ def _task() -> Callable[[list[str], str, str, dict[str, str]], int]:
     return arm
 
 
-def _variables() -> dict[str, str]:
+def _variables(threads: int) -> dict[str, str]:
     """What an arm has to know of this process's environment, which it does not inherit from another machine's Ray."""
-    known = {name: value for name, value in os.environ.items() if name.startswith(_TOLD)}
-    return {**known, "PYTHONPATH": os.pathsep.join(module_paths())}
+    told = {name: value for name, value in os.environ.items() if name.startswith(_TOLD)}
+    return {"OMP_NUM_THREADS": str(threads), **told, "PYTHONPATH": os.pathsep.join(module_paths())}
 
 
 def _ending(error: Exception) -> tuple[str, str]:
