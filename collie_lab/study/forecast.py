@@ -26,7 +26,7 @@ class Forecast:
 
     @property
     def planned(self) -> dict[str, dict[str, Any]]:
-        """What was planned: `bytes`, `fits`, `tokens_per_second`, `gpu`, `note`, by the id of an arm."""
+        """What was planned: `bytes`, `components`, `fits`, `tokens_per_second`, `gpu`, `note`, by the id of an arm."""
         return read_json(self._results / "forecast.json")
 
     def make(self, arms: Sequence[Arm], gpu: str | None,
@@ -69,7 +69,8 @@ def _plan(experiment: Experiment, gpu: str | None) -> dict[str, Any]:
         plan = experiment.plan(gpu)
     except (CellError, PlanError) as error:
         return {**none, "note": str(error).strip().splitlines()[0]}
-    return {**none, "bytes": plan.peak_bytes, "fits": plan.fits,
+    parts = {role: size for role, size in plan.worst["components"].items() if size}
+    return {**none, "components": parts, "bytes": plan.peak_bytes, "fits": plan.fits,
             "tokens_per_second": getattr(plan, "tokens_per_second", None)}
 
 

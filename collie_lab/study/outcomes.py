@@ -27,7 +27,8 @@ class Outcomes(Protocol):
         """A row an arm, by its name, in base units (bytes, seconds, tokens, shares of one).
 
         Columns: one an axis (or the index itself, where it bears an axis' name), `status`, and figures by their key.
-        `seed`, `id`, `reason` and `run` where there are such.
+        Where there are such: `seed`, `id`, `reason`, `run`; `trials` (among how many settings the arm was chosen);
+        `planned_bytes`, and what they are made of: `planned_weights`, `planned_optimizer`, ...
         """
 
     @property

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import yaml
+
 from collie_lab.cells import CellError, Problem
 from collie_lab.check import Report, check, check_cells
 from collie_lab.folder import write_json
@@ -17,6 +19,8 @@ from collie_lab.study.arms import Arm, arms_of
 from collie_lab.study.executor import Executor, make_executor
 from collie_lab.study.forecast import Forecast
 from collie_lab.study.grid import Grid
+from collie_lab.study.outcomes import run_figures
+from collie_lab.study.presentation import Presentation
 from collie_lab.study.progress import Progress
 from collie_lab.study.runner import Runner
 from collie_lab.study.store import ARM_STATUSES, FINAL, ArmFolder
@@ -31,7 +35,7 @@ __all__ = ["Study"]
 _OWN: Final = ("id", "seed", "status", "reason", "attempts", "run")
 
 
-class Study:
+class Study(Presentation):
     """The arms of a grid file.
 
         study = lab.Study("experiments/memory.yaml", profile="cpu")
@@ -83,6 +87,32 @@ class Study:
         """The axes by which arms are compared; not the seed, and not the one that is tuned."""
         tuned = self.grid.tune.axis if self.grid.tune is not None else None
         return [axis for axis in self.grid.axes if axis != tuned]
+
+    @property
+    def title(self) -> str:
+        """The name and the profile."""
+        return self.name if self.profile is None else f"{self.name} ({self.profile})"
+
+    @property
+    def tuned(self) -> tuple[str, str] | None:
+        """The axis that the grid tunes, and the metric."""
+        return None if self.grid.tune is None else (self.grid.tune.axis, self.grid.tune.metric)
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The folder of each arm that has one, by the arm's name."""
+        found = {arm.name: self._folder(arm) for arm in self.arms}
+        return {name: folder.path for name, folder in found.items() if folder is not None}
+
+    @property
+    def recipe(self) -> dict[str, str]:
+        """The grid with the profile in place, as a grid file."""
+        fields = {key: value for key, value in self.grid.replace(profiles={}).to_dict().items()
+                  if key != "kind" and value not in (None, {}, [])}
+        for key in ("tune",):
+            if key in fields:
+                fields[key].pop("kind")
+        return {"grid.yaml": yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}
 
     @property
     def runs(self) -> dict[str, Run]:
@@ -225,6 +255,12 @@ class Study:
         rows = {status: counts[status] for status in ARM_STATUSES if counts[status]}
         return pd.Series({**rows, "arms": self._tuning.count}, name=self.name, dtype=int)
 
+    def export(self, out: str | Path, **options: Any) -> Path:
+        """Everything a reviewer needs, in one folder or one .zip; see `collie_lab.study.export.export`."""
+        from collie_lab.study.export import export
+
+        return export(self, out, **options)
+
     # --- inside
 
     def _frame(self, arms: list[Arm]) -> pd.DataFrame:
@@ -239,7 +275,6 @@ class Study:
             status, summary = self._outcome(arm)
             state = folder.state if folder is not None else {}
             run = folder.run if folder is not None else None
-            speed = summary.get("tokens_per_second")
             rows[arm.name] = {
                 "id": arm.id, **{axis: arm.labels.get(axis) for axis in axes}, "seed": arm.seed, "status": status,
                 "reason": state.get("reason", ""), "attempts": state.get("attempts", 0),
@@ -247,8 +282,7 @@ class Study:
                 "code": code_version(state.get("provenance", {})), "arm_seconds": state.get("seconds"),
                 **({} if arm.group is None else {"trials": tried[arm.group]}),
                 **{key: value for key, value in summary.items() if key not in ("status", "detail")},
-                "tgs": None if speed is None else speed / arm.gpus,
-                "planned_bytes": planned.get(arm.id, {}).get("bytes"),
+                **_planned_columns(planned.get(arm.id, {})),
             }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
@@ -258,7 +292,7 @@ class Study:
             folder = self._folder(arm)
             status = "pending" if folder is None else folder.status
             run = folder.run if folder is not None else None
-            found = status, {} if run is None or status not in FINAL else dict(run.summary)
+            found = status, {} if run is None or status not in FINAL else run_figures(run)
             if status not in FINAL:
                 return found
             self._ends[arm.id] = found
@@ -293,6 +327,12 @@ class Study:
             "arms": {arm.id: arm.name for arm in self.arms}, "tuning": tuning,
             "grid": self.grid.replace(profiles={}).to_dict(),
         })
+
+
+def _planned_columns(plan: Mapping[str, Any]) -> dict[str, float | None]:
+    """What the forecast said of the memory: the whole, and `planned_weights`, `planned_optimizer`, ..."""
+    parts = plan.get("components") or {}
+    return {"planned_bytes": plan.get("bytes"), **{f"planned_{role}": size for role, size in parts.items()}}
 
 
 def summary_text(statuses: Iterable[str]) -> str:
