@@ -120,8 +120,7 @@ class Table:
     def to_latex(self, *, siunitx: bool = False, label: str = "") -> str:
         """A booktabs table. With a caption or notes it is a `table` environment, else the `tabular` alone.
 
-        With `siunitx`, figures stand in `S` columns, aligned at the decimal marker and the ±: version 3 of the
-        package, `\\sisetup{separate-uncertainty=true}`.
+        With `siunitx` (version 3 of the package), figures stand in `S` columns, aligned at the decimal marker.
         """
         return _markup.latex(self, siunitx=siunitx, label=label)
 
