@@ -147,8 +147,8 @@ def _arm(grid: Grid, combination: Combination, seed: int | None, name: str, home
     group = None
     if grid.tune is not None and not combination.included:
         group = tuple(label for axis, label in combination.labels.items() if axis != grid.tune.axis)
-    return Arm(name, home.id_of(identity), identity.key, combination.labels, experiment.training.seed, experiment, runner, grid.timeout,
-               grid.memory_limit, group)
+    return Arm(name, home.id_of(identity), identity.key, combination.labels, experiment.training.seed, experiment,
+               runner, grid.timeout, grid.memory_limit, group)
 
 
 def _names(points: Sequence[tuple[dict[str, Any], int | None]], fallback: str) -> list[str]:

@@ -72,7 +72,7 @@ def write_sidecar(stem: Path, arms: dict[str, Any]) -> Path:
 
 
 def origins(outcomes: Outcomes) -> dict[str, dict[str, list[str]]]:
-    """Where the arms were measured: of the commit, the hardware, the host and the versions every value, and its arms."""
+    """Where the arms were measured: every commit, hardware, host and set of versions, and the arms of each."""
     found: dict[str, dict[str, list[str]]] = {}
     for name, run in outcomes.runs.items():
         conditions = Conditions(run)

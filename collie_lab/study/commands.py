@@ -1,7 +1,7 @@
 """`collie-lab study run|status|report|export|retry FILE`: a study from a shell.
 
-Exit codes: 0, every arm is ok; 1, all have ended, but not all well; 2, a mistake in the grid or the options, nothing was
-started; 3, some have not ended; 130, interrupted.
+Exit codes: 0, every arm is ok; 1, all have ended, but not all well; 2, a mistake in the grid or the options, nothing
+was started; 3, some have not ended; 130, interrupted.
 """
 
 from __future__ import annotations

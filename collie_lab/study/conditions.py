@@ -189,7 +189,7 @@ def _schedule(run: Conditions) -> str | None:
     return ", ".join(words) or None
 
 
-#: What is compared, the gravest first. The tuning budget is the frame's to tell: no run has it.
+#: What is compared, the gravest first. The tuning budget no single run knows.
 ASPECTS: Final = (
     Aspect("tokens per step", ("training.batch_size", "data", "model"), lambda run: run.tokens_per_step,
            count_text, tolerance=0.01),

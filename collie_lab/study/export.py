@@ -78,13 +78,10 @@ def _fill(folder: Path, outcomes: Presentation, tables: Mapping[str, Table], fig
     for name, figure in figures.items():
         figure.save(folder / "figures" / name)
     outcomes.frame.to_csv(folder / "arms.csv")
-    if outcomes.tuned:
-        outcomes.trials.to_csv(folder / "trials.csv")
     found.frame.to_csv(folder / "fairness.csv", index=False)
     for name, text in outcomes.recipe.items():
         (folder / name).write_text(text, encoding="utf-8")
-    names = dict.fromkeys([*outcomes.frame.index, *outcomes.folders, *outcomes.runs])  # also what was tried in tuning
-    places = {name: _copy_arm(outcomes, name, folder / "arms") for name in names}
+    places = {name: _copy_arm(outcomes, name, folder / "arms") for name in outcomes.frame.index}
     (folder / "requirements.txt").write_text(_requirements(outcomes), encoding="utf-8")
     write_json(folder / _MARK, {"title": outcomes.title, "folders": places, **sidecar(outcomes)})
     write_report(outcomes, folder / "report.html", tables=tables, figures=figures, prose=prose)
@@ -140,7 +137,6 @@ def _readme(outcomes: Presentation, tables: Mapping[str, Table], figures: Mappin
           for name, table in tables.items()),
         *((f"figures/{name}.*", "PDF, SVG, PNG; what is drawn (CSV); its arms (JSON)") for name in figures),
         ("arms.csv", "every figure of every arm, unrounded, in base units"),
-        *([("trials.csv", "the same of the arms that were tried in tuning")] if outcomes.tuned else []),
         ("fairness.csv", "what else differs between arms that are compared"),
         *((name, "the grid, from which all arms follow") for name in outcomes.recipe),
         ("arms/", "of every arm its notebook, experiment, environment, steps, evaluations and result; no weights"),

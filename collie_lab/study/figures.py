@@ -1,12 +1,13 @@
 """The figures of a study, each by its kind: data from `series`, drawn by `_drawing` in the one look of `view.style`.
 
 Every figure takes `by` (the axis whose labels are told apart; default: what is compared), `panels` (an axis spread over
-panels side by side) and `where` (only arms with these labels), as `tabulate` does.
+panels side by side), `where` (only arms with these labels) and `tuned` (axes that were tuned, with the metric that
+chooses; default: those of the outcomes), as `tabulate` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,18 +17,17 @@ from collie_lab.study._canvas import Canvas, StudyFigure, fitted, mark
 from collie_lab.study.columns import Column, column
 from collie_lab.study.fairness import compared_axis
 from collie_lab.study.groups import Value, label_text, ordered
-from collie_lab.study.outcomes import Outcomes, arm_frame, seedless
+from collie_lab.study.outcomes import Outcomes, arm_frame, seedless, tuned_axes
 from collie_lab.study.series import Fit, Line, Panel, bands, fit, lines, points_frame
 from collie_lab.view.style import INK, MUTED, style
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from collie_lab.launch import Run
-
 __all__ = ["KINDS", "StudyFigure", "bars", "components", "curves", "draw", "pareto", "size", "size_fits", "sweep"]
 
 Where = Mapping[str, Any] | None
+Tuned = Mapping[str, str | Column] | None
 
 
 def draw(outcomes: Outcomes, kind: str, **options: Any) -> StudyFigure:
@@ -44,7 +44,7 @@ def draw(outcomes: Outcomes, kind: str, **options: Any) -> StudyFigure:
 
 def size(
     outcomes: Outcomes, metric: str | Column = "peak_bytes", *, against: str = "parameters", by: str | None = None,
-    panels: str | None = None, where: Where = None, planned: str | None = "planned_bytes",
+    panels: str | None = None, where: Where = None, tuned: Tuned = None, planned: str | None = "planned_bytes",
     reference: Mapping[Any, float] | None = None, log: bool | None = None, title: str = "",
 ) -> StudyFigure:
     """A figure against a size, with a line fitted to each label: GB per billion parameters.
@@ -57,8 +57,8 @@ def size(
     """
     by, shown = by or compared_axis(outcomes.axes), column(metric)
     arms = arm_frame(outcomes)
-    over = [axis for axis in seedless(outcomes.axes) if axis not in (by, panels)]
-    found = lines(outcomes, against, shown, by, panels=panels, where=where, over=over)
+    over = [axis for axis in seedless(outcomes.axes) if axis not in (by, panels, *_tuned(outcomes, tuned))]
+    found = lines(outcomes, against, shown, by, panels=panels, where=where, tuned=tuned, over=over)
     shown, canvas, words = fitted(shown, found), Canvas(outcomes, found, panels, title), {}
     sizes = [point.x for point in canvas.points if point.x == point.x]
     log = max(sizes) > 20 * min(sizes) if log is None and sizes else bool(log)
@@ -80,15 +80,15 @@ def size(
 
 def size_fits(
     outcomes: Outcomes, metric: str = "peak_bytes", *, against: str = "parameters", by: str | None = None,
-    where: Where = None,
+    where: Where = None, tuned: Tuned = None,
 ) -> pd.DataFrame:
     """The fitted lines of `size`, a row a label: `slope` (bytes a parameter are GB per billion), `intercept` (base
     unit), `r2`, `n` (sizes)."""
     import pandas as pd
 
     by = by or compared_axis(outcomes.axes)
-    over = [axis for axis in seedless(outcomes.axes) if axis != by]
-    panel, = lines(outcomes, against, metric, by, where=where, over=over)
+    over = [axis for axis in seedless(outcomes.axes) if axis not in (by, *_tuned(outcomes, tuned))]
+    panel, = lines(outcomes, against, metric, by, where=where, tuned=tuned, over=over)
     rows = {label: {"slope": each.slope, "intercept": each.intercept, "r2": each.r2, "n": each.n}
             for label, each in _fits(panel).items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["slope", "intercept", "r2", "n"]).rename_axis(by)
@@ -113,7 +113,7 @@ def _forecast(panel: Panel, key: str | None) -> dict[Any, dict[float, float]]:
 
 def bars(
     outcomes: Outcomes, metric: str | Column = "tgs", *, x: str | None = None, by: str | None = None,
-    panels: str | None = None, where: Where = None,
+    panels: str | None = None, where: Where = None, tuned: Tuned = None,
     reference: Mapping[Any, Mapping[Any, float]] | None = None, title: str = "",
 ) -> StudyFigure:
     """Grouped bars with the deviation over seeds: a group for each label on the axis `x`, a bar for each on `by`.
@@ -123,9 +123,9 @@ def bars(
         reference: published figures, by label and place: `{"ZeRO-3": {"llama-7b": 1763}}`; strokes across the bars.
     """
     by, shown = by or compared_axis(outcomes.axes), column(metric)
-    left = [axis for axis in seedless(outcomes.axes) if axis not in (by, panels)]
+    left = [axis for axis in seedless(outcomes.axes) if axis not in (by, panels, *_tuned(outcomes, tuned))]
     x = x or (left[0] if left else by)
-    found = lines(outcomes, x, shown, by, panels=panels, where=where)
+    found = lines(outcomes, x, shown, by, panels=panels, where=where, tuned=tuned)
     shown, canvas = fitted(shown, found), Canvas(outcomes, found, panels, title)
     places = ordered(point.x for point in canvas.points)
     for axes, panel in zip(canvas.axes, found, strict=True):
@@ -138,7 +138,7 @@ def bars(
 
 def components(
     outcomes: Outcomes, metric: str | Column = "peak_bytes", *, planned: pd.DataFrame | None = None,
-    by: str | None = None, panels: str | None = None, where: Where = None, title: str = "",
+    by: str | None = None, panels: str | None = None, where: Where = None, tuned: Tuned = None, title: str = "",
 ) -> StudyFigure:
     """What the planned memory is made of, stacked, and the measured total beside it.
 
@@ -153,7 +153,7 @@ def components(
 
     by, shown = by or compared_axis(outcomes.axes), column(metric)
     parts = _parts(outcomes, planned)
-    found = lines(outcomes, by, shown, by, panels=panels, where=where)
+    found = lines(outcomes, by, shown, by, panels=panels, where=where, tuned=tuned)
     canvas = Canvas(outcomes, found, panels, title)
     stacks = [{line.label: _stack(parts, line) for line in panel.lines} for panel in found]
     shown = shown.fitted([*(sum(stack.values()) for each in stacks for stack in each.values()),
@@ -208,7 +208,7 @@ class ParetoPoint:
 
 def pareto(
     outcomes: Outcomes, x: str | Column = "peak_bytes", y: str | Column = "perplexity", *, by: str | None = None,
-    panels: str | None = None, where: Where = None, area: str | None = None, title: str = "",
+    panels: str | None = None, where: Where = None, tuned: Tuned = None, area: str | None = None, title: str = "",
 ) -> StudyFigure:
     """Two figures against each other, a point a label; a line joins those that no other beats in both.
 
@@ -218,7 +218,7 @@ def pareto(
     import pandas as pd
 
     by, across, up = by or compared_axis(outcomes.axes), column(x), column(y)
-    found = lines(outcomes, by, up, by, panels=panels, where=where)
+    found = lines(outcomes, by, up, by, panels=panels, where=where, tuned=tuned)
     canvas = Canvas(outcomes, found, panels, title)
     points = [_pareto_points(panel, across, up, area) for panel in found]
     across, up = across.fitted(point.x.mean for each in points for point in each), fitted(up, found)
@@ -255,7 +255,7 @@ def _pareto_points(panel: Panel, x: Column, y: Column, area: str | None) -> list
 
 def curves(
     outcomes: Outcomes, metric: str | Column = "loss", *, by: str | None = None, panels: str | None = None,
-    where: Where = None, log: bool = False, title: str = "",
+    where: Where = None, tuned: Tuned = None, log: bool = False, title: str = "",
 ) -> StudyFigure:
     """Courses over the steps: the mean over seeds, with a band of one standard deviation.
 
@@ -264,7 +264,7 @@ def curves(
     import pandas as pd
 
     by, shown = by or compared_axis(outcomes.axes), column(metric)
-    found = bands(outcomes, shown.key, by, panels=panels, where=where)
+    found = bands(outcomes, shown.key, by, panels=panels, where=where, tuned=tuned)
     shells = [Panel(label, tuple(Line(band.label, ()) for band in each)) for label, each, _ in found]
     canvas = Canvas(outcomes, shells, panels, title)
     for axes, (_, each, _) in zip(canvas.axes, found, strict=True):
@@ -280,21 +280,20 @@ def curves(
 
 def sweep(
     outcomes: Outcomes, metric: str | Column | None = None, *, axis: str | None = None, by: str | None = None,
-    panels: str | None = None, where: Where = None, title: str = "",
+    panels: str | None = None, where: Where = None, tuned: Tuned = None, title: str = "",
 ) -> StudyFigure:
     """A figure along an axis that was tuned, a line a label, its best ringed; crosses: arms without the figure.
 
-    `axis` and `metric` default to what the outcomes were `tuned` by; then all their `trials` are drawn.
+    `axis` and `metric` default to the first of `tuned`.
     """
-    tuned = getattr(outcomes, "tuned", None) or (axis, "loss")
-    axis = axis or tuned[0]
+    tuned = _tuned(outcomes, tuned)
+    axis = axis or next(iter(tuned), None)
     if axis is None:
         raise ValueError("figure: nothing was tuned here: name the axis of the sweep, axis=")
-    tried = outcomes if axis in outcomes.axes else _Tried(outcomes, axis)
-    shown = column(metric or tuned[1])
+    shown = column(metric or tuned.get(axis, "loss"))
     by = by or compared_axis([each for each in outcomes.axes if each != axis] or [axis])
-    found = lines(tried, axis, shown, by, panels=panels, where=where)
-    shown, canvas = fitted(shown, found), Canvas(tried, found, panels, title)
+    found = lines(outcomes, axis, shown, by, panels=panels, where=where, tuned=tuned)
+    shown, canvas = fitted(shown, found), Canvas(outcomes, found, panels, title)
     places = [point.x for point in canvas.points]
     log = all(isinstance(x, (int, float)) and x > 0 for x in places) and max(places) > 4 * min(places)
     for axes, panel in zip(canvas.axes, found, strict=True):
@@ -303,13 +302,9 @@ def sweep(
     return canvas.finish(shown.heading, drawing.handles(canvas), points_frame(found, axis, shown.key, by, panels))
 
 
-class _Tried:
-    """The trials of outcomes, with the tuned axis among their axes."""
-
-    def __init__(self, outcomes: Any, axis: str):
-        self.frame: pd.DataFrame = outcomes.trials
-        self.axes: Sequence[str] = [*outcomes.axes, axis]
-        self.runs: Mapping[str, Run] = outcomes.runs
+def _tuned(outcomes: Outcomes, tuned: Tuned) -> Mapping[str, str | Column]:
+    """Those that were given, else those of the outcomes."""
+    return tuned_axes(outcomes) if tuned is None else tuned
 
 
 #: Every kind of figure.

@@ -15,7 +15,7 @@ from collie_lab.study.store import FINAL, ArmFolder
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Forecast"]
+__all__ = ["Forecast", "planned_columns"]
 
 
 class Forecast:
@@ -56,6 +56,12 @@ class Forecast:
         open_ = ~frame["status"].isin(FINAL)
         frame["remaining"] = frame["seconds"].where(open_, 0.0)
         return frame
+
+
+def planned_columns(plan: Mapping[str, Any]) -> dict[str, float | None]:
+    """A plan's memory as columns of a frame: `planned_bytes`, and its parts: `planned_weights`, ..."""
+    parts = plan.get("components") or {}
+    return {"planned_bytes": plan.get("bytes"), **{f"planned_{role}": size for role, size in parts.items()}}
 
 
 def _without_luck(experiment: Experiment) -> Experiment:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from collie_lab.study.columns import Column, column
 from collie_lab.study.outcomes import FINISHED, SEED, seedless
 from collie_lab.view.units import NOTHING
 
@@ -104,7 +105,7 @@ def known_axes(names: Iterable[str], axes: Sequence[str], what: str) -> list[str
 
 def group_arms(
     arms: pd.DataFrame, axes: Sequence[str], by: Sequence[str], *, where: Mapping[str, Any] | None = None,
-    free: Collection[str] = (),
+    tuned: Mapping[str, str | Column] | None = None, free: Collection[str] = (),
 ) -> list[Group]:
     """The arms by their labels on the axes `by`, in the order of the grid.
 
@@ -112,6 +113,7 @@ def group_arms(
         arms: what `arm_frame` gives.
         axes: all axes of the arms.
         where: only arms with these labels: `{"model": "llama-5m"}`, or one of several: `{"model": ["a", "b"]}`.
+        tuned: axes that were tuned, each with the metric that chooses its value: a group keeps the arms at its best.
         free: axes in which the arms of a group may differ.
 
     Raises:
@@ -130,10 +132,29 @@ def group_arms(
     for key in ordered(keys):
         labels = dict(zip(by, key, strict=True))
         members = arms[[each == key for each in keys]]
+        for axis, metric in (tuned or {}).items():
+            if axis in axes and axis not in by:
+                members = _best_of(members, axis, metric)
         groups.append(Group(labels, members))
         for axis in seedless(axes):
-            if axis not in by and axis not in free and len(ordered(members[axis])) > 1:
+            if axis not in [*by, *free, *(tuned or {})] and len(ordered(members[axis])) > 1:
                 raise ValueError(
                     f"arms that differ in {axis!r} would be averaged ({', '.join(map(str, ordered(members[axis])))}): "
                     f"put it into rows, columns or panels, or choose a value with where={{{axis!r}: ...}}")
     return groups
+
+
+def _best_of(arms: pd.DataFrame, axis: str, metric: str | Column) -> pd.DataFrame:
+    """The arms at the value of a tuned axis that has the best metric, over the seeds with which all were tried."""
+    shown = column(metric)
+    if shown.better is None:
+        raise ValueError(f"tuned: is less or more of {shown.key!r} better? A Column in its place can say so")
+    tried: dict[Any, pd.DataFrame] = {value: arms[arms[axis] == value] for value in ordered(arms[axis])}
+    samples = {value: Group({}, members).value(shown.key).samples for value, members in tried.items()}
+    samples = {value: each for value, each in samples.items() if each}
+    if not samples:
+        return arms  # none of them has the metric: all words, none of them the best
+    common = set.intersection(*(set(each) for each in samples.values()))
+    sign = 1 if shown.better == "min" else -1
+    scores = {value: sign * statistics.fmean(each[seed] for seed in common or each) for value, each in samples.items()}
+    return tried[min(scores, key=lambda value: scores[value])]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from collie_lab.launch import Run
+    from collie_lab.study.columns import Column
     from collie_lab.study.fairness import Fairness
     from collie_lab.study.table import Table
     from collie_lab.view.figures import Picture
@@ -49,14 +50,9 @@ class Presentation(ABC, Outcomes):
         return {}
 
     @property
-    def tuned(self) -> tuple[str, str] | None:
-        """The axis that was tuned, which is then none of `axes`, and the metric that chose its value."""
-        return None
-
-    @property
-    def trials(self) -> pd.DataFrame:
-        """As `frame`, the arms among which a tuned value was chosen; none where nothing was tuned."""
-        return self.frame.iloc[:0]
+    def tuned(self) -> Mapping[str, str | Column]:
+        """The axes that were tuned, each with the metric that chooses its value."""
+        return {}
 
     @property
     def recipe(self) -> Mapping[str, str]:

@@ -96,7 +96,7 @@ class Runner:
         for job in self._jobs.values():
             job.stop()
         try:
-            while any([job.alive for job in self._jobs.values()]):
+            while any(job.alive for job in self._jobs.values()):
                 time.sleep(_POLL)
         except KeyboardInterrupt:
             self._kill()

@@ -13,7 +13,7 @@ import numpy as np
 from collie_lab.launch import Run
 from collie_lab.study.columns import Column, column
 from collie_lab.study.groups import Group, Value, group_arms, known_axes, ordered
-from collie_lab.study.outcomes import FINISHED, Outcomes, arm_frame
+from collie_lab.study.outcomes import FINISHED, Outcomes, arm_frame, tuned_axes
 from collie_lab.view.curves import Array, smooth
 
 if TYPE_CHECKING:
@@ -64,13 +64,14 @@ def _is_nan(value: Any) -> bool:
 
 def lines(
     outcomes: Outcomes, x: str, y: str | Column, by: str, *, panels: str | None = None,
-    where: Mapping[str, Any] | None = None, over: Sequence[str] = (),
+    where: Mapping[str, Any] | None = None, tuned: Mapping[str, str | Column] | None = None, over: Sequence[str] = (),
 ) -> list[Panel]:
     """The figure `y` against `x`, a line for each label on the axis `by`.
 
     Args:
         x: an axis, whose labels are the places; or a figure, whose mean is.
         panels: an axis spread over several panels.
+        tuned: axes that were tuned, each with the metric that chooses its value; default: those of the outcomes.
         over: further axes along which the points of a line lie.
 
     Raises:
@@ -82,7 +83,7 @@ def lines(
         if key not in arms:
             raise ValueError(f"figure: no arm has {key!r}; there are: {', '.join(map(str, arms.columns))}")
     spread = list(dict.fromkeys([*([panels] if panels else []), by, *([x] if x in axes else []), *over]))
-    groups = group_arms(arms, axes, spread, where=where)
+    groups = group_arms(arms, axes, spread, where=where, tuned=tuned_axes(outcomes) if tuned is None else tuned)
     found = []
     for panel in ordered(group.labels[panels] for group in groups) if panels else [None]:
         here = [group for group in groups if panels is None or group.labels[panels] == panel]
@@ -152,6 +153,7 @@ class Band:
 
 def bands(
     outcomes: Outcomes, metric: str, by: str, *, panels: str | None = None, where: Mapping[str, Any] | None = None,
+    tuned: Mapping[str, str | Column] | None = None,
 ) -> list[tuple[Any, list[Band], list[str]]]:
     """Curves of a column of `run.metrics` (smoothed, from 20 steps on) or of `run.evaluations`, over the seeds.
 
@@ -162,7 +164,8 @@ def bands(
     """
     axes, runs = list(outcomes.axes), outcomes.runs
     known_axes([by, *([panels] if panels else [])], axes, "figure")
-    groups = group_arms(arm_frame(outcomes), axes, [*([panels] if panels else []), by], where=where)
+    groups = group_arms(arm_frame(outcomes), axes, [*([panels] if panels else []), by], where=where,
+                        tuned=tuned_axes(outcomes) if tuned is None else tuned)
     found: list[tuple[Any, list[Band], list[str]]] = []
     for panel in ordered(group.labels[panels] for group in groups) if panels else [None]:
         here = [group for group in groups if panels is None or group.labels[panels] == panel]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -16,10 +17,11 @@ from collie_lab.folder import write_json
 from collie_lab.launch import Run
 from collie_lab.provenance import code_version, provenance
 from collie_lab.study.arms import Arm, arms_of
+from collie_lab.study.columns import Column, column
 from collie_lab.study.executor import Executor, make_executor
-from collie_lab.study.forecast import Forecast
+from collie_lab.study.forecast import Forecast, planned_columns
 from collie_lab.study.grid import Grid
-from collie_lab.study.outcomes import run_figures
+from collie_lab.study.outcomes import SEED, run_figures
 from collie_lab.study.presentation import Presentation
 from collie_lab.study.progress import Progress
 from collie_lab.study.runner import Runner
@@ -30,10 +32,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Study"]
-
-#: Columns of the frame that every arm has, beside those of its axes.
-_OWN: Final = ("id", "seed", "status", "reason", "attempts", "run")
-
 
 class Study(Presentation):
     """The arms of a grid file.
@@ -59,7 +57,7 @@ class Study(Presentation):
         self.profile = profile
         name = self.grid.name if profile is None else f"{self.grid.name}-{profile}"
         self.results = Path(results if results is not None else Path("results") / name)
-        self._ends: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._ends: dict[str, tuple[str, dict[str, Any]]] = {}  # of arms that have ended: status and summary
         self._folders: dict[str, ArmFolder] = {}
         self._made_now: dict[str, ArmFolder] = {}
         self._tuning = Tuning(self.grid.tune, arms_of(self.grid, self.results), self._outcome)
@@ -84,19 +82,22 @@ class Study(Presentation):
 
     @property
     def axes(self) -> list[str]:
-        """The axes by which arms are compared; not the seed, and not the one that is tuned."""
-        tuned = self.grid.tune.axis if self.grid.tune is not None else None
-        return [axis for axis in self.grid.axes if axis != tuned]
+        """The axes of the grid, and `seed` where there are several."""
+        axes = dict.fromkeys(axis for arm in self.arms for axis in arm.labels)
+        return [*axes, *([SEED] if len({arm.seed for arm in self.arms}) > 1 else [])]
+
+    @property
+    def tuned(self) -> dict[str, Column]:
+        """The axis that is tuned, and the metric that chooses its value."""
+        if self.grid.tune is None:
+            return {}
+        better = direction(self.arms[0], self.grid.tune)
+        return {self.grid.tune.axis: replace(column(self.grid.tune.metric), better=better)}
 
     @property
     def title(self) -> str:
         """The name and the profile."""
         return self.name if self.profile is None else f"{self.name} ({self.profile})"
-
-    @property
-    def tuned(self) -> tuple[str, str] | None:
-        """The axis that the grid tunes, and the metric."""
-        return None if self.grid.tune is None else (self.grid.tune.axis, self.grid.tune.metric)
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -109,9 +110,8 @@ class Study(Presentation):
         """The grid with the profile in place, as a grid file."""
         fields = {key: value for key, value in self.grid.replace(profiles={}).to_dict().items()
                   if key != "kind" and value not in (None, {}, [])}
-        for key in ("tune",):
-            if key in fields:
-                fields[key].pop("kind")
+        if "tune" in fields:
+            del fields["tune"]["kind"]
         return {"grid.yaml": yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}
 
     @property
@@ -132,23 +132,17 @@ class Study(Presentation):
 
     @property
     def frame(self) -> pd.DataFrame:
-        """A row an arm: its labels, seed, status and reason, and every figure of its run in base units.
-
-        `tgs` is useful tokens per rank and second; `planned_bytes` what the forecast said of the memory of the worst
-        rank. Where the grid tunes, only arms at the chosen values are there, `trials` says among how many values;
-        `study.trials` has them all.
+        """A row an arm, by its name: `id`, its labels, `seed`, `status` and `reason`, `attempts`, `run` (the folder),
+        `runner`, `code` (the version of collie_lab), `arm_seconds` (of the last attempt, from the start of its process
+        to its end), the figures of its run (see `run_figures`), and `planned_bytes`, the peak that the forecast said,
+        with its parts: `planned_weights`, `planned_optimizer`, ...
         """
-        self._ends.clear()
-        return self._frame(self._tuning.counted())
+        import pandas as pd
 
-    @property
-    def trials(self) -> pd.DataFrame:
-        """The arms that a tuned value was chosen among, as in `frame`; `best` marks the one of each group."""
         self._ends.clear()
-        choices = self._tuning.choices().values()
-        frame = self._frame([arm for trials in choices for arm in trials.arms])
-        frame["best"] = [arm is trials.best for trials in choices for arm in trials.arms]
-        return frame
+        planned = Forecast(self.results).planned
+        rows = {arm.name: {**self._row(arm), **planned_columns(planned.get(arm.id, {}))} for arm in self.arms}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
     # --- before anything runs
 
@@ -263,28 +257,18 @@ class Study(Presentation):
 
     # --- inside
 
-    def _frame(self, arms: list[Arm]) -> pd.DataFrame:
-        import pandas as pd
-
-        planned = Forecast(self.results).planned
-        axes = list(dict.fromkeys(axis for arm in self.arms for axis in arm.labels))
-        tried = {group: len(trials.arms) for group, trials in self._tuning.choices().items()}
-        rows = {}
-        for arm in arms:
-            folder = self._folder(arm)
-            status, summary = self._outcome(arm)
-            state = folder.state if folder is not None else {}
-            run = folder.run if folder is not None else None
-            rows[arm.name] = {
-                "id": arm.id, **{axis: arm.labels.get(axis) for axis in axes}, "seed": arm.seed, "status": status,
-                "reason": state.get("reason", ""), "attempts": state.get("attempts", 0),
-                "run": None if run is None else str(run.folder.path), "runner": arm.runner,
-                "code": code_version(state.get("provenance", {})), "arm_seconds": state.get("seconds"),
-                **({} if arm.group is None else {"trials": tried[arm.group]}),
-                **{key: value for key, value in summary.items() if key not in ("status", "detail")},
-                **_planned_columns(planned.get(arm.id, {})),
-            }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+    def _row(self, arm: Arm) -> dict[str, Any]:
+        folder = self._folder(arm)
+        state: dict[str, Any] = folder.state if folder is not None else {"status": "pending"}
+        run = folder.run if folder is not None else None
+        figures = {} if run is None else run_figures(run)
+        return {
+            "id": arm.id, **arm.labels, SEED: arm.seed, "status": state["status"], "reason": state.get("reason", ""),
+            "attempts": state.get("attempts", 0), "run": None if run is None else str(run.folder.path),
+            "runner": arm.runner, "code": code_version(state.get("provenance", {})),
+            "arm_seconds": state.get("seconds"),
+            **{key: value for key, value in figures.items() if key not in ("status", "detail")},
+        }
 
     def _outcome(self, arm: Arm) -> tuple[str, dict[str, Any]]:
         """Status and summary of an arm; of one that has ended they are read once."""
@@ -292,7 +276,7 @@ class Study(Presentation):
             folder = self._folder(arm)
             status = "pending" if folder is None else folder.status
             run = folder.run if folder is not None else None
-            found = status, {} if run is None or status not in FINAL else run_figures(run)
+            found = status, {} if run is None or status not in FINAL else dict(run.summary)
             if status not in FINAL:
                 return found
             self._ends[arm.id] = found
@@ -327,12 +311,6 @@ class Study(Presentation):
             "arms": {arm.id: arm.name for arm in self.arms}, "tuning": tuning,
             "grid": self.grid.replace(profiles={}).to_dict(),
         })
-
-
-def _planned_columns(plan: Mapping[str, Any]) -> dict[str, float | None]:
-    """What the forecast said of the memory: the whole, and `planned_weights`, `planned_optimizer`, ..."""
-    parts = plan.get("components") or {}
-    return {"planned_bytes": plan.get("bytes"), **{f"planned_{role}": size for role, size in parts.items()}}
 
 
 def summary_text(statuses: Iterable[str]) -> str:

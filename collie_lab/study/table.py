@@ -13,7 +13,7 @@ from collie_lab.study.artefacts import sidecar, write_sidecar
 from collie_lab.study.columns import DEFAULT_METRICS, Column, column
 from collie_lab.study.fairness import Fairness, compared_axis, fairness
 from collie_lab.study.groups import Group, Value, group_arms, known_axes, label_text, ordered
-from collie_lab.study.outcomes import FINISHED, Outcomes, arm_frame, seedless
+from collie_lab.study.outcomes import FINISHED, Outcomes, arm_frame, seedless, tuned_axes
 from collie_lab.study.significance import Test, Verdict, against_best, test_words
 from collie_lab.view.units import NOTHING
 
@@ -160,17 +160,19 @@ def _index(labels: list[Labels], names: list[str]) -> pd.Index[Any]:
 def tabulate(
     outcomes: Outcomes, metrics: Sequence[str | Column] | None = None, *, rows: Sequence[str] | None = None,
     columns: Sequence[str] = (), compare: str | None = None, where: Mapping[str, Any] | None = None,
-    best: bool = True, test: Test | None = None, alpha: float = 0.05,
+    tuned: Mapping[str, str | Column] | None = None, best: bool = True, test: Test | None = None, alpha: float = 0.05,
     fair: bool | Collection[str] = True, caption: str = "",
 ) -> Table:
     """The table of a study.
 
     Args:
         metrics: keys of the frame, or `Column`s; default: those of `DEFAULT_METRICS` that some arm has.
-        rows: axes of the rows; default: all that vary and are neither in `columns` nor the seed.
+        rows: axes of the rows; default: all that vary and are neither in `columns`, tuned nor the seed.
         columns: axes spread beside each other below each metric.
         compare: the axis along which the best is looked for, all other labels equal; see `compared_axis`.
         where: only arms with these labels: `{"model": "llama-5m"}` or `{"model": ["llama-1m", "llama-5m"]}`.
+        tuned: axes that were tuned, each with the metric that chooses its value, `{"optimizer.lr": "perplexity"}`: the
+            table shows the arms at the best; default: those of the outcomes.
         best: set the best figure in bold, and all that show the same; with `test`, also all that are not
             significantly worse.
         test: `welch` (independent seeds) or `paired` (the same seeds in all), each corrected after Holm.
@@ -183,13 +185,14 @@ def tabulate(
         ValueError: an unknown axis or metric; arms that differ in an axis that is named nowhere.
     """
     arms, axes = arm_frame(outcomes), list(outcomes.axes)
+    tuned = tuned_axes(outcomes) if tuned is None else tuned
     given = known_axes(rows if rows is not None else [], axes, "rows")
     columns = known_axes(columns, axes, "columns")
-    row_axes = given or _row_axes(arms, axes, columns)
+    row_axes = given or _row_axes(arms, axes, [*columns, *tuned])
     compared, = known_axes([compare or compared_axis(axes, row_axes)], axes, "compare")
     shown = _metrics(arms, metrics)
     groups = {tuple(group.labels.values()): group
-              for group in group_arms(arms, axes, [*row_axes, *columns], where=where)}
+              for group in group_arms(arms, axes, [*row_axes, *columns], where=where, tuned=tuned)}
     row_labels = ordered(labels[:len(row_axes)] for labels in groups)
     column_labels = _sorted_columns(ordered(labels[len(row_axes):] for labels in groups), arms, columns)
     table = Table(outcomes, list(row_axes), columns, row_labels,
@@ -202,13 +205,14 @@ def tabulate(
     if best:
         _mark_best(table, compared, test, alpha)
     if fair is not False:
-        _mark_differences(table, fairness(outcomes, compared, where=where, intended=() if fair is True else fair))
+        _mark_differences(table, fairness(outcomes, compared, where=where, tuned=[*tuned],
+                                          intended=() if fair is True else fair))
     table.notes.sort(key=lambda note: bool(note.mark))
     return table
 
 
-def _row_axes(arms: pd.DataFrame, axes: Sequence[str], columns: Sequence[str]) -> list[str]:
-    free = [axis for axis in seedless(axes) if axis not in columns]
+def _row_axes(arms: pd.DataFrame, axes: Sequence[str], taken: Collection[str]) -> list[str]:
+    free = [axis for axis in seedless(axes) if axis not in taken]
     return [axis for axis in free if len(ordered(arms[axis])) > 1] or free[:1]
 
 
