@@ -193,13 +193,13 @@ def _connect(address: str | None) -> bool:
     if ray.is_initialized():  # by the notebook: it is theirs
         return False
     address = address or os.environ.get("RAY_ADDRESS")
+    started: dict[str, Any] = {"address": address} if address is not None else {"include_dashboard": False}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        if address is not None:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-            return True
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
-    except (ConnectionError, ray.exceptions.RayError) as error:
-        raise CellError([Problem("Ray", "address", f"no Ray answers at {address!r}: {error}",
-                                 "`ray status` on that machine; leave it out for a Ray of this machine")]) from None
+        ray.init(**started, logging_level=logging.WARNING, log_to_driver=False)
+    except Exception as error:  # Ray raises plain ones where its daemons do not come up in time
+        ray.shutdown()
+        what, remedy = ("no Ray answers at " + address, "`ray status` on a machine of the cluster") if address else \
+            ("Ray does not start", "on an overloaded machine it gives up after a minute; /tmp/ray has its logs")
+        raise CellError([Problem("Ray", "address", f"{what}: {error}", remedy)]) from None
     return True

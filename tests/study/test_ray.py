@@ -9,8 +9,7 @@ import psutil
 import pytest
 
 from collie_lab.cells import CellError
-from collie_lab.study import Ray, Study
-from collie_lab.study.executor import make_executor
+from collie_lab.study import Study
 from tests.processes import wait_until
 from tests.study.executors import finish, running, steps
 from tests.study.grids import ROOT, toy_grid
@@ -64,8 +63,3 @@ def test_arms_that_no_node_has_room_for_are_refused_and_a_ray_of_its_own_ends() 
     assert not Path("refused").exists()
     wait_until(lambda: {process.pid for process in _with("raylet")} <= before)
     assert not ray.is_initialized()
-
-
-def test_no_ray_at_an_address_is_told() -> None:
-    with pytest.raises(CellError, match=r"no Ray answers at '127.0.0.1:1'"):
-        make_executor(Ray(address="127.0.0.1:1"))
