@@ -17,6 +17,7 @@ from collie_lab.folder import write_json
 from collie_lab.study import _slurm_queue as queue
 from collie_lab.study._slurm_job import ArmJob
 from collie_lab.study.arms import Arm, read_arm
+from collie_lab.study.executor import command
 
 if TYPE_CHECKING:
     from collie_lab.study.slurm import Slurm
@@ -80,7 +81,7 @@ class Arrays:
         try:
             with submitter.batch():
                 for arm in arms:
-                    submitter.submit(ArmJob(arm))
+                    submitter.submit(ArmJob(command(arm), arm / "arm.log", read_arm(arm).gpus))
         except RuntimeError as error:  # sbatch's words
             shutil.rmtree(folder)
             raise CellError([Problem("Slurm", "", f"sbatch does not take the jobs: {error}")]) from None

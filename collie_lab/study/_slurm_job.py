@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +23,17 @@ __all__ = ["ArmJob"]
 class ArmJob:
     """A callable that submitit pickles into the queue, and asks to `checkpoint` before it is put back there."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, command: list[str], log: Path, ranks: int):
+        self._command, self._log, self._ranks = command, log, ranks
         self._arm: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
         """Run the arm; its exit code."""
         signal.signal(signal.SIGTERM, lambda *_: self._stop())  # instead of submitit's, which only notes it
-        with (self._folder / "arm.log").open("ab") as log:
-            self._arm = subprocess.Popen([sys.executable, "-m", "collie_lab.study.arm", str(self._folder)],
-                                         stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        threads = int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // self._ranks  # the node has more, for other jobs
+        env = {"OMP_NUM_THREADS": str(max(1, threads)), **os.environ}
+        with self._log.open("ab") as log:
+            self._arm = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
         _wait(self._arm)
         return self._arm.wait()
 
@@ -42,7 +42,7 @@ class ArmJob:
         from submitit.helpers import DelayedSubmission
 
         self._stop()
-        return DelayedSubmission(ArmJob(self._folder))
+        return DelayedSubmission(ArmJob(self._command, self._log, self._ranks))
 
     def _stop(self) -> None:
         if self._arm is None:  # not begun yet
@@ -51,7 +51,7 @@ class ArmJob:
         _wait(self._arm)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_folder": self._folder, "_arm": None}
+        return {**self.__dict__, "_arm": None}
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:

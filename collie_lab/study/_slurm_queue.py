@@ -10,10 +10,10 @@ from typing import Final
 
 __all__ = ["Job", "Partition", "cancel", "ending", "jobs", "minutes", "partitions", "past_state"]
 
-#: States after which a job does not go on, or only as another.
+#: States after which a job does not go on, or only as another; "": Slurm knows it no longer.
 _ENDED: Final = frozenset({
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
-    "TIMEOUT"})
+    "", "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+    "REVOKED", "TIMEOUT"})
 
 #: Seconds that one of Slurm's programs gets to answer.
 _PATIENCE: Final = 60
@@ -30,7 +30,7 @@ class Job:
     """`7`, or `7_2`."""
     name: str
     state: str
-    """One of Slurm's: `PENDING`, `RUNNING`, `OUT_OF_MEMORY`, ..."""
+    """One of Slurm's: `PENDING`, `RUNNING`, `OUT_OF_MEMORY`, ...; "" where it knows the job no longer."""
     reason: str
     """Why it waits or has failed, in Slurm's words; `None` where it has nothing to say."""
 
@@ -138,7 +138,9 @@ def ending(state: str, log: str) -> tuple[str, str]:
         return "timeout", "Slurm ended the job at its time limit"
     if state == "CANCELLED":
         return "stopped", "the job was cancelled"
-    return "lost", f"the job ended as {state or 'unknown to Slurm'}, the arm without a word"
+    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "nothing")
+    how = state or "Slurm has forgotten how"
+    return "lost", f"the job ended ({how}), the arm without a word; the job's last: {last}"
 
 
 def _gpus(resources: str) -> int:

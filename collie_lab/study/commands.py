@@ -43,7 +43,7 @@ def _asked(what: str) -> Any:
 
 @study_app.command(epilog=_EPILOG)
 def run(file: File, profile: Profile = None, results: Results = None, changes: Changes = None,
-        slots: Annotated[int | None, typer.Option(help="Arms at once. Default: 1; as GPUs, or a cluster, allow.")] = None,
+        slots: Annotated[int | None, typer.Option(help="Arms at once. Default: 1; as GPUs or a cluster allow.")] = None,
         executor: Annotated[str, typer.Option(help="Where arms run: local, slurm or ray.")] = "local",
         fresh_code: Annotated[bool, typer.Option("--fresh-code", help="Again what another version has made.")] = False,
         partition: Annotated[str | None, _asked("Slurm's. Default: the cluster's own.")] = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -60,6 +61,7 @@ class RayExecutor:
         """Raise where an arm has no place on one node."""
         gpus, cpus = _most("GPU"), _most("CPU")
         if problems := [problem for arm in arms for problem in self._settings.too_large(arm, gpus, cpus)]:
+            self.close()  # nobody else will: nothing has been started
             raise CellError(problems)
 
     def has_room(self, gpus: int) -> bool:
@@ -77,7 +79,8 @@ class RayExecutor:
             name=folder.name, max_retries=0, num_cpus=settings.cpus_of(gpus),
             num_gpus=gpus if settings.on_gpus(_most("GPU")) else 0,
             **{option: value for option, value in asked.items() if value is not None})
-        job = RayJob(folder, task.remote(command(folder), str(folder / "arm.log"), os.getcwd(), _variables()))
+        job = RayJob(folder, task.remote(command(folder), str(folder / "arm.log"), os.getcwd(),
+                                         _variables(settings.cpus_of(1))))
         self._jobs.append(job)
         return job
 
@@ -95,6 +98,7 @@ class RayJob:
     def __init__(self, arm: Path, task: Any):
         self.arm = arm
         self._task = task
+        self._since = time.time()
 
     @property
     def alive(self) -> bool:
@@ -109,7 +113,7 @@ class RayJob:
         try:
             ray.get(task)
         except ray.exceptions.RayError as error:
-            ArmFolder(self.arm).conclude(*_ending(error))
+            ArmFolder(self.arm).conclude(*_ending(error), self._since)
         return False
 
     def stop(self) -> None:
@@ -156,10 +160,10 @@ def _task() -> Callable[[list[str], str, str, dict[str, str]], int]:
     return arm
 
 
-def _variables() -> dict[str, str]:
+def _variables(threads: int) -> dict[str, str]:
     """What an arm has to know of this process's environment, which it does not inherit from another machine's Ray."""
-    known = {name: value for name, value in os.environ.items() if name.startswith(_TOLD)}
-    return {**known, "PYTHONPATH": os.pathsep.join(module_paths())}
+    told = {name: value for name, value in os.environ.items() if name.startswith(_TOLD)}
+    return {"OMP_NUM_THREADS": str(threads), **told, "PYTHONPATH": os.pathsep.join(module_paths())}
 
 
 def _ending(error: Exception) -> tuple[str, str]:
@@ -189,13 +193,13 @@ def _connect(address: str | None) -> bool:
     if ray.is_initialized():  # by the notebook: it is theirs
         return False
     address = address or os.environ.get("RAY_ADDRESS")
+    started: dict[str, Any] = {"address": address} if address is not None else {"include_dashboard": False}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        if address is not None:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-            return True
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
-    except (ConnectionError, ray.exceptions.RayError) as error:
-        raise CellError([Problem("Ray", "address", f"no Ray answers at {address!r}: {error}",
-                                 "`ray status` on that machine; leave it out for a Ray of this machine")]) from None
+        ray.init(**started, logging_level=logging.WARNING, log_to_driver=False)
+    except Exception as error:  # Ray raises plain ones where its daemons do not come up in time
+        ray.shutdown()
+        what, remedy = ("no Ray answers at " + address, "`ray status` on a machine of the cluster") if address else \
+            ("Ray does not start", "on an overloaded machine it gives up after a minute; /tmp/ray has its logs")
+        raise CellError([Problem("Ray", "address", f"{what}: {error}", remedy)]) from None
     return True

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import fcntl
 import math
+import signal
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +116,7 @@ class SlurmExecutor:
             if self._new:
                 self._submit()
             elif time.monotonic() > self._looked + self._settings.interval:
-                self._find()
+                self._tell(self._ask())
         except OSError as error:  # its controller is restarted now and then; the jobs go on
             self._looked = time.monotonic()
             warnings.warn(f"Slurm does not answer, and is asked again: {error}", stacklevel=2)
@@ -128,21 +129,24 @@ class SlurmExecutor:
         return False
 
     def _submit(self) -> None:
-        with _alone(self._folder):
-            self._submitted += self._new
-            self._find()
-            missing = [job.arm for job in self._new if not job.is_queued]
-            self._new = []
+        with _alone(self._folder), _uninterrupted():  # else nobody knows which jobs there are
+            known = self._ask()
+            missing = [job.arm for job in self._new if job.arm.name not in known or not known[job.arm.name].alive]
             if missing:
                 self._arrays.submit(missing, self._folder)
-                self._find()
+                known = self._ask()
+            self._submitted += self._new
+            self._new = []
+            self._tell(known)
 
-    def _find(self) -> None:
-        """Tell every job what Slurm says of it now."""
+    def _ask(self) -> dict[str, queue.Job]:
+        """The jobs of this study that Slurm knows, by the arm; of several the newest."""
         arrays = {path.parent.name: read_json(path)["arms"] for path in self._folder.glob("*/arms.json")}
-        found = {arrays[job.name][job.index]: job for job in sorted(queue.jobs(arrays), key=lambda job: job.number)}
+        return {arrays[job.name][job.index]: job for job in sorted(queue.jobs(arrays), key=lambda job: job.number)}
+
+    def _tell(self, known: Mapping[str, queue.Job]) -> None:
         for job in self._submitted:
-            job.told(found.get(job.arm.name))
+            job.told(known.get(job.arm.name))
         self._looked = time.monotonic()
 
     @property
@@ -157,7 +161,9 @@ class SlurmJob:
     def __init__(self, executor: SlurmExecutor, arm: Path):
         self.arm = arm.resolve()
         self._executor = executor
-        self._queued: queue.Job | None = None  # as Slurm knew it last
+        self._queued: queue.Job | None = None  # as Slurm knew it last; None before it was submitted
+        self._since = time.time()
+        self._wanted: Sequence[tuple[str, ...]] = ()  # how it is to end: options of scancel
         self._concluded = False
 
     @property
@@ -173,15 +179,16 @@ class SlurmJob:
 
     def stop(self) -> None:
         """Have the arm stop after its step, or not start."""
-        self._end("--batch", "--signal=TERM")
+        self._end(("--state=PENDING",), ("--batch", "--signal=TERM"))
 
     def kill(self) -> None:
         """End the job."""
-        self._end()
+        self._end(())
 
     def told(self, job: queue.Job | None) -> None:
         """What Slurm says of it now; None where it knows nothing (any more)."""
-        self._queued = job or (self._queued and replace(self._queued, state=""))
+        self._queued = job or replace(self._queued or queue.Job(id="", name="", state="", reason=""), state="")
+        self._heed()
 
     @property
     def is_queued(self) -> bool:
@@ -193,18 +200,23 @@ class SlurmJob:
         """Whether nothing more comes of it; where the arm has its result, its job ends in a moment."""
         return self._concluded or ArmFolder(self.arm).status in FINAL
 
-    def _end(self, *signal: str) -> None:
+    def _end(self, *scancel: tuple[str, ...]) -> None:
+        self._wanted = scancel
         if self._executor.forget(self):
             self._concluded = True
-        elif self._queued is not None:
-            running = self._queued.state in ("RUNNING", "COMPLETING")
-            queue.cancel(self._queued.id, *(signal if running else ()))
+        self._heed()
+
+    def _heed(self) -> None:
+        """Do what was wanted; at every look again, for a job that is about to start hears no signal."""
+        if self._queued is not None and self.is_queued:
+            for options in self._wanted:
+                queue.cancel(self._queued.id, *options)
 
     def _conclude(self, job: queue.Job) -> None:
         self._concluded = True
         log = read_log(self.arm.parents[1] / "slurm" / job.name / f"{job.id}_0_log.out", tail=50)
-        status, reason = queue.ending(job.state or queue.past_state(job.id), log)
-        ArmFolder(self.arm).conclude(status, f"{reason} (job {job.id})")
+        status, reason = queue.ending(job.state or (queue.past_state(job.id) if job.id else ""), log)
+        ArmFolder(self.arm).conclude(status, f"{reason} (job {job.id})", self._since)
 
 
 @contextmanager
@@ -214,3 +226,13 @@ def _alone(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Within it an interrupt waits."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

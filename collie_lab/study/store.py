@@ -143,11 +143,12 @@ class ArmFolder:
         """Write `status.json`; for who holds the arm."""
         write_json(self.path / "status.json", status)
 
-    def conclude(self, status: str, reason: str) -> None:
-        """Write what became of an arm whose program was ended before it could; nothing where it could, or runs."""
+    def conclude(self, status: str, reason: str, since: float) -> None:
+        """Write what became of an arm that was given to somebody at the time `since`, and whose program was ended, or
+        never began, without a word. Nothing where it has said something since, or runs."""
         with suppress(HeldError), self.hold():
             state, now = self.state_when_held, time.time()
-            if state["status"] in ("pending", "lost"):
+            if state["status"] in ("pending", "lost") or (state.get("ended") or now) < since:
                 self.write_status({**state, "status": status, "reason": reason, "ended": now,
                                    "seconds": now - state.get("started", now)})
 

@@ -13,7 +13,7 @@ import yaml
 
 from collie_lab.study import Study
 
-__all__ = ["FAKE", "REAL", "finish", "running", "steps"]
+__all__ = ["REAL", "finish", "running", "steps"]
 
 #: Two arms that train, long enough to be interrupted.
 REAL: dict[str, Any] = {
@@ -23,13 +23,6 @@ REAL: dict[str, Any] = {
     "product": {"method": {"AdamW": {"optimizer": {"kind": "adamw", "lr": 1.0e-3}},
                            "LOMO": {"optimizer": {"kind": "lomo", "lr": 1.0e-3}}}},
 }
-#: One arm without a model, which takes 0.2 s a step (`tests/study/ranks.py`).
-FAKE: dict[str, Any] = {
-    "name": "fake", "seeds": [5],
-    "base": {**REAL["base"], "runner": "tests.study.ranks",
-             "training": {**REAL["base"]["training"], "steps": 60, "checkpoint_every": 5}},
-}
-
 
 @contextlib.contextmanager
 def running(grid: dict[str, Any], results: Path, *options: str) -> Iterator[subprocess.Popen[str]]:

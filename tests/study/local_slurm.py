@@ -18,13 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 __all__ = ["PROGRAMS", "local_slurm", "missing"]
 
 #: What has to be installed.
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
+
+#: The daemons lie where an ordinary user's PATH does not lead.
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
 
 # cgroups are left alone: few containers have any to give. Memory is watched by slurmd itself, once a second.
 # Two partitions over the same node: a job in `urgent` makes Slurm requeue one in `normal`.
@@ -97,10 +100,6 @@ def local_slurm(cpus: int = 2, memory: int = 4000) -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-#: The daemons lie where an ordinary user's PATH does not lead.
-_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
-
-
 def _configure(folder: Path, cpus: int, memory: int) -> None:
     for name in ("state", "spool"):
         (folder / name).mkdir()
@@ -132,7 +131,7 @@ def _start(folder: Path, environment: dict[str, str], *command: str) -> subproce
                                 start_new_session=True)
 
 
-def _until(condition, what: str, daemons: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
+def _until(condition: Callable[[], bool], what: str, daemons: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
     end = time.monotonic() + 60
     while not condition():
         if time.monotonic() > end or any(daemon.poll() is not None for daemon in daemons):

@@ -172,6 +172,48 @@ def test_a_refusal_of_sbatch_is_told_and_leaves_nothing(slurm: dict[str, str], a
     assert [path.name for path in (tmp_path / "slurm").iterdir()] == ["lock"]
 
 
+def test_a_job_that_fails_before_its_arm_begins_says_why(slurm: dict[str, str], arm: Arm, tmp_path: Path) -> None:
+    executor = make_executor(Slurm(time="60", interval=1e-9))
+    folder = ArmFolder.create(tmp_path, arm)
+    folder.write_status({"status": "stopped", "attempts": 1, "ended": 1.0})  # of an earlier attempt
+    job = executor.submit(folder.path, arm.gpus)
+    assert job.alive
+    slurm["squeue"] = slurm["squeue"].replace("PENDING|Resources", "FAILED|NonZeroExitCode")
+    [array] = (tmp_path / "slurm").glob("*/arms.json")
+    (array.parent / "7_0_log.out").write_text("exec: python: not found\n", encoding="utf-8")
+    assert not job.alive
+    assert folder.status == "lost"
+    assert folder.state["reason"].endswith("the job's last: exec: python: not found (job 7)")
+
+
+def test_a_job_that_slurm_has_forgotten_is_asked_of_its_accounting(slurm: dict[str, str], arm: Arm,
+                                                                   tmp_path: Path) -> None:
+    executor = make_executor(Slurm(time="60", interval=1e-9))
+    folder = ArmFolder.create(tmp_path, arm)
+    job = executor.submit(folder.path, arm.gpus)
+    assert job.alive
+    slurm |= {"squeue": "", "sacct": "NODE_FAIL\nCANCELLED by 0\n"}
+    assert not job.alive
+    assert folder.status == "stopped"
+
+
+def test_an_interrupt_ends_a_job_that_waits_and_one_that_runs(slurm: dict[str, str], arm: Arm, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[str, ...]] = []
+    monkeypatch.setattr(_slurm_queue, "cancel", lambda *words: ended.append(words))
+    executor = make_executor(Slurm(time="60"))
+    job = executor.submit(ArmFolder.create(tmp_path, arm).path, arm.gpus)
+    assert job.alive
+    job.stop()  # whichever it does by now
+    assert ended == [("7", "--state=PENDING"), ("7", "--batch", "--signal=TERM")]
+    job.kill()
+    assert ended[2:] == [("7",)]
+    unsubmitted = executor.submit(ArmFolder.create(tmp_path, replace(arm, id="aaaaaaaaaaaa")).path, arm.gpus)
+    unsubmitted.stop()
+    assert not unsubmitted.alive
+    assert slurm["count"] == "1"
+
+
 def test_slots_bound_what_is_in_the_queue(slurm: dict[str, str], arm: Arm, tmp_path: Path) -> None:
     executor = make_executor(Slurm(time="60"), slots=1)
     assert executor.has_room(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -14,11 +15,14 @@ import pytest
 from collie_lab.study import Slurm, Study
 from collie_lab.study.store import ArmFolder
 from tests.processes import wait_until
-from tests.study.executors import FAKE, finish, running, steps
+from tests.study.executors import finish, running, steps
+from tests.study.grids import ROOT, toy_grid
 from tests.study.local_slurm import local_slurm, missing
 
 pytestmark = [pytest.mark.executors, pytest.mark.timeout(600)]
 
+#: One arm, of 12 seconds.
+_GRID = toy_grid([5], training={"steps": 60, "checkpoint_every": 5})
 _OPTIONS = ["--executor", "slurm", "--time", "30", "--memory", "1200MB"]
 
 
@@ -33,7 +37,7 @@ def variables() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(autouse=True)
 def _slurm(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in {**variables, "PYTHONPATH": str(Path(__file__).parents[2])}.items():
+    for name, value in {**variables, "PYTHONPATH": str(ROOT)}.items():
         monkeypatch.setenv(name, value)
     yield
     subprocess.run(["scancel", "--me"], check=True)
@@ -41,7 +45,8 @@ def _slurm(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def _squeue(what: str, *options: str) -> str:
-    return subprocess.run(["squeue", "-h", "-o", what, *options], capture_output=True, text=True, check=True).stdout.strip()
+    answer = subprocess.run(["squeue", "-h", "-o", what, *options], capture_output=True, text=True, check=True)
+    return answer.stdout.strip()
 
 
 def _state(results: Path) -> dict[str, object]:
@@ -50,7 +55,7 @@ def _state(results: Path) -> dict[str, object]:
 
 
 def test_a_runner_that_was_killed_leaves_jobs_that_the_next_one_finds(tmp_path: Path) -> None:
-    results, grid = tmp_path / "fake", {**FAKE, "seeds": [5, 6]}
+    results, grid = tmp_path / "toy", {**_GRID, "seeds": [5, 6]}
     with running(grid, results, *_OPTIONS) as process:
         wait_until(lambda: max(steps(grid, results), default=0) > 5, 120)
         process.kill()
@@ -62,9 +67,9 @@ def test_a_runner_that_was_killed_leaves_jobs_that_the_next_one_finds(tmp_path: 
 
 
 def test_slurm_wants_the_node_and_the_arm_goes_on_later(tmp_path: Path) -> None:
-    results = tmp_path / "fake"
-    with running(FAKE, results, *_OPTIONS) as process:
-        wait_until(lambda: steps(FAKE, results) > [8], 120)
+    results = tmp_path / "toy"
+    with running(_GRID, results, *_OPTIONS) as process:
+        wait_until(lambda: steps(_GRID, results) > [8], 120)
         subprocess.run(["sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1"],
                        check=True)
         wait_until(lambda: _state(results)["status"] == "stopped", 120)
@@ -73,47 +78,47 @@ def test_slurm_wants_the_node_and_the_arm_goes_on_later(tmp_path: Path) -> None:
         subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], check=True)  # not in two minutes
         code, words = finish(process)
     assert code == 0, words
-    [row] = Study(FAKE, results=results).frame.to_dict("records")
+    [row] = Study(_GRID, results=results).frame.to_dict("records")
     assert (row["attempts"], row["steps"], row["resumed"]) == (2, 60, True)
 
 
 def test_a_job_that_takes_too_much_memory_is_a_result(tmp_path: Path) -> None:
-    frame = Study({**FAKE, "seeds": [3]}, results=tmp_path / "fake").run(
+    frame = Study(toy_grid([3]), results=tmp_path / "toy").run(
         executor=Slurm(time="30", memory="700 MB", interval=1.0), progress=False)
     assert list(frame["status"]) == ["host_oom"]
     assert frame["reason"].iloc[0].startswith("Slurm ended the job: it took more memory than it had asked for (job ")
 
 
 def test_a_job_that_was_cancelled_is_run_by_the_next_study(tmp_path: Path) -> None:
-    results = tmp_path / "fake"
-    with running(FAKE, results, *_OPTIONS) as process:
-        wait_until(lambda: steps(FAKE, results) > [8], 120)
+    results = tmp_path / "toy"
+    with running(_GRID, results, *_OPTIONS) as process:
+        wait_until(lambda: steps(_GRID, results) > [8], 120)
         subprocess.run(["scancel", "--me"], check=True)
         code, words = finish(process)
     assert code == 3, words
     assert _state(results)["status"] in ("stopped", "lost")
-    with running(FAKE, results, *_OPTIONS) as process:
+    with running(_GRID, results, *_OPTIONS) as process:
         code, words = finish(process)
     assert code == 0, words
-    [row] = Study(FAKE, results=results).frame.to_dict("records")
+    [row] = Study(_GRID, results=results).frame.to_dict("records")
     assert (row["attempts"], row["resumed"]) == (2, True)
 
 
 def test_an_arm_that_waits_is_taken_out_of_the_queue_by_an_interrupt(tmp_path: Path) -> None:
-    results = tmp_path / "fake"
+    results = tmp_path / "toy"
     subprocess.run(["sbatch", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 600"], check=True)
-    with running(FAKE, results, *_OPTIONS) as process:
-        wait_until(lambda: "fake" in _squeue("%j"), 120)
+    with running(_GRID, results, *_OPTIONS) as process:
+        wait_until(lambda: "toy" in _squeue("%j"), 120)
         process.send_signal(signal.SIGINT)
         code, words = finish(process)
     assert code == 130, words
     assert _state(results)["status"] == "stopped"
-    assert "fake" not in _squeue("%j")
+    assert "toy" not in _squeue("%j")
 
 
 def test_nothing_is_left_of_a_cluster() -> None:
     with local_slurm() as found:
         folder = Path(found["SLURM_CONF"]).parent
-        subprocess.run(["sbatch", "--output=/dev/null", "--wrap=sleep 600"], check=True, env={**found, "PATH": "/usr/bin:/bin"})
+        subprocess.run(["sbatch", "--output=/dev/null", "--wrap=sleep 600"], check=True, env={**os.environ, **found})
     assert not folder.exists()
     assert not [process for process in psutil.process_iter() if str(folder) in " ".join(process.cmdline())]
