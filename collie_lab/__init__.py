@@ -78,29 +78,29 @@ if TYPE_CHECKING:
     from collie_lab import optim
     from collie_lab.diagnosis import doctor
     from collie_lab.launch import Pool, RankError, Run, attach, pull, runs
-    from collie_lab.planning import GPU, GPUS, Plan, PlanError, calibrate, fit, residuals
+    from collie_lab.planning import GPU, GPUS, Estimate, Plan, PlanError, calibrate, estimate, fit, residuals
     from collie_lab.study import Ray, Results, Slurm, Study
     from collie_lab.training.merge import merge
     from collie_lab.view import compare, compose, figure, watch
 
 _LAZY = {
-    "GPU": "planning", "GPUS": "planning", "Plan": "planning", "PlanError": "planning", "Pool": "launch",
-    "RankError": "launch", "Ray": "study", "Results": "study", "Run": "launch", "Slurm": "study", "Study": "study",
-    "attach": "launch", "calibrate": "planning", "compare": "view", "compose": "view", "doctor": "diagnosis",
-    "figure": "view", "fit": "planning", "merge": "training.merge", "pull": "launch", "residuals": "planning",
-    "runs": "launch", "watch": "view",
+    "Estimate": "planning", "GPU": "planning", "GPUS": "planning", "Plan": "planning", "PlanError": "planning",
+    "Pool": "launch", "RankError": "launch", "Ray": "study", "Results": "study", "Run": "launch", "Slurm": "study",
+    "Study": "study", "attach": "launch", "calibrate": "planning", "compare": "view", "compose": "view",
+    "doctor": "diagnosis", "estimate": "planning", "figure": "view", "fit": "planning", "merge": "training.merge",
+    "pull": "launch", "residuals": "planning", "runs": "launch", "watch": "view",
 }
 
 __all__ = [
     "AdaLoRA", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "BBH", "BestCheckpoint",
-    "CSV", "Callback", "Cell", "CellError", "Classification", "Data", "EarlyStopping", "Evaluation", "ExactMatch",
-    "Experiment", "ExtendTokenizer", "Freeze", "GPU", "GPUS", "GSM8K", "GaLore", "Generation", "GradientStatistics",
-    "HumanEval", "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MLflow", "MMLU", "Model", "MultipleChoice",
-    "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Plan", "PlanError", "Pool", "Prefix",
-    "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Ray", "Results", "Run", "SGD", "SHAPES", "SKILLS",
-    "ScheduleFree", "Skills", "Slurm", "Sophia", "Study", "SystemMeters", "TensorBoard", "Text", "TrainTokenizer",
-    "Training", "WandB", "WeightStatistics", "__version__", "attach", "calibrate", "compare", "compose", "doctor",
-    "figure", "fit", "merge", "optim", "pull", "residuals", "runs", "watch",
+    "CSV", "Callback", "Cell", "CellError", "Classification", "Data", "EarlyStopping", "Estimate", "Evaluation",
+    "ExactMatch", "Experiment", "ExtendTokenizer", "Freeze", "GPU", "GPUS", "GSM8K", "GaLore", "Generation",
+    "GradientStatistics", "HumanEval", "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MLflow", "MMLU",
+    "Model", "MultipleChoice", "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Plan",
+    "PlanError", "Pool", "Prefix", "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Ray", "Results", "Run",
+    "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Slurm", "Sophia", "Study", "SystemMeters", "TensorBoard",
+    "Text", "TrainTokenizer", "Training", "WandB", "WeightStatistics", "__version__", "attach", "calibrate", "compare",
+    "compose", "doctor", "estimate", "figure", "fit", "merge", "optim", "pull", "residuals", "runs", "watch",
 ]
 
 

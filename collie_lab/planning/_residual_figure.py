@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
 
-from collie_lab.planning._figure import _COLORS, _Picture
 from collie_lab.planning.kept import COMPONENTS
+from collie_lab.view.figures import Picture
 from collie_lab.view.style import INK, MUTED, style
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     known = frame[frame["error"].notna()]
     shown = known.tail(_SHOWN)
     with style():
-        picture = _Picture(figsize=(9.2, max(3.2, 1.3 + 0.19 * len(shown))), layout="constrained")
+        picture = Picture(figsize=(9.2, max(3.2, 1.3 + 0.19 * len(shown))), layout="constrained")
         left, right = picture.subplots(1, 2, width_ratios=(1, 1.25))
         _draw_peaks(left, known)
         _draw_errors(right, shown)
@@ -53,7 +53,7 @@ def _draw_errors(axes: Axes, frame: pd.DataFrame) -> None:
     axes.axvline(0, color=MUTED, linewidth=0.8, linestyle="--")
     for name in COMPONENTS:
         errors = 100 * frame["error" if name == "total" else f"{name}_error"]
-        color = INK if name == "total" else _COLORS["activations" if name == "rest" else name]
+        color = INK if name == "total" else ROLE_COLORS["activations" if name == "rest" else name]
         axes.plot(errors, rows, _MARKERS[name], color=color, label=name, markersize=6 if name == "total" else 4.5,
                   fillstyle="none" if name == "total" else "full")
     axes.set_xscale("symlog", linthresh=_FINE)
