@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.prepare import room_for_documents
 from collie_lab.data.records import Corpus
 from collie_lab.folder import read_json
+from collie_lab.machine import visible_gpus
 
 __all__ = ["Report", "check", "check_cells", "check_resume"]
 
@@ -170,10 +170,7 @@ def _without_effect(experiment: Experiment) -> Iterator[Problem]:
 
 def _gpus(experiment: Experiment) -> Iterator[Problem]:
     """More ranks than GPUs, where there are any; known without torch."""
-    folder, visible = Path("/proc/driver/nvidia/gpus"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = len(list(folder.iterdir())) if folder.is_dir() else 0
-    if gpus and visible is not None:
-        gpus = len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    gpus = len(visible_gpus())
     if gpus and experiment.parallel.world_size > gpus:
         yield Problem("Parallel", "dp", f"{experiment.parallel.world_size} ranks, but there are {gpus} GPUs",
                       "one rank a GPU; CUDA_VISIBLE_DEVICES='' hides them, for a run on CPU cores")

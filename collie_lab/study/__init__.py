@@ -1,5 +1,23 @@
-"""From runs to tables and figures."""
+"""From experiments to studies: grids of arms, their runs, tables and figures."""
 
-from collie_lab.study.results import Results
+from __future__ import annotations
 
-__all__ = ["Results"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collie_lab.study.arms import Arm
+    from collie_lab.study.opened import check_parameters, open_arm
+    from collie_lab.study.results import Results
+    from collie_lab.study.study import Study
+
+__all__ = ["Arm", "Results", "Study", "check_parameters", "open_arm"]
+
+_PLACES = {"Arm": "arms", "Results": "results", "Study": "study", "check_parameters": "opened", "open_arm": "opened"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when first used: the process of an arm needs no tables, and a table no grid."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"collie_lab.study.{_PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

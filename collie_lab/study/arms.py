@@ -1,0 +1,179 @@
+"""The arms of a grid: one experiment each, with its labels, a name and an id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from collie_lab.cells import CellError, Experiment, Problem
+from collie_lab.folder import read_json
+from collie_lab.study.fingerprint import fingerprint
+from collie_lab.study.grid import DEFAULT_RUNNER, Combination, Grid
+
+__all__ = ["RUNNERS", "Arm", "arms_of", "read_arm"]
+
+#: The modules that a rank of an arm runs, by the runner's name. A grid may also name a module of its own.
+RUNNERS: Final[dict[str, str]] = {DEFAULT_RUNNER: "collie_lab.training.worker"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One point of a grid.
+
+    Attributes:
+        name: short, and the only one of its name in the study: the labels that differ among its arms.
+        id: 12 hex digits of a hash of what decides on the result: the experiment, the runner, the bytes of the data.
+        labels: of each axis, the seed apart.
+        seed: of the training.
+        experiment: what is run.
+        runner: by what: a name of `RUNNERS`, or a module.
+        timeout: seconds that it may take.
+        memory_limit: bytes of the host's memory that its processes may take together.
+        group: the labels of the arms that its tuned value is chosen among; None where nothing is tuned.
+    """
+
+    name: str
+    id: str
+    labels: dict[str, Any]
+    seed: int
+    experiment: Experiment
+    runner: str = DEFAULT_RUNNER
+    timeout: float | None = None
+    memory_limit: int | None = None
+    group: tuple[Any, ...] | None = None
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it takes: one a rank."""
+        return self.experiment.parallel.world_size
+
+    @property
+    def module(self) -> str:
+        """What its ranks run."""
+        return RUNNERS.get(self.runner, self.runner)
+
+    @property
+    def folder_name(self) -> str:
+        """The name of its folder."""
+        return f"{_slug(self.name)}-{self.id}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What `arm.json` holds."""
+        return {"name": self.name, "id": self.id, "labels": self.labels, "seed": self.seed, "runner": self.runner,
+                "timeout": self.timeout, "memory_limit": self.memory_limit, "experiment": self.experiment.to_dict()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(**{**fields, "experiment": Experiment.from_dict(fields["experiment"])})
+
+
+def read_arm(place: str | Path) -> Arm:
+    """An arm from its folder in a study; or one that is made of an experiment's YAML file.
+
+    Raises:
+        CellError: neither of both.
+    """
+    path = Path(place)
+    if path.suffix in (".yaml", ".yml"):
+        experiment = Experiment.from_yaml(path)
+        return Arm(path.stem, identity(experiment, DEFAULT_RUNNER), {}, experiment.training.seed, experiment)
+    if not (path / "arm.json").is_file():
+        raise CellError([Problem("arm", "", f"{place} is no arm of a study, and no YAML file of an experiment")])
+    return Arm.from_json(read_json(path / "arm.json"))
+
+
+def identity(experiment: Experiment, runner: str) -> str:
+    """The id of an arm. The experiment's name, which only its folder has, does not count."""
+    fields = {key: value for key, value in experiment.to_dict().items() if key != "name"}
+    text = json.dumps([fields, runner, fingerprint(experiment)], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def arms_of(grid: Grid) -> list[Arm]:
+    """Every arm of a grid, in its order, the tried values of an axis that is tuned with all seeds among them.
+
+    Raises:
+        CellError: cells that do not accept their fields, two arms that are the same, unequal budgets of tuning.
+    """
+    made = [(combination, seed) for combination in grid.combinations() for seed in _seeds(grid, combination)]
+    names = _names([({**each.labels}, seed) for each, seed in made], grid.name)
+    arms = [_arm(grid, combination, seed, name) for (combination, seed), name in zip(made, names, strict=True)]
+    if not arms:
+        raise CellError([Problem("Grid", "exclude", "no arm is left")])
+    _check_distinct(arms)
+    _check_budgets(grid, arms)
+    return arms
+
+
+def _seeds(grid: Grid, combination: Combination) -> Sequence[int | None]:
+    if combination.seed is not None:
+        return [combination.seed]
+    return [None] if grid.seeds is None else grid.seeds
+
+
+def _arm(grid: Grid, combination: Combination, seed: int | None, name: str) -> Arm:
+    mapping, runner = grid.mapping(combination)
+    try:
+        experiment = Experiment.from_dict({**mapping, "name": _slug(name)})
+        if seed is not None:
+            experiment = experiment.with_("training.seed", seed)
+        if runner not in RUNNERS and "." not in runner:
+            raise CellError([Problem("Grid", "runner", f"unknown runner {runner!r}",
+                                     f"there are: {', '.join(RUNNERS)}; or name a module that every rank runs")])
+        id = identity(experiment, runner)
+    except CellError as error:
+        raise CellError([Problem(f"{name}: {each.cell}", each.field, each.message, each.remedy)
+                         for each in error.problems]) from None
+    group = None
+    if grid.tune is not None and not combination.included:
+        group = tuple(label for axis, label in combination.labels.items() if axis != grid.tune.axis)
+    return Arm(name, id, combination.labels, experiment.training.seed, experiment, runner, grid.timeout,
+               grid.memory_limit, group)
+
+
+def _names(points: Sequence[tuple[dict[str, Any], int | None]], fallback: str) -> list[str]:
+    """A name for each arm: its labels on the axes that have several, numbers with their axis, the seed last."""
+    several = [axis for axis in points[0][0] if len({str(labels[axis]) for labels, _ in points}) > 1] if points else []
+    seeds = len({seed for _, seed in points}) > 1
+    names = []
+    for labels, seed in points:
+        parts = [_part(axis, labels[axis]) for axis in several if labels[axis] is not None]
+        names.append(", ".join([*parts, *([f"seed={seed}"] if seeds else [])]) or fallback)
+    return names
+
+
+def _part(axis: str, label: Any) -> str:
+    return label if isinstance(label, str) else f"{axis.rpartition('.')[2]}={label}"
+
+
+def _slug(name: str) -> str:
+    """A name for a folder, of letters that every file system and shell takes as they are."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.replace("=", "")).strip("-._")[:60] or "arm"
+
+
+def _check_distinct(arms: Iterable[Arm]) -> None:
+    seen: dict[str, Arm] = {}
+    for arm in arms:
+        if (other := seen.setdefault(arm.id, arm)) is not arm:
+            raise CellError([Problem("Grid", "", f"{other.name!r} and {arm.name!r} are the same experiment",
+                                     "an axis that changes nothing for one of them? `exclude` the other")])
+
+
+def _check_budgets(grid: Grid, arms: Iterable[Arm]) -> None:
+    """Every group of a tuned axis has tried the same number of values."""
+    if grid.tune is None:
+        return
+    counts: dict[tuple[Any, ...], set[str]] = {}
+    for arm in arms:
+        if arm.group is not None:
+            counts.setdefault(arm.group, set()).add(str(arm.labels[grid.tune.axis]))
+    if len({len(values) for values in counts.values()}) > 1:
+        told = ", ".join(f"{' '.join(map(str, group))}: {len(values)}" for group, values in counts.items())
+        raise CellError([Problem("Grid", "tune", f"different numbers of values are tried: {told}",
+                                 "the same budget for all; `include` adds arms that are not tuned")])

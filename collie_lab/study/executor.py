@@ -1,0 +1,162 @@
+"""Where arms run: on this machine (`LocalExecutor`), or wherever else something keeps to `Executor`."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final, Protocol
+
+import psutil
+
+from collie_lab.cells import CellError, Problem
+from collie_lab.machine import visible_gpus
+from collie_lab.rank import die_with_parent
+
+__all__ = ["Executor", "Job", "LocalExecutor", "command", "make_executor"]
+
+
+class Job(Protocol):
+    """One attempt at one arm, on its way."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it waits for its turn or runs. What became of the arm is in the arm's folder."""
+
+    def stop(self) -> None:
+        """Have the arm stop after its step with a checkpoint (SIGTERM to its program), and not start if it waits;
+        returns at once."""
+
+    def kill(self) -> None:
+        """End it now."""
+
+
+class Executor(Protocol):
+    """Starts arms: `python -m collie_lab.study.arm FOLDER` (`command`), in the working directory of this process.
+
+    It need not know what an arm is: locks, statuses and resuming are that program's business, the same everywhere.
+    """
+
+    def has_room(self, gpus: int) -> bool:
+        """Whether it takes another arm of so many ranks now."""
+
+    def submit(self, folder: Path, gpus: int) -> Job:
+        """Start the arm of a folder, which has `gpus` ranks; called where there is room."""
+
+    def close(self) -> None:
+        """Called once no job is left."""
+
+
+def command(folder: Path) -> list[str]:
+    """What runs the arm of a folder."""
+    return [sys.executable, "-m", "collie_lab.study.arm", str(folder)]
+
+
+def make_executor(executor: str | Executor, slots: int | None) -> Executor:
+    """An executor by its name.
+
+    Raises:
+        CellError: there is none of that name.
+    """
+    if not isinstance(executor, str):
+        return executor
+    if executor == "local":
+        return LocalExecutor(slots)
+    raise CellError([Problem("study", "executor", f"unknown executor {executor!r}", "there is: local")])
+
+
+class LocalExecutor:
+    """Arms as processes of this machine. They end with this process, however it ends.
+
+    Args:
+        slots: so many at once. Default: with GPUs as many as there is one for each rank, without one arm at a time.
+
+    With GPUs each arm gets as many as it has ranks, and no other arm has them meanwhile, of this study or another one
+    of this user: two on one GPU would measure each other, and run out of memory where one would not.
+    """
+
+    def __init__(self, slots: int | None = None):
+        if slots is not None and slots < 1:
+            raise CellError([Problem("study", "slots", f"at least one, got {slots}")])
+        self._gpus = visible_gpus()
+        self._slots = slots or (len(self._gpus) or 1)
+        self._jobs: list[_LocalJob] = []
+
+    def has_room(self, gpus: int) -> bool:
+        """Whether there is a slot, and a free GPU for each rank."""
+        self._jobs = [job for job in self._jobs if job.alive]
+        if len(self._jobs) >= self._slots:
+            return False
+        if not self._gpus:
+            return True
+        with contextlib.ExitStack() as stack:
+            return self._take(gpus, stack) is not None
+
+    def submit(self, folder: Path, gpus: int) -> Job:
+        """Start an arm; its words go to `arm.log` in its folder."""
+        with contextlib.ExitStack() as stack:
+            taken = self._take(gpus, stack) or []
+            env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (self._slots * gpus))), **os.environ}
+            if self._gpus:
+                env["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
+            tie = die_with_parent if sys.platform == "linux" else None
+            with (folder / "arm.log").open("ab") as log:
+                process = subprocess.Popen(command(folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                           start_new_session=True, preexec_fn=tie, env=env)
+            job = _LocalJob(process, stack.pop_all())
+        self._jobs.append(job)
+        return job
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+    def _take(self, count: int, stack: contextlib.ExitStack) -> list[str] | None:
+        """So many free GPUs, held until the stack closes; None where they are not there."""
+        taken: list[str] = []
+        for gpu in self._gpus:
+            if len(taken) < count and (handle := _lock(gpu)) is not None:
+                stack.callback(os.close, handle)
+                taken.append(gpu)
+        return taken if len(taken) == count else None
+
+
+class _LocalJob:
+    def __init__(self, process: subprocess.Popen[bytes], gpus: contextlib.ExitStack):
+        self._process, self._gpus = process, gpus
+
+    @property
+    def alive(self) -> bool:
+        if self._process.poll() is None:
+            return True
+        self._gpus.close()
+        return False
+
+    def stop(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End the arm's program and all below it; the supervisor of a run ends its ranks itself."""
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self._process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+        self._process.kill()
+        self._process.wait()
+
+
+_LOCKS: Final = Path(tempfile.gettempdir())
+
+
+def _lock(gpu: str) -> int | None:
+    """The lock of a GPU; None where somebody has it. It ends with the process."""
+    handle = os.open(_LOCKS / f"collie-lab-{os.getuid()}-gpu-{gpu.replace('/', '-')}.lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle

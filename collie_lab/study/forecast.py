@@ -1,0 +1,98 @@
+"""What the arms of a study will need, before they run, and corrected by those that have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collie_lab.cells import CellError, Experiment
+from collie_lab.folder import read_json, write_json
+from collie_lab.planning import PlanError
+from collie_lab.study.arms import Arm
+from collie_lab.study.store import FINAL, ArmFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Forecast"]
+
+
+class Forecast:
+    """The plans of a study's arms, kept in `forecast.json` of its results by the id of the arm."""
+
+    def __init__(self, results: Path):
+        self._results = results
+
+    @property
+    def planned(self) -> dict[str, dict[str, Any]]:
+        """What was planned: `bytes`, `fits`, `tokens_per_second`, `gpu`, `note`, by the id of an arm."""
+        return read_json(self._results / "forecast.json")
+
+    def make(self, arms: Sequence[Arm], gpu: str | None,
+             outcome: Callable[[Arm], tuple[str, Mapping[str, Any]]]) -> pd.DataFrame:
+        """Plan what is not planned for this GPU yet, and put it into a table, a row an arm; see `Study.forecast`."""
+        import pandas as pd
+
+        planned = self.planned
+        alike: dict[str, dict[str, Any]] = {}
+        for arm in arms:
+            if planned.get(arm.id, {"gpu": ""})["gpu"] != gpu:
+                key = repr(_without_luck(arm.experiment))
+                planned[arm.id] = alike[key] = alike.get(key) or _plan(arm.experiment, gpu)
+        self._results.mkdir(parents=True, exist_ok=True)
+        write_json(self._results / "forecast.json", planned)
+        measured = {arm.id: _measured(self._results, arm) for arm in arms}
+        rows = {}
+        for arm in arms:
+            plan = planned[arm.id]
+            rows[arm.name] = {
+                "status": outcome(arm)[0], "planned_bytes": plan["bytes"], "fits": plan["fits"],
+                "tokens_per_second": plan["tokens_per_second"], "seconds": _planned_seconds(arm, plan),
+                "measured_seconds": measured[arm.id], "note": plan["note"]}
+        frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+        frame["seconds"] = _corrected(frame["seconds"].astype(float), frame["measured_seconds"].astype(float))
+        frame["gpu_hours"] = frame["seconds"] / 3600 * [arm.gpus for arm in arms]
+        open_ = ~frame["status"].isin(FINAL)
+        frame["remaining"] = frame["seconds"].where(open_, 0.0)
+        return frame
+
+
+def _without_luck(experiment: Experiment) -> Experiment:
+    """The experiment without what no plan depends on."""
+    return experiment.replace(name="plan", training=experiment.training.replace(seed=0))
+
+
+def _plan(experiment: Experiment, gpu: str | None) -> dict[str, Any]:
+    none = {"gpu": gpu, "bytes": None, "fits": None, "tokens_per_second": None, "note": ""}
+    try:
+        plan = experiment.plan(gpu)
+    except (CellError, PlanError) as error:
+        return {**none, "note": str(error).strip().splitlines()[0]}
+    return {**none, "bytes": plan.peak_bytes, "fits": plan.fits,
+            "tokens_per_second": getattr(plan, "tokens_per_second", None)}
+
+
+def _planned_seconds(arm: Arm, plan: Mapping[str, Any]) -> float | None:
+    """Seconds of the training steps, of full length."""
+    speed = plan["tokens_per_second"]
+    if not speed:
+        return None
+    from collie_lab.planning.plan import _length
+
+    training = arm.experiment.training
+    return float(training.steps * training.batch_size * _length(arm.experiment) / speed)
+
+
+def _measured(results: Path, arm: Arm) -> float | None:
+    """Seconds that an arm took, where it has come to its end."""
+    folder = ArmFolder.find(results, arm.id)
+    state = folder.state if folder is not None else {"status": "pending"}
+    return float(state["seconds"]) if state["status"] == "ok" else None
+
+
+def _corrected(planned: pd.Series[float], measured: pd.Series[float]) -> pd.Series[float]:
+    """Planned seconds times what arms took in truth over what was planned for them (the median); where nothing is
+    planned, the median of what arms took. What was measured stays."""
+    ratio = (measured / planned).median()
+    return measured.fillna(planned * (1.0 if ratio != ratio else ratio)).fillna(measured.median())

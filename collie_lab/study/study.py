@@ -1,0 +1,313 @@
+"""A study: the arms of a grid, run, and their results in one table."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from collie_lab.cells import CellError, Problem
+from collie_lab.check import Report, check, check_cells
+from collie_lab.folder import write_json
+from collie_lab.launch import Run
+from collie_lab.provenance import code_version, provenance
+from collie_lab.study.arms import Arm, arms_of
+from collie_lab.study.executor import Executor, make_executor
+from collie_lab.study.forecast import Forecast
+from collie_lab.study.grid import Grid
+from collie_lab.study.progress import Progress
+from collie_lab.study.runner import Runner
+from collie_lab.study.store import ARM_STATUSES, FINAL, ArmFolder
+from collie_lab.study.tuning import Tuning, direction
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Study"]
+
+#: Columns of the frame that every arm has, beside those of its axes.
+_OWN: Final = ("id", "seed", "status", "reason", "attempts", "run")
+
+
+class Study:
+    """The arms of a grid file.
+
+        study = lab.Study("experiments/memory.yaml", profile="cpu")
+        study.check(); study.forecast()
+        study.run()          # what has no result yet, each arm in processes of its own
+        study.frame          # a row an arm: labels, status, every figure
+
+    Args:
+        grid: a grid file; or a mapping of the same form.
+        profile: one of its profiles, merged over the rest.
+        results: the folder of the results. Default: `results/<name>-<profile>`.
+        changes: of the grid's base, last: `{"data.source": "alpaca.json"}`.
+
+    Raises:
+        CellError: a mistake in the grid, before anything is written.
+    """
+
+    def __init__(self, grid: str | Path | Mapping[str, Any], profile: str | None = None,
+                 results: str | Path | None = None, changes: Mapping[str, Any] | None = None):
+        self.grid = Grid.read(grid, profile, changes)
+        self.profile = profile
+        name = self.grid.name if profile is None else f"{self.grid.name}-{profile}"
+        self.results = Path(results if results is not None else Path("results") / name)
+        self._ends: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._folders: dict[str, ArmFolder] = {}
+        self._tuning = Tuning(self.grid.tune, arms_of(self.grid), self._outcome)
+        if self.grid.tune is not None:
+            for trials in self._tuning.choices().values():
+                direction(trials.arms[0], self.grid.tune)
+
+    def __repr__(self) -> str:
+        return f"<Study {self.name}: {summary_text(self.statuses().values())}>"
+
+    @property
+    def name(self) -> str:
+        """The study's name in its file."""
+        return self.grid.name
+
+    # --- what there is
+
+    @property
+    def arms(self) -> list[Arm]:
+        """Every arm that is known now: with tuning, the other seeds of a method once its best value is."""
+        return self._tuning.known()
+
+    @property
+    def axes(self) -> list[str]:
+        """The axes by which arms are compared; not the seed, and not the one that is tuned."""
+        tuned = self.grid.tune.axis if self.grid.tune is not None else None
+        return [axis for axis in self.grid.axes if axis != tuned]
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """The newest run of each arm that has one, by the arm's name."""
+        found = {arm.name: self._folder(arm) for arm in self.arms}
+        return {name: run for name, folder in found.items() if folder is not None and (run := folder.run) is not None}
+
+    def statuses(self) -> dict[str, str]:
+        """The status of every arm by its name: one of `ARM_STATUSES`."""
+        self._ends.clear()
+        return {arm.name: self._outcome(arm)[0] for arm in self.arms}
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """A row an arm: its labels, seed, status and reason, and every figure of its run in base units.
+
+        `tgs` is useful tokens per rank and second; `planned_bytes` what the forecast said of the memory of the worst
+        rank. Where the grid tunes, only arms at the chosen values are there, `trials` says among how many values;
+        `study.trials` has them all.
+        """
+        self._ends.clear()
+        return self._frame(self._tuning.counted())
+
+    @property
+    def trials(self) -> pd.DataFrame:
+        """The arms that a tuned value was chosen among, as in `frame`; `best` marks the one of each group."""
+        self._ends.clear()
+        choices = self._tuning.choices().values()
+        frame = self._frame([arm for trials in choices for arm in trials.arms])
+        frame["best"] = [arm is trials.best for trials in choices for arm in trials.arms]
+        return frame
+
+    # --- before anything runs
+
+    def check(self) -> Report:
+        """The conflicts in the arms that have no result yet; what several arms share stands there once."""
+        self._ends.clear()
+        found: dict[Problem, list[str]] = {}
+        looked: set[str] = set()
+        for arm in self.arms:
+            if self._outcome(arm)[0] in FINAL:
+                continue
+            reads = repr((arm.experiment.data, arm.experiment.evaluate, arm.experiment.model, arm.gpus))
+            look = check_cells if reads in looked else check  # records are read once
+            looked.add(reads)
+            for problem in look(arm.experiment).problems:
+                found.setdefault(problem, []).append(arm.name)
+        return Report([Problem(each.cell, each.field, f"{each.message} ({_named(names)})", each.remedy, each.level)
+                       for each, names in found.items()])
+
+    def forecast(self, gpu: str | None = None) -> pd.DataFrame:
+        """What each arm will need, before it runs: `planned_bytes` of the worst rank, whether that `fits` on the GPU,
+        `tokens_per_second`, `seconds`, `gpu_hours`; `remaining` seconds of those that have no result yet.
+
+        Seconds are planned where the speed is (with a `gpu` of the catalogue), and else what arms that have ended took;
+        they are corrected by what those took in truth. What cannot be planned says so in `note`.
+        """
+        self._ends.clear()
+        return Forecast(self.results).make(self.arms, gpu, self._outcome)
+
+    # --- running
+
+    def run(self, slots: int | None = None, executor: str | Executor = "local", progress: bool = True,
+            fresh_code: bool = False) -> pd.DataFrame:
+        """Run every arm that has no result yet, each in processes of its own; the frame.
+
+        What a killed or stopped arm has left is gone on with from its newest checkpoint. An arm that fails does not
+        keep the others from running. An interrupt stops the arms under way after their step, with a checkpoint; a
+        second one kills them.
+
+        Args:
+            slots: arms at once. Default: one; with GPUs as many as there is one for each rank.
+            executor: where they run.
+            progress: show how far it is.
+            fresh_code: run arms anew whose result comes from another version of collie_lab.
+
+        Raises:
+            CellError: an arm that cannot start; nothing has been started then.
+        """
+        self.check().raise_for_errors()
+        chosen = make_executor(executor, slots)
+        if fresh_code:
+            self.retry(arms=self.outdated, resume=False)
+        self._write()
+        observer = Progress(self._tuning.count, self._seconds) if progress else None
+        runner = Runner(self._arms_now, self._made, chosen, observer)
+        try:
+            runner.run()
+        finally:
+            self._write()
+            if observer is not None:
+                observer.close()
+        return self.frame
+
+    @property
+    def outdated(self) -> list[str]:
+        """Arms with a result that another version of collie_lab has made."""
+        now = code_version(provenance())
+        return [arm.name for arm in self.arms if (folder := self._folder(arm)) is not None
+                and (state := folder.state)["status"] in FINAL and code_version(state.get("provenance", {})) != now]
+
+    def retry(self, status: str | Iterable[str] | None = None, arms: str | Iterable[str] | None = None,
+              resume: bool = True) -> list[str]:
+        """Have finished arms run again at the next `run`; their names. What they left is kept.
+
+        Args:
+            status: those with this status, or one of these.
+            arms: those of these names.
+            resume: go on from their newest checkpoint where they have one; else from the beginning.
+
+        Raises:
+            CellError: an unknown status or name, or neither of both.
+        """
+        if status is None and arms is None:
+            raise CellError([Problem("study", "retry", "which arms?", "status='error', or arms=[...] by their names")])
+        statuses = _several(status, ARM_STATUSES, "status")
+        names = _several(arms, [arm.name for arm in self.arms], "arms")
+        self._ends.clear()
+        again = []
+        for arm in self.arms:
+            folder = self._folder(arm)
+            if folder is None or (statuses is not None and folder.status not in statuses) \
+                    or (names is not None and arm.name not in names):
+                continue
+            if folder.reset(resume):
+                again.append(arm.name)
+        self._ends.clear()
+        return again
+
+    def status(self) -> pd.Series[Any]:
+        """How many arms there are of each status, and how many in all."""
+        import pandas as pd
+
+        counts = Counter(self.statuses().values())
+        rows = {status: counts[status] for status in ARM_STATUSES if counts[status]}
+        return pd.Series({**rows, "arms": self._tuning.count}, name=self.name, dtype=int)
+
+    # --- inside
+
+    def _frame(self, arms: list[Arm]) -> pd.DataFrame:
+        import pandas as pd
+
+        planned = Forecast(self.results).planned
+        axes = list(dict.fromkeys(axis for arm in self.arms for axis in arm.labels))
+        tried = {group: len(trials.arms) for group, trials in self._tuning.choices().items()}
+        rows = {}
+        for arm in arms:
+            folder = self._folder(arm)
+            status, summary = self._outcome(arm)
+            state = folder.state if folder is not None else {}
+            run = folder.run if folder is not None else None
+            speed = summary.get("tokens_per_second")
+            rows[arm.name] = {
+                "id": arm.id, **{axis: arm.labels.get(axis) for axis in axes}, "seed": arm.seed, "status": status,
+                "reason": state.get("reason", ""), "attempts": state.get("attempts", 0),
+                "run": None if run is None else str(run.folder.path), "runner": arm.runner,
+                "code": code_version(state.get("provenance", {})), "arm_seconds": state.get("seconds"),
+                **({} if arm.group is None else {"trials": tried[arm.group]}),
+                **{key: value for key, value in summary.items() if key not in ("status", "detail")},
+                "tgs": None if speed is None else speed / arm.gpus,
+                "planned_bytes": planned.get(arm.id, {}).get("bytes"),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+
+    def _outcome(self, arm: Arm) -> tuple[str, dict[str, Any]]:
+        """Status and summary of an arm; of one that has ended they are read once."""
+        if arm.id not in self._ends:
+            folder = self._folder(arm)
+            status = "pending" if folder is None else folder.status
+            run = folder.run if folder is not None else None
+            found = status, {} if run is None or status not in FINAL else dict(run.summary)
+            if status not in FINAL:
+                return found
+            self._ends[arm.id] = found
+        return self._ends[arm.id]
+
+    def _seconds(self) -> list[float]:
+        """How long the arms that have ended took."""
+        return [float(self._folders[arm.id].state["seconds"]) for arm in self.arms if arm.id in self._ends]
+
+    def _arms_now(self) -> list[Arm]:
+        return self._tuning.known()
+
+    def _folder(self, arm: Arm) -> ArmFolder | None:
+        if arm.id not in self._folders:
+            found = ArmFolder.find(self.results, arm.id)
+            if found is None:
+                return None
+            self._folders[arm.id] = found
+        return self._folders[arm.id]
+
+    def _made(self, arm: Arm) -> ArmFolder:
+        if (found := self._folder(arm)) is not None:
+            return found
+        self._folders[arm.id] = ArmFolder.create(self.results, arm)
+        return self._folders[arm.id]
+
+    def _write(self) -> None:
+        """Write `study.json`: the resolved grid, which arms it has, and what tuning has found."""
+        self.results.mkdir(parents=True, exist_ok=True)
+        tuning = [{"group": list(group), "values": [arm.labels[self.grid.tune.axis] for arm in trials.arms],
+                   "arms": [arm.id for arm in trials.arms], "figures": trials.figures,
+                   "best": trials.best.id if trials.best is not None else None}
+                  for group, trials in self._tuning.choices().items()] if self.grid.tune is not None else []
+        write_json(self.results / "study.json", {
+            "name": self.name, "profile": self.profile, "cwd": os.getcwd(), "axes": self.axes,
+            "arms": {arm.id: arm.name for arm in self.arms}, "tuning": tuning,
+            "grid": self.grid.replace(profiles={}).to_dict(),
+        })
+
+
+def summary_text(statuses: Iterable[str]) -> str:
+    """How many arms there are of each status: `12 arms: 10 ok, 1 host oom, 1 pending`."""
+    counts = Counter(statuses)
+    parts = [f"{counts[status]} {status.replace('_', ' ')}" for status in ARM_STATUSES if counts[status]]
+    return f"{counts.total()} arms: {', '.join(parts)}"
+
+
+def _several(asked: str | Iterable[str] | None, known: Iterable[str], what: str) -> set[str] | None:
+    if asked is None:
+        return None
+    wanted = {asked} if isinstance(asked, str) else set(asked)
+    if unknown := sorted(wanted - set(known)):
+        raise CellError([Problem("study", what, f"there is no {unknown[0]!r}", "there are: " + "; ".join(known))])
+    return wanted
+
+
+def _named(names: list[str]) -> str:
+    return "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")

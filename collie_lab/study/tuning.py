@@ -1,0 +1,121 @@
+"""Which value of a tuned axis is best: the others' trials, and the arms that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from collie_lab.cells import CellError, Problem
+from collie_lab.study.arms import Arm
+from collie_lab.study.grid import Tune
+from collie_lab.study.store import FINAL
+
+__all__ = ["Trials", "Tuning", "direction"]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What tuning has found for one group of arms.
+
+    Attributes:
+        arms: the arms at the first seed, in the order of their values.
+        figures: the metric of those that have one, by their name.
+        best: the best of the trials; None where none is known yet, or none has the metric.
+        decided: whether all trials have ended.
+    """
+
+    arms: tuple[Arm, ...]
+    figures: dict[str, float]
+    best: Arm | None
+    decided: bool
+
+
+class Tuning:
+    """Chooses arms: of every group all trials, and the other seeds once the best value is known.
+
+    Args:
+        tune: the axis and the metric; None: nothing is tuned, and all arms are run.
+        arms: all arms, of all values and seeds.
+        outcome: the status of an arm, and its run's summary.
+    """
+
+    def __init__(self, tune: Tune | None, arms: Sequence[Arm], outcome: Callable[[Arm], tuple[str, Mapping[str, Any]]]):
+        self._tune, self._arms, self._outcome = tune, arms, outcome
+        self._groups: dict[tuple[Any, ...], list[Arm]] = {}
+        for arm in arms:
+            if arm.group is not None:
+                self._groups.setdefault(arm.group, []).append(arm)
+
+    @property
+    def count(self) -> int:
+        """How many arms there will be: some are not known before the best value is."""
+        free = sum(arm.group is None for arm in self._arms)
+        return free + sum(len(_trials(arms)) + len({arm.seed for arm in arms}) - 1 for arms in self._groups.values())
+
+    def known(self) -> list[Arm]:
+        """The arms that are to run, as far as they are known, in the order of the grid."""
+        choices = self.choices()
+        return [arm for arm in self._arms if arm.group is None or self._is_wanted(arm, choices[arm.group])]
+
+    def counted(self) -> list[Arm]:
+        """Those whose results count: not the trials of values that were not chosen. A group that is undecided, or in
+        which nothing has worked, is there with one of its trials."""
+        choices = self.choices()
+        return [arm for arm in self._arms if arm.group is None
+                or (self._is_wanted(arm, choices[arm.group]) and self._counts(arm, choices[arm.group]))]
+
+    def choices(self) -> dict[tuple[Any, ...], Trials]:
+        """What is known of each group, by its labels, the tuned axis apart."""
+        return {group: self._choose(arms) for group, arms in self._groups.items()}
+
+    def _choose(self, arms: list[Arm]) -> Trials:
+        assert self._tune is not None
+        trials = _trials(arms)
+        figures: dict[str, float] = {}
+        decided = True
+        for arm in trials:
+            status, summary = self._outcome(arm)
+            decided &= status in FINAL
+            value = summary.get(self._tune.metric)
+            if status == "ok" and value is not None and value == value:
+                figures[arm.name] = float(value)
+        sign = -1.0 if direction(trials[0], self._tune) == "max" else 1.0
+        ranked = sorted((arm for arm in trials if arm.name in figures), key=lambda arm: sign * figures[arm.name])
+        return Trials(tuple(trials), figures, ranked[0] if ranked else None, decided)
+
+    def _is_wanted(self, arm: Arm, choice: Trials) -> bool:
+        return arm in choice.arms or (choice.decided and choice.best is not None and self._same_value(arm, choice))
+
+    def _counts(self, arm: Arm, choice: Trials) -> bool:
+        if choice.decided and choice.best is not None:
+            return self._same_value(arm, choice)
+        unfinished = [trial for trial in choice.arms if self._outcome(trial)[0] not in FINAL]
+        return arm is (unfinished or choice.arms)[0]
+
+    def _same_value(self, arm: Arm, choice: Trials) -> bool:
+        assert self._tune is not None
+        assert choice.best is not None
+        return bool(arm.labels[self._tune.axis] == choice.best.labels[self._tune.axis])
+
+
+def _trials(arms: list[Arm]) -> list[Arm]:
+    """The arms at the first seed."""
+    return [arm for arm in arms if arm.seed == arms[0].seed]
+
+
+def direction(arm: Arm, tune: Tune) -> Literal["min", "max"]:
+    """Whether less or more of the metric is better.
+
+    Raises:
+        CellError: nothing that the arm evaluates gives it, and the grid does not say.
+    """
+    known: dict[str, Literal["min", "max"]] = {"loss": "min"}
+    for cell in arm.experiment.evaluate:
+        known |= cell.figures or {}
+    if tune.better is not None:
+        return tune.better
+    if tune.metric not in known:
+        raise CellError([Problem("Grid", "tune.metric", f"nothing says whether less or more of {tune.metric!r} is "
+                                 "better", "`better: min` or `max` beside it; known are: " + ", ".join(known))])
+    return known[tune.metric]
