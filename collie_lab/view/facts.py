@@ -13,8 +13,8 @@ from collie_lab.view.history import Failure, History
 from collie_lab.view.units import bytes_text, count_text, duration_text, number_text, percent_text
 
 __all__ = [
-    "STATUS_WORDS", "closing_line", "evaluation_text", "facts", "failure_title", "held_out", "metric_text",
-    "peak_memory", "progress_text", "short_paths", "speed", "time_text", "trouble_texts",
+    "STATUS_WORDS", "closing_line", "evaluation_text", "facts", "failure_title", "held_out", "is_share",
+    "metric_text", "peak_memory", "progress_text", "short_paths", "speed", "time_text", "trouble_texts",
 ]
 
 #: Every status as people read it.
@@ -29,9 +29,14 @@ STATUS_WORDS: Final[Mapping[str, str]] = {
 _SHARES: Final = ("exact_match", "accuracy", "accuracy_norm", "_macro", "mmlu", "gsm8k", "gsm8k_flexible", "bbh")
 
 
+def is_share(name: str) -> bool:
+    """Whether a figure of this name is a share of one, read as a percentage."""
+    return name.endswith(_SHARES)
+
+
 def metric_text(name: str, value: float | None) -> str:
     """The value of an evaluation's metric."""
-    return percent_text(value) if name.endswith(_SHARES) else number_text(value)
+    return percent_text(value) if is_share(name) else number_text(value)
 
 
 def evaluation_text(values: Mapping[str, float]) -> str:

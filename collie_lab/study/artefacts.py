@@ -1,0 +1,80 @@
+"""What leaves a study as a file, each with a sidecar that says which arms it was made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from collie_lab._version import __version__
+from collie_lab.folder import write_json
+from collie_lab.study.outcomes import SEED, Outcomes
+from collie_lab.view.style import style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from collie_lab.study.table import Table
+
+__all__ = ["FORMATS", "save_figure", "save_table", "sidecar"]
+
+#: In which a figure is written: for LaTeX, for the web and editing, for slides.
+FORMATS: Final = ("pdf", "svg", "png")
+
+
+def sidecar(outcomes: Outcomes, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """The arms of an artefact: of each its name, id, labels, seed, status, reason, run, commit and machine."""
+    frame, runs = outcomes.frame, outcomes.runs
+    chosen = list(frame.index) if names is None else [name for name in frame.index if name in set(names)]
+    return {"made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "collie_lab": __version__,
+            "axes": list(outcomes.axes), "arms": [_arm(outcomes, frame.loc[name], name, runs) for name in chosen]}
+
+
+def _arm(outcomes: Outcomes, row: Any, name: str, runs: Any) -> dict[str, Any]:
+    known = {key: _plain(row[key]) for key in ("id", SEED, "status", "reason") if key in row}
+    labels = {axis: _plain(row[axis]) for axis in outcomes.axes if axis in row and axis != SEED}
+    told: dict[str, Any] = {"arm": name, **known, "labels": labels, "run": None}
+    if name in runs:
+        run = runs[name]
+        environment = run.folder.read("env.json")
+        told |= {"run": run.id, "git": environment.get("collie_lab_git"),
+                 "data": run.folder.read("data/index.json").get("fingerprint"),
+                 **{key: environment.get(key) for key in ("host", "platform", "gpu", "cores", "packages")}}
+    return told
+
+
+def _plain(value: Any) -> Any:
+    """A value of a frame as JSON has it."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if value is None or value != value else value
+
+
+def save_figure(
+    figure: Figure, stem: str | Path, arms: dict[str, Any] | None = None, formats: Collection[str] = FORMATS,
+) -> list[Path]:
+    """Write a figure in every format, and its sidecar `<stem>.json` where there is one; returns the files.
+
+    The same figure gives the same bytes: no dates are written.
+    """
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = [stem.with_name(f"{stem.name}.{name}") for name in formats]
+    dates: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+    with style():
+        for file in files:
+            figure.savefig(file, dpi=200, bbox_inches="tight", metadata=dates[file.suffix[1:]])
+    return files + _sidecar_file(stem, arms)
+
+
+def save_table(table: Table, stem: str | Path, arms: dict[str, Any] | None = None) -> list[Path]:
+    """Write a table in every format, and its sidecar `<stem>.json` where there is one; returns the files."""
+    return table.save(stem) + _sidecar_file(Path(stem), arms)
+
+
+def _sidecar_file(stem: Path, arms: dict[str, Any] | None) -> list[Path]:
+    if arms is None:
+        return []
+    file = stem.with_name(f"{stem.name}.json")
+    write_json(file, {"artefact": stem.name, **arms})
+    return [file]

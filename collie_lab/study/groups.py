@@ -1,0 +1,164 @@
+"""Arms put together: those that differ in their seed alone are one group, whose figures are means with a spread."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from collie_lab.study.columns import Column, column
+from collie_lab.study.outcomes import FINISHED, SEED, seedless
+from collie_lab.view.units import NOTHING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Group", "Value", "group_arms", "known_axes", "label_text", "ordered"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """One figure of a group, in base units.
+
+    Attributes:
+        samples: what each finished arm has, by its seed.
+        failed: the statuses of arms without figures, and how many have each.
+    """
+
+    samples: Mapping[Any, float]
+    failed: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Over how many seeds."""
+        return len(self.samples)
+
+    @property
+    def mean(self) -> float:
+        """NaN where no arm has the figure."""
+        return statistics.fmean(self.samples.values()) if self.samples else math.nan
+
+    @property
+    def std(self) -> float:
+        """The sample standard deviation (n − 1); NaN below two seeds."""
+        return statistics.stdev(self.samples.values()) if self.n > 1 else math.nan
+
+    @property
+    def word(self) -> str | None:
+        """How the arms ended, where none has figures: `cuda oom`, `diverged`; the most frequent status."""
+        if self.n or not self.failed:
+            return None
+        return max(self.failed, key=lambda status: self.failed[status]).replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms with the same labels, a row of the frame each."""
+
+    labels: Mapping[str, Any]
+    arms: pd.DataFrame
+
+    @property
+    def names(self) -> list[str]:
+        """Of its arms."""
+        return [str(name) for name in self.arms.index]
+
+    def value(self, key: str) -> Value:
+        """A figure over the seeds."""
+        statuses = self.arms["status"]
+        failed = Counter(str(status) for status in statuses if status not in FINISHED)
+        samples: dict[Any, float] = {}
+        if key in self.arms:
+            seeds = self.arms.get(SEED, self.arms.index)
+            for seed, status, number in zip(seeds, statuses, self.arms[key], strict=True):
+                if status in FINISHED and number is not None and math.isfinite(number):
+                    samples[seed] = float(number)
+        return Value(samples, failed)
+
+
+def ordered(values: Iterable[Any]) -> list[Any]:
+    """Each value once, in the order of the grid."""
+    return list(dict.fromkeys(values))
+
+
+def label_text(label: Any) -> str:
+    """A label of an axis as it is written."""
+    if label is None:
+        return NOTHING
+    return f"{label:g}" if isinstance(label, float) else str(label)
+
+
+def known_axes(names: Iterable[str], axes: Sequence[str], what: str) -> list[str]:
+    """The names, all of them axes.
+
+    Raises:
+        ValueError: one is no axis.
+    """
+    names = list(names)
+    if unknown := [name for name in names if name not in axes]:
+        raise ValueError(f"{what}: no axis is called {unknown[0]!r}; there are: {', '.join(axes) or 'none'}")
+    return names
+
+
+def group_arms(
+    arms: pd.DataFrame, axes: Sequence[str], by: Sequence[str], *, where: Mapping[str, Any] | None = None,
+    tuned: Mapping[str, str | Column] | None = None, free: Collection[str] = (),
+) -> list[Group]:
+    """The arms by their labels on the axes `by`, in the order of the grid.
+
+    Args:
+        arms: what `arm_frame` gives.
+        axes: all axes of the arms.
+        where: only arms with these labels: `{"model": "llama-5m"}`, or one of several: `{"model": ["a", "b"]}`.
+        tuned: axes that were tuned, each with the metric that chooses its value: a group keeps the arms at its best.
+        free: axes in which the arms of a group may differ.
+
+    Raises:
+        ValueError: an unknown axis; no arm is left; the arms of a group differ in an axis that nobody has named.
+    """
+    where, tuned = where or {}, tuned or {}
+    known_axes([*by, *where], [*axes, SEED], "group")
+    tuned = {axis: metric for axis, metric in tuned.items() if axis in axes and axis not in by}
+    for axis, wanted in where.items():
+        values = wanted if isinstance(wanted, (list, tuple, set)) else [wanted]
+        chosen = arms[arms[axis].isin(list(values))]
+        if chosen.empty:
+            raise ValueError(f"where: no arm has {axis} = {wanted!r}; there are: "
+                             + ", ".join(map(str, ordered(arms[axis]))))
+        arms = chosen
+    keys = list(zip(*(arms[axis] for axis in by), strict=True)) if by else [()] * len(arms)
+    groups = []
+    for key in ordered(keys):
+        labels = dict(zip(by, key, strict=True))
+        members = arms[[each == key for each in keys]]
+        for axis, metric in tuned.items():
+            members = _best_of(members, axis, metric)
+        groups.append(Group(labels, members))
+        for axis in seedless(axes):
+            if axis not in by and axis not in tuned and axis not in free and len(ordered(members[axis])) > 1:
+                raise ValueError(
+                    f"arms that differ in {axis!r} would be averaged ({', '.join(map(str, ordered(members[axis])))}): "
+                    f"put it into rows, columns or panels, choose a value with where={{{axis!r}: ...}}, or have the "
+                    f"best taken with tuned={{{axis!r}: metric}}")
+    return groups
+
+
+def _best_of(arms: pd.DataFrame, axis: str, metric: str | Column) -> pd.DataFrame:
+    """The arms at the value of a tuned axis that has the best metric, over the seeds with which all were tried."""
+    shown = column(metric)
+    if shown.better is None:
+        raise ValueError(f"tuned: whether less or more of {metric!r} is better is not known; give a Column that says")
+    tried: dict[Any, pd.DataFrame] = {value: arms[arms[axis] == value] for value in ordered(arms[axis])}
+    if len(tried) < 2:
+        return arms
+    samples = {value: Group({}, members).value(shown.key).samples for value, members in tried.items()}
+    samples = {value: each for value, each in samples.items() if each}
+    if not samples:
+        return arms  # none of them has the metric: all words, none of them the best
+    common = set.intersection(*(set(each) for each in samples.values()))
+    sign = 1 if shown.better == "min" else -1
+    scores = {value: sign * statistics.fmean(each[seed] for seed in common or each) for value, each in samples.items()}
+    return tried[min(scores, key=lambda value: scores[value])]

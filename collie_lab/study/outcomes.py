@@ -1,0 +1,79 @@
+"""What the arms of a comparison came to: the face that tables, figures, fairness, exports and reports work on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from collie_lab.launch import Run
+
+__all__ = ["FINISHED", "SEED", "Outcomes", "arm_frame", "run_figures", "seedless"]
+
+#: Statuses whose figures count. Every other one stands in a table as a word.
+FINISHED: Final = ("ok", "stopped")
+#: The axis over whose values figures are averaged.
+SEED: Final = "seed"
+
+
+class Outcomes(Protocol):
+    """Arms, what distinguishes them, and what they came to. `lab.Study` and `lab.Results` are such."""
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """A row an arm, by its name, in base units (bytes, seconds, tokens, shares of one).
+
+        Columns: one an axis (or the index itself, where it bears an axis' name), `status`, and figures by their key.
+        `seed`, `id`, `reason` and `run` where there are such.
+        """
+
+    @property
+    def axes(self) -> Sequence[str]:
+        """The axes that the arms lie on; `seed` may be one."""
+
+    @property
+    def runs(self) -> Mapping[str, Run]:
+        """The run of each arm that has one, by the arm's name."""
+
+
+def run_figures(run: Run) -> dict[str, Any]:
+    """What a run adds to its row of `Outcomes.frame`: its summary, and
+
+    - `tgs`: useful (non-padding) tokens per rank and second;
+    - `mfu`: the mean over its steps, the first two left out; NaN where the hardware's peak is not known;
+    - `tokens_per_step`: useful tokens of a step over all ranks, the mean of its steps.
+    """
+    summary, metrics = run.summary, run.metrics
+    speed, missing = summary.get("tokens_per_second"), float("nan")
+    return {
+        **summary,
+        "tgs": missing if speed is None else speed / summary.get("world_size", 1),
+        "mfu": float(metrics["mfu"].iloc[2:].mean()),
+        "tokens_per_step": float(metrics["tokens"].mean()),
+    }
+
+
+def arm_frame(outcomes: Outcomes) -> pd.DataFrame:
+    """The frame with every axis as a column, and labels that can be compared: `None` where an arm lacks one."""
+    frame = outcomes.frame
+    plain = frame.copy()
+    for axis in outcomes.axes:
+        values = frame.index if axis == frame.index.name and axis not in frame else frame[axis]
+        plain[axis] = [_label(value) for value in values]
+        plain[axis] = plain[axis].astype(object).where(plain[axis].notna(), None)
+    return plain.rename_axis(None)
+
+
+def _label(value: Any) -> Any:
+    """A whole cell as a value of an axis is a mapping, which no key can be: its text."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return json.dumps(value, sort_keys=True, default=str)
+    return None if value is None or value != value else value
+
+
+def seedless(axes: Sequence[str]) -> list[str]:
+    """The axes that distinguish what is compared."""
+    return [axis for axis in axes if axis != SEED]

@@ -1,0 +1,57 @@
+"""The verbs of whatever has outcomes: its tables, figures, fairness, exports and report."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from collie_lab.study.outcomes import Outcomes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from collie_lab.launch import Run
+    from collie_lab.study.fairness import Fairness
+    from collie_lab.study.table import Table
+
+__all__ = ["Presentation"]
+
+
+class Presentation(ABC, Outcomes):
+    """A base class: who gives `frame`, `axes` and `runs` gets the rest."""
+
+    @property
+    @abstractmethod
+    def frame(self) -> pd.DataFrame:
+        """See `Outcomes.frame`."""
+
+    @property
+    @abstractmethod
+    def axes(self) -> Sequence[str]:
+        """See `Outcomes.axes`."""
+
+    @property
+    @abstractmethod
+    def runs(self) -> Mapping[str, Run]:
+        """See `Outcomes.runs`."""
+
+    @property
+    def tuned(self) -> Mapping[str, str]:
+        """The axes that were tuned, each with the metric that chooses its value."""
+        return {}
+
+    def table(self, metrics: Sequence[Any] | None = None, **options: Any) -> Table:
+        """A table of the figures that matter; see `collie_lab.study.table.tabulate`."""
+        from collie_lab.study.table import tabulate
+
+        return tabulate(self, metrics, **{"tuned": self.tuned, **options})
+
+    def fairness(self, compare: str | None = None, **options: Any) -> Fairness:
+        """What else differs between arms that are compared; see `collie_lab.study.fairness.fairness`."""
+        from collie_lab.study.fairness import fairness
+
+        return fairness(self, compare, **{"tuned": tuple(self.tuned), **options})
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
