@@ -91,9 +91,13 @@ class DeepSpeed(Strategy):
     def _config(self, model: nn.Module) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.cell.zero}
         if self.cell.zero == 3:
-            # Smaller parameters stay whole on every rank; transformers' own choice.
+            # Smaller parameters stay whole on every rank. The buckets would be of 2 GB by default, however small the
+            # model. Both as transformers chooses them.
             hidden = getattr(getattr(model, "config", None), "hidden_size", None) or 0
             zero["stage3_param_persistence_threshold"] = 10 * hidden
+            if hidden:
+                zero["reduce_bucket_size"] = hidden * hidden
+                zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden * hidden)
         pin = self.device.type == "cuda"
         if self.cell.offload is not None:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}

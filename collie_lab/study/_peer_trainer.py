@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
@@ -173,9 +173,11 @@ def arguments(experiment: Experiment, folder: RunFolder, device: torch.device) -
         if training.recompute == "full" else {}
     if parallel.engine == "deepspeed":
         start_deepspeed(device)
+        if device.type == "cpu":
+            _let_deepspeed_use_cpus()
     return TrainingArguments(
         output_dir=str(folder.path / "trainer"), use_cpu=device.type == "cpu" and parallel.engine == "torch",
-        ddp_backend="gloo" if device.type == "cpu" else "nccl", ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if device.type == "cpu" else None, ddp_find_unused_parameters=False,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=training.batch_size // (micro * parallel.dp), max_steps=training.steps,
         optim="adamw_torch_fused", learning_rate=cell.lr, adam_beta1=cell.betas[0], adam_beta2=cell.betas[1],
@@ -198,3 +200,11 @@ def _deepspeed(parallel: Parallel, precision: str) -> dict[str, Any]:
     return {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "bf16": {"enabled": precision == "bf16"},
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
             "train_batch_size": "auto", "gradient_clipping": "auto"}
+
+
+def _let_deepspeed_use_cpus() -> None:
+    """accelerate takes a process without a GPU for the only one, though its DeepSpeed would run on gloo as well."""
+    def backend(self: PartialState, *_: Any) -> tuple[str, DistributedType]:
+        return "gloo", DistributedType.MULTI_CPU
+
+    PartialState._prepare_backend = backend

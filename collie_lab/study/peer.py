@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from collie_lab import rank
 from collie_lab.cells import AdamW, CellError, Experiment, Problem
@@ -27,10 +26,10 @@ from collie_lab.folder import JsonLines, RunFolder
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check", "main", "problems"]
+__all__ = ["MODULE", "check", "main", "problems"]
 
-#: The module to launch: `launch(experiment, _module=MODULE)`.
-MODULE = __name__
+#: The module that every rank runs.
+MODULE: Final = "collie_lab.study.peer"
 
 
 def check(experiment: Experiment) -> None:
@@ -61,8 +60,8 @@ def _layout(experiment: Experiment) -> Iterator[Problem]:
                       "leave it out")
     sharded = parallel.engine == "deepspeed" and parallel.zero > 0
     if sharded and training.precision != ("bf16" if training.weights == "bf16" else "fp32"):
-        yield Problem("Training", "weights", "DeepSpeed, as the Trainer calls it, computes in the type that weights are "
-                      "kept in", 'weights="bf16" with precision="bf16": it keeps an fp32 copy')
+        yield Problem("Training", "weights", "DeepSpeed, as the Trainer calls it, computes in the type of the "
+                      "weights", 'weights="bf16" with precision="bf16": it keeps an fp32 copy')
     if not sharded and training.weights == "bf16":
         yield Problem("Training", "weights", "the Trainer rounds bf16 weights to nearest, which loses updates",
                       'weights="fp32"; or engine="deepspeed" with zero, which keeps an fp32 copy')
@@ -78,9 +77,8 @@ def _recipe(experiment: Experiment) -> Iterator[Problem]:
                       "leave it out")
     if cell.lr_scale:
         yield Problem(name, "lr_scale", "the Trainer has one learning rate", "leave it out")
-    unlike = {"export": True, "checkpoint_every": None, "loss": None, "clip_grad_value": None}
-    for field, without in unlike.items():
-        if (getattr(training, field) is True) if field == "export" else getattr(training, field) != without:
+    for field in ("export", "checkpoint_every", "loss", "clip_grad_value"):
+        if getattr(training, field):
             yield Problem("Training", field, "the Trainer is run for its losses, speed and memory alone",
                           "export=False" if field == "export" else "leave it out")
 
@@ -121,6 +119,7 @@ def _run(experiment: Experiment, folder: RunFolder, device: torch.device, began:
     for name in ("accelerate", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.closing(JsonLines(folder.path / "events.jsonl")) as events:
+
         def event(kind: str, **fields: Any) -> None:
             if number == 0:
                 events.append({"time": time.time(), "kind": kind, **fields})
