@@ -98,8 +98,8 @@ __all__ = [
     "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Plan", "PlanError", "Pool", "Prefix",
     "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS",
     "ScheduleFree", "Skills", "Sophia", "Study", "SystemMeters", "TensorBoard", "Text", "TrainTokenizer", "Training",
-    "WandB", "WeightStatistics", "__version__", "attach", "compare", "compose", "doctor", "figure", "merge", "optim", "pull",
-    "runs", "watch",
+    "WandB", "WeightStatistics", "__version__", "attach", "compare", "compose", "doctor", "figure", "merge", "optim",
+    "pull", "runs", "watch",
 ]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from collie_lab.view.figures import png
+from collie_lab.view.figures import Picture
 from collie_lab.view.style import COLORS, INK, MUTED, style
 from collie_lab.view.units import bytes_text
 
@@ -15,27 +15,24 @@ if TYPE_CHECKING:
     from collie_lab.planning.gpus import GPU
     from collie_lab.planning.plan import Plan
 
-__all__ = ["bar", "draw"]
+__all__ = ["ROLE_COLORS", "bar", "draw"]
 
-_COLORS: Final = dict(zip(
+#: Of the components of a plan.
+ROLE_COLORS: Final = dict(zip(
     ("weights", "gradients", "optimizer", "activations", "loss", "communication", "temporaries", "workspace"),
     (COLORS[0], COLORS[1], COLORS[2], COLORS[4], COLORS[3], COLORS[5], "#9CA3AF", "#6B7280"), strict=True))
-
-
-class _Picture(Figure):
-    def _repr_png_(self) -> bytes:
-        return png(self)
 
 
 def draw(summary: dict[str, Any], gpu: GPU | None) -> Figure:
     """Stacked bytes over the events of one step."""
     course = {role: values for role, values in summary["course"].items() if any(values)}
     with style():
-        picture = _Picture(figsize=(7.4, 3.4), layout="constrained")
+        picture = Picture(figsize=(7.4, 3.4), layout="constrained")
         axes = picture.add_subplot()
         count = len(next(iter(course.values())))
         x = [index / max(1, count - 1) for index in range(count)]
-        axes.stackplot(x, *course.values(), labels=list(course), colors=[_COLORS[role] for role in course], linewidth=0)
+        axes.stackplot(x, *course.values(), labels=list(course), linewidth=0,
+                       colors=[ROLE_COLORS[role] for role in course])
         axes.set_title(f"memory over a step of rank {summary['rank']}: at most {bytes_text(summary['peak'])}")
         axes.yaxis.set_major_formatter(EngFormatter("B"))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -62,9 +59,10 @@ def bar(plan: Plan) -> str:
     whole = max(plan.peak_bytes, plan.gpu.memory if plan.gpu else 0)
     pieces = "".join(
         f"<span title='{role} {bytes_text(size)}' style='display:inline-block;height:16px;"
-        f"width:{100 * size / whole:.2f}%;background:{_COLORS[role]}'></span>" for role, size in row.items() if size)
+        f"width:{100 * size / whole:.2f}%;background:{ROLE_COLORS[role]}'></span>"
+        for role, size in row.items() if size)
     key = " ".join(f"<span style='white-space:nowrap;margin-right:10px'><span style='display:inline-block;width:9px;"
-                   f"height:9px;background:{_COLORS[role]};margin-right:4px'></span>{role} {bytes_text(size)}</span>"
-                   for role, size in row.items() if size)
+                   f"height:9px;background:{ROLE_COLORS[role]};margin-right:4px'></span>"
+                   f"{role} {bytes_text(size)}</span>" for role, size in row.items() if size)
     return (f"<div style='max-width:640px;border:1px solid #9CA3AF;line-height:0'>{pieces}</div>"
             f"<div style='font-size:12px;margin:4px 0'>{key}</div>")

@@ -22,7 +22,7 @@ _POLL: Final = 0.2
 #: Seconds beyond its time-out that an arm gets until its kernel is killed. The run within it has the same time-out, and
 #: ends with the stacks of its ranks; this is for a kernel that hangs before or after it.
 SLACK: Final = 20.0
-#: Seconds that a stopped run, and the notebook after it, get to come to their end.
+#: Seconds that a run, and the notebook after it, get to come to their end.
 FAREWELL: Final = 60.0
 #: Seconds until the rest is killed, where the end of the largest process did not help.
 _RELIEF: Final = 3.0
@@ -65,8 +65,7 @@ class Watch(threading.Thread):
             if self.stopping.is_set():
                 self._stop()
             if self._deadline is not None and time.monotonic() > self._deadline:
-                self.timed_out = True
-                self._kill_kernel()
+                self._end_overdue(self._deadline)
 
     def end(self) -> None:
         """Watch no longer."""
@@ -101,6 +100,13 @@ class Watch(threading.Thread):
             run.stop()
             self._stop_deadline = time.monotonic() + FAREWELL
         elif time.monotonic() > self._stop_deadline:
+            self._kill_kernel()
+
+    def _end_overdue(self, deadline: float) -> None:
+        """A run that is alive ends by itself, a little later if it began late, and tells what it was doing."""
+        run = self._run()
+        if run is None or not run.alive or time.monotonic() > deadline + FAREWELL:
+            self.timed_out = True
             self._kill_kernel()
 
     def _kill_kernel(self) -> None:

@@ -1,7 +1,8 @@
 """Runs one arm: `python -m collie_lab.study.arm FOLDER`, whoever starts it: a local runner, Slurm, Ray, a person.
 
 It takes the arm's lock, has papermill execute `arm.ipynb` in a kernel below it, watches time and memory, and writes
-what became of it. SIGTERM and SIGINT stop the run after its step, with a checkpoint; the next attempt goes on from there.
+what became of it. SIGTERM and SIGINT stop the run after its step, with a checkpoint; the next attempt goes on from
+there.
 """
 
 from __future__ import annotations

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
 from collie_lab.cells import CellError, Experiment, Problem
 from collie_lab.folder import read_json
 from collie_lab.study import peer
-from collie_lab.study.fingerprint import fingerprint
+from collie_lab.study.fingerprint import Identity, identify
 from collie_lab.study.grid import DEFAULT_RUNNER, Combination, Grid
 
 __all__ = ["RUNNERS", "Arm", "arms_of", "read_arm"]
@@ -29,6 +28,7 @@ class Arm:
     Attributes:
         name: short, and the only one of its name in the study: the labels that differ among its arms.
         id: 12 hex digits of a hash of what decides on the result: the experiment, the runner, the bytes of the data.
+        key: the same without the bytes.
         labels: of each axis, the seed apart.
         seed: of the training.
         experiment: what is run.
@@ -40,6 +40,7 @@ class Arm:
 
     name: str
     id: str
+    key: str
     labels: dict[str, Any]
     seed: int
     experiment: Experiment
@@ -70,8 +71,9 @@ class Arm:
 
     def to_json(self) -> dict[str, Any]:
         """What `arm.json` holds."""
-        return {"name": self.name, "id": self.id, "labels": self.labels, "seed": self.seed, "runner": self.runner,
-                "timeout": self.timeout, "memory_limit": self.memory_limit, "experiment": self.experiment.to_dict()}
+        return {"name": self.name, "id": self.id, "key": self.key, "labels": self.labels, "seed": self.seed,
+                "runner": self.runner, "timeout": self.timeout, "memory_limit": self.memory_limit,
+                "experiment": self.experiment.to_dict()}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -88,28 +90,25 @@ def read_arm(place: str | Path) -> Arm:
     path = Path(place)
     if path.suffix in (".yaml", ".yml"):
         experiment = Experiment.from_yaml(path)
-        return Arm(path.stem, identity(experiment, DEFAULT_RUNNER), {}, experiment.training.seed, experiment)
+        id, key, _ = identify(experiment, DEFAULT_RUNNER)
+        return Arm(path.stem, id, key, {}, experiment.training.seed, experiment)
     if not (path / "arm.json").is_file():
         raise CellError([Problem("arm", "", f"{place} is no arm of a study, and no YAML file of an experiment")])
     return Arm.from_json(read_json(path / "arm.json"))
 
 
-def identity(experiment: Experiment, runner: str) -> str:
-    """The id of an arm. The experiment's name, which only its folder has, does not count."""
-    fields = {key: value for key, value in experiment.to_dict().items() if key != "name"}
-    text = json.dumps([fields, runner, fingerprint(experiment)], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def arms_of(grid: Grid) -> list[Arm]:
+def arms_of(grid: Grid, results: Path) -> list[Arm]:
     """Every arm of a grid, in its order, the tried values of an axis that is tuned with all seeds among them.
+
+    Where the data of an arm are not there, its id is that under which it stands in `results`.
 
     Raises:
         CellError: cells that do not accept their fields, two arms that are the same, unequal budgets of tuning.
     """
     made = [(combination, seed) for combination in grid.combinations() for seed in _seeds(grid, combination)]
     names = _names([({**each.labels}, seed) for each, seed in made], grid.name)
-    arms = [_arm(grid, combination, seed, name) for (combination, seed), name in zip(made, names, strict=True)]
+    home = _Home(results)
+    arms = [_arm(grid, combination, seed, name, home) for (combination, seed), name in zip(made, names, strict=True)]
     if not arms:
         raise CellError([Problem("Grid", "exclude", "no arm is left")])
     _check_distinct(arms)
@@ -123,7 +122,22 @@ def _seeds(grid: Grid, combination: Combination) -> Sequence[int | None]:
     return [None] if grid.seeds is None else grid.seeds
 
 
-def _arm(grid: Grid, combination: Combination, seed: int | None, name: str) -> Arm:
+class _Home:
+    """The ids of arms in a results folder, by their keys."""
+
+    def __init__(self, results: Path):
+        self._results = results
+
+    def id_of(self, identity: Identity) -> str:
+        return self._ids.get(identity.key, identity.id) if identity.absent else identity.id
+
+    @cached_property
+    def _ids(self) -> dict[str, str]:
+        arms = (read_json(path) for path in (self._results / "arms").glob("*/arm.json"))
+        return {arm["key"]: arm["id"] for arm in arms}
+
+
+def _arm(grid: Grid, combination: Combination, seed: int | None, name: str, home: _Home) -> Arm:
     mapping, runner = grid.mapping(combination)
     try:
         experiment = Experiment.from_dict({**mapping, "name": _slug(name)})
@@ -132,15 +146,15 @@ def _arm(grid: Grid, combination: Combination, seed: int | None, name: str) -> A
         if runner not in RUNNERS and "." not in runner:
             raise CellError([Problem("Grid", "runner", f"unknown runner {runner!r}",
                                      f"there are: {', '.join(RUNNERS)}; or name a module that every rank runs")])
-        id = identity(experiment, runner)
+        identity = identify(experiment, runner)
     except CellError as error:
         raise CellError([Problem(f"{name}: {each.cell}", each.field, each.message, each.remedy)
                          for each in error.problems]) from None
     group = None
     if grid.tune is not None and not combination.included:
         group = tuple(label for axis, label in combination.labels.items() if axis != grid.tune.axis)
-    return Arm(name, id, combination.labels, experiment.training.seed, experiment, runner, grid.timeout,
-               grid.memory_limit, group)
+    return Arm(name, home.id_of(identity), identity.key, combination.labels, experiment.training.seed, experiment,
+               runner, grid.timeout, grid.memory_limit, group)
 
 
 def _names(points: Sequence[tuple[dict[str, Any], int | None]], fallback: str) -> list[str]:

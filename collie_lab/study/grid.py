@@ -27,7 +27,7 @@ from pydantic import Field, field_validator
 
 from collie_lab.cells import SHAPES, Cell, CellError, Experiment, Problem
 
-__all__ = ["DEFAULT_RUNNER", "Choice", "Combination", "Grid", "Tune"]
+__all__ = ["DEFAULT_RUNNER", "Choice", "Combination", "Grid", "Tune", "size_in_bytes"]
 
 #: What runs an arm where nothing else is named.
 DEFAULT_RUNNER: Final = "collie_lab"
@@ -74,12 +74,7 @@ class Grid(Cell):
     @field_validator("memory_limit", mode="before")
     @classmethod
     def _in_bytes(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        match = re.fullmatch(r"\s*([\d.]+)\s*([kKMGT]?i?B)\s*", value)
-        if match is None:
-            raise ValueError(f"no size in bytes: {value!r}; e.g. 4 GB")
-        return int(float(match[1]) * _BYTES[match[2].upper()])
+        return size_in_bytes(value)
 
     @field_validator("seeds")
     @classmethod
@@ -220,6 +215,20 @@ class Combination:
     """The seed that an included arm names."""
     included: bool = False
     """Not of the product: nothing is tuned."""
+
+
+def size_in_bytes(value: Any) -> Any:
+    """`4 GB`, `512 MiB` → bytes; what is no string stays.
+
+    Raises:
+        ValueError: a string of another form.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?i?B)\s*", value)
+    if match is None:
+        raise ValueError(f"no size in bytes: {value!r}; e.g. 4 GB")
+    return int(float(match[1]) * _BYTES[match[2].upper()])
 
 
 def _merged(base: Any, over: Any) -> Any:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collie_lab.launch import Run
     from collie_lab.study.fairness import Fairness
     from collie_lab.study.table import Table
+    from collie_lab.view.figures import Picture
 
 __all__ = ["Presentation"]
 
@@ -46,6 +47,20 @@ class Presentation(ABC, Outcomes):
         from collie_lab.study.table import tabulate
 
         return tabulate(self, metrics, **{"tuned": self.tuned, **options})
+
+    def figure(self, kind: str | None = None, **options: Any) -> Picture:
+        """A figure: `size`, `bars`, `components`, `pareto`, `curves` or `sweep`; `options` are those of the function of
+        that name in `collie_lab.study.figures`. It is shown in a notebook, and has `data`, `arms` and `save`.
+
+        Without a kind: the loss curves of all runs, and what each reached and needed as bars.
+        """
+        if kind is None:
+            from collie_lab.view import compare
+
+            return compare(list(self.runs.values()), labels=list(self.runs))
+        from collie_lab.study.figures import draw
+
+        return draw(self, kind, **{"tuned": self.tuned, **options})
 
     def fairness(self, compare: str | None = None, **options: Any) -> Fairness:
         """What else differs between arms that are compared; see `collie_lab.study.fairness.fairness`."""

@@ -33,7 +33,7 @@ class Progress:
         self._at_once = 1
         self._place = _place()
 
-    def update(self, arms: Mapping[str, str], attempted: int) -> None:
+    def update(self, arms: Mapping[str, str]) -> None:
         """Draw, where something has changed, and now and then for the clock."""
         running = sum(status == "running" for status in arms.values())
         self._at_once = max(self._at_once, running)

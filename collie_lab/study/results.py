@@ -12,7 +12,6 @@ from collie_lab.study.presentation import Presentation
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from collie_lab.launch import Run
 
@@ -49,12 +48,6 @@ class Results(Presentation):
 
         rows = {name: {**run_figures(run), "run": run.id} for name, run in self.runs.items()}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("Method")
-
-    def figure(self) -> Figure:
-        """Loss curves and the figures of the table as bars."""
-        from collie_lab.view import compare
-
-        return compare(list(self.runs.values()), labels=list(self.runs))
 
     def export(self, folder: str | Path) -> list[Path]:
         """Write table.csv (unrounded), table.md, table.tex, figure.png, figure.pdf and arms.json.

@@ -24,8 +24,8 @@ _POLL: Final = 0.1
 class Observer(Protocol):
     """Who is told how things go."""
 
-    def update(self, arms: Mapping[str, str], attempted: int) -> None:
-        """The status of every arm by its name, and how many this runner has started; called again and again."""
+    def update(self, arms: Mapping[str, str]) -> None:
+        """The status of every arm by its name; called again and again."""
 
 
 @dataclass
@@ -71,6 +71,7 @@ class Runner:
         for id in ended:
             del self._jobs[id]
         states = {arm.id: self.folder(arm).status for arm in arms}
+        self._tried -= {id for id in ended if states.get(id) == "running"}  # another runner was quicker
         waiting = False
         for arm in arms:
             if states[arm.id] in FINAL or arm.id in self._jobs or states[arm.id] == "running":
@@ -89,7 +90,7 @@ class Runner:
         if self.observer is not None:
             shown = {arm.name: "running" if arm.id in self._jobs and states[arm.id] not in FINAL else states[arm.id]
                      for arm in arms}
-            self.observer.update(shown, len(self._tried))
+            self.observer.update(shown)
 
     def _stop(self) -> None:
         for job in self._jobs.values():

@@ -1,7 +1,7 @@
 """The folder of an arm: the contract between a study, the processes that run its arms, and everyone who reads them.
 
     <results>/study.json                     the grid as it was resolved, and the ids of its arms
-    <results>/arms/<name>-<id>/  arm.json    the arm (written once)
+    <results>/arms/<name>-<id>/  arm.json    the arm
                                  lock        held (flock) by the process that runs the arm: it runs if and only if held
                                  status.json written by that process alone, the parent of kernel and ranks
                                  arm.ipynb   notebooks/arm.ipynb as it was executed
@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -50,12 +51,13 @@ class ArmFolder:
 
     @classmethod
     def create(cls, results: Path, arm: Arm) -> ArmFolder:
-        """The folder of an arm, made where there is none of its id yet."""
-        if (found := cls.find(results, arm.id)) is not None:
-            return found
-        folder = cls(results / "arms" / arm.folder_name)
+        """The folder of an arm, made where there is none of its id yet; what does not decide on the result (its name,
+        its time-out) is as the grid has it now."""
+        folder = cls.find(results, arm.id) or cls(results / "arms" / arm.folder_name)
         folder.runs.mkdir(parents=True, exist_ok=True)
-        write_json(folder.path / "arm.json", arm.to_json())
+        fields = json.loads(json.dumps(arm.to_json()))
+        if read_json(folder.path / "arm.json") != fields:
+            write_json(folder.path / "arm.json", fields)
         return folder
 
     @classmethod

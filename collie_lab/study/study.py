@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from collie_lab.cells import CellError, Problem
 from collie_lab.check import Report, check, check_cells
@@ -17,6 +17,8 @@ from collie_lab.study.arms import Arm, arms_of
 from collie_lab.study.executor import Executor, make_executor
 from collie_lab.study.forecast import Forecast
 from collie_lab.study.grid import Grid
+from collie_lab.study.outcomes import SEED, run_figures
+from collie_lab.study.presentation import Presentation
 from collie_lab.study.progress import Progress
 from collie_lab.study.runner import Runner
 from collie_lab.study.store import ARM_STATUSES, FINAL, ArmFolder
@@ -27,11 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Study"]
 
-#: Columns of the frame that every arm has, beside those of its axes.
-_OWN: Final = ("id", "seed", "status", "reason", "attempts", "run")
-
-
-class Study:
+class Study(Presentation):
     """The arms of a grid file.
 
         study = lab.Study("experiments/memory.yaml", profile="cpu")
@@ -55,9 +53,10 @@ class Study:
         self.profile = profile
         name = self.grid.name if profile is None else f"{self.grid.name}-{profile}"
         self.results = Path(results if results is not None else Path("results") / name)
-        self._ends: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._ends: dict[str, tuple[str, dict[str, Any]]] = {}  # of arms that have ended: status and summary
         self._folders: dict[str, ArmFolder] = {}
-        self._tuning = Tuning(self.grid.tune, arms_of(self.grid), self._outcome)
+        self._made_now: dict[str, ArmFolder] = {}
+        self._tuning = Tuning(self.grid.tune, arms_of(self.grid, self.results), self._outcome)
         if self.grid.tune is not None:
             for trials in self._tuning.choices().values():
                 direction(trials.arms[0], self.grid.tune)
@@ -79,9 +78,14 @@ class Study:
 
     @property
     def axes(self) -> list[str]:
-        """The axes by which arms are compared; not the seed, and not the one that is tuned."""
-        tuned = self.grid.tune.axis if self.grid.tune is not None else None
-        return [axis for axis in self.grid.axes if axis != tuned]
+        """The axes of the grid, and `seed` where there are several."""
+        axes = dict.fromkeys(axis for arm in self.arms for axis in arm.labels)
+        return [*axes, *([SEED] if len({arm.seed for arm in self.arms}) > 1 else [])]
+
+    @property
+    def tuned(self) -> dict[str, str]:
+        """The axis that is tuned, and the metric that chooses its value."""
+        return {} if self.grid.tune is None else {self.grid.tune.axis: self.grid.tune.metric}
 
     @property
     def runs(self) -> dict[str, Run]:
@@ -94,25 +98,24 @@ class Study:
         self._ends.clear()
         return {arm.name: self._outcome(arm)[0] for arm in self.arms}
 
+    def reasons(self) -> dict[str, str]:
+        """What is to be said of each arm that has run and is not ok, or has something to say."""
+        states = {arm.name: folder.state for arm in self.arms if (folder := self._folder(arm)) is not None}
+        return {name: state.get("reason", "") for name, state in states.items() if state.get("reason")}
+
     @property
     def frame(self) -> pd.DataFrame:
-        """A row an arm: its labels, seed, status and reason, and every figure of its run in base units.
-
-        `tgs` is useful tokens per rank and second; `planned_bytes` what the forecast said of the memory of the worst
-        rank. Where the grid tunes, only arms at the chosen values are there, `trials` says among how many values;
-        `study.trials` has them all.
+        """A row an arm, by its name: `id`, its labels, `seed`, `status` and `reason`, `attempts`, `run` (the folder),
+        `runner`, `code` (the version of collie_lab), `arm_seconds` (of the last attempt, from the start of its process
+        to its end), the figures of its run (see `run_figures`), and `planned_bytes`, the peak that the forecast said.
         """
-        self._ends.clear()
-        return self._frame(self._tuning.counted())
+        import pandas as pd
 
-    @property
-    def trials(self) -> pd.DataFrame:
-        """The arms that a tuned value was chosen among, as in `frame`; `best` marks the one of each group."""
         self._ends.clear()
-        choices = self._tuning.choices().values()
-        frame = self._frame([arm for trials in choices for arm in trials.arms])
-        frame["best"] = [arm is trials.best for trials in choices for arm in trials.arms]
-        return frame
+        planned = Forecast(self.results).planned
+        rows = {arm.name: {**self._row(arm), "planned_bytes": planned.get(arm.id, {}).get("bytes")}
+                for arm in self.arms}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
     # --- before anything runs
 
@@ -167,7 +170,7 @@ class Study:
             self.retry(arms=self.outdated, resume=False)
         self._write()
         observer = Progress(self._tuning.count, self._seconds) if progress else None
-        runner = Runner(self._arms_now, self._made, chosen, observer)
+        runner = Runner(self._tuning.known, self._made, chosen, observer)
         try:
             runner.run()
         finally:
@@ -221,30 +224,18 @@ class Study:
 
     # --- inside
 
-    def _frame(self, arms: list[Arm]) -> pd.DataFrame:
-        import pandas as pd
-
-        planned = Forecast(self.results).planned
-        axes = list(dict.fromkeys(axis for arm in self.arms for axis in arm.labels))
-        tried = {group: len(trials.arms) for group, trials in self._tuning.choices().items()}
-        rows = {}
-        for arm in arms:
-            folder = self._folder(arm)
-            status, summary = self._outcome(arm)
-            state = folder.state if folder is not None else {}
-            run = folder.run if folder is not None else None
-            speed = summary.get("tokens_per_second")
-            rows[arm.name] = {
-                "id": arm.id, **{axis: arm.labels.get(axis) for axis in axes}, "seed": arm.seed, "status": status,
-                "reason": state.get("reason", ""), "attempts": state.get("attempts", 0),
-                "run": None if run is None else str(run.folder.path), "runner": arm.runner,
-                "code": code_version(state.get("provenance", {})), "arm_seconds": state.get("seconds"),
-                **({} if arm.group is None else {"trials": tried[arm.group]}),
-                **{key: value for key, value in summary.items() if key not in ("status", "detail")},
-                "tgs": None if speed is None else speed / arm.gpus,
-                "planned_bytes": planned.get(arm.id, {}).get("bytes"),
-            }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+    def _row(self, arm: Arm) -> dict[str, Any]:
+        folder = self._folder(arm)
+        state: dict[str, Any] = folder.state if folder is not None else {"status": "pending"}
+        run = folder.run if folder is not None else None
+        figures = {} if run is None else run_figures(run)
+        return {
+            "id": arm.id, **arm.labels, SEED: arm.seed, "status": state["status"], "reason": state.get("reason", ""),
+            "attempts": state.get("attempts", 0), "run": None if run is None else str(run.folder.path),
+            "runner": arm.runner, "code": code_version(state.get("provenance", {})),
+            "arm_seconds": state.get("seconds"),
+            **{key: value for key, value in figures.items() if key not in ("status", "detail")},
+        }
 
     def _outcome(self, arm: Arm) -> tuple[str, dict[str, Any]]:
         """Status and summary of an arm; of one that has ended they are read once."""
@@ -262,9 +253,6 @@ class Study:
         """How long the arms that have ended took."""
         return [float(self._folders[arm.id].state["seconds"]) for arm in self.arms if arm.id in self._ends]
 
-    def _arms_now(self) -> list[Arm]:
-        return self._tuning.known()
-
     def _folder(self, arm: Arm) -> ArmFolder | None:
         if arm.id not in self._folders:
             found = ArmFolder.find(self.results, arm.id)
@@ -274,10 +262,9 @@ class Study:
         return self._folders[arm.id]
 
     def _made(self, arm: Arm) -> ArmFolder:
-        if (found := self._folder(arm)) is not None:
-            return found
-        self._folders[arm.id] = ArmFolder.create(self.results, arm)
-        return self._folders[arm.id]
+        if arm.id not in self._made_now:
+            self._folders[arm.id] = self._made_now[arm.id] = ArmFolder.create(self.results, arm)
+        return self._made_now[arm.id]
 
     def _write(self) -> None:
         """Write `study.json`: the resolved grid, which arms it has, and what tuning has found."""

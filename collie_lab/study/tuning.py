@@ -58,13 +58,6 @@ class Tuning:
         choices = self.choices()
         return [arm for arm in self._arms if arm.group is None or self._is_wanted(arm, choices[arm.group])]
 
-    def counted(self) -> list[Arm]:
-        """Those whose results count: not the trials of values that were not chosen. A group that is undecided, or in
-        which nothing has worked, is there with one of its trials."""
-        choices = self.choices()
-        return [arm for arm in self._arms if arm.group is None
-                or (self._is_wanted(arm, choices[arm.group]) and self._counts(arm, choices[arm.group]))]
-
     def choices(self) -> dict[tuple[Any, ...], Trials]:
         """What is known of each group, by its labels, the tuned axis apart."""
         return {group: self._choose(arms) for group, arms in self._groups.items()}
@@ -84,19 +77,13 @@ class Tuning:
         ranked = sorted((arm for arm in trials if arm.name in figures), key=lambda arm: sign * figures[arm.name])
         return Trials(tuple(trials), figures, ranked[0] if ranked else None, decided)
 
-    def _is_wanted(self, arm: Arm, choice: Trials) -> bool:
-        return arm in choice.arms or (choice.decided and choice.best is not None and self._same_value(arm, choice))
-
-    def _counts(self, arm: Arm, choice: Trials) -> bool:
-        if choice.decided and choice.best is not None:
-            return self._same_value(arm, choice)
-        unfinished = [trial for trial in choice.arms if self._outcome(trial)[0] not in FINAL]
-        return arm is (unfinished or choice.arms)[0]
-
-    def _same_value(self, arm: Arm, choice: Trials) -> bool:
+    def _is_wanted(self, arm: Arm, trials: Trials) -> bool:
+        """Whether it is a trial, or of another seed at the best value."""
+        if arm.seed == trials.arms[0].seed:
+            return True
         assert self._tune is not None
-        assert choice.best is not None
-        return bool(arm.labels[self._tune.axis] == choice.best.labels[self._tune.axis])
+        best = trials.best if trials.decided else None
+        return best is not None and bool(arm.labels[self._tune.axis] == best.labels[self._tune.axis])
 
 
 def _trials(arms: list[Arm]) -> list[Arm]:

@@ -19,12 +19,12 @@ from collie_lab.view.live import Watched
 from collie_lab.view.style import COLORS, MUTED, STATUS_COLORS, style
 from collie_lab.view.units import bytes_text, count_text, duration_text, number_text
 
-__all__ = ["compare", "draw_comparison", "draw_history", "figure", "png"]
+__all__ = ["Picture", "compare", "draw_comparison", "draw_history", "figure", "png"]
 
 _LINE_STYLES = ("-", "--", ":", "-.")
 
 
-class _Picture(Figure):
+class Picture(Figure):
     """A figure that a notebook shows by itself. pyplot would do so too, but keep it open, and show it twice."""
 
     def _repr_png_(self) -> bytes:
@@ -51,7 +51,7 @@ def draw_history(history: History) -> Figure:
     with style():
         words = _subtitle(history)
         top = 0.935 - 0.036 * len(words)
-        picture = _Picture(figsize=(7.4, 4.6), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, top)))
+        picture = Picture(figsize=(7.4, 4.6), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, top)))
         grid = picture.add_gridspec(2, 3, height_ratios=(2.1, 1))
         loss = picture.add_subplot(grid[0, :])
         _draw_loss(loss, history)
@@ -128,7 +128,7 @@ def _draw_small(axes: Axes, history: History, name: str, title: str, ticks: Form
     axes.yaxis.set_major_formatter(ticks)
 
 
-def compare(runs: Sequence[Watched], labels: Sequence[str] | None = None) -> Figure:
+def compare(runs: Sequence[Watched], labels: Sequence[str] | None = None) -> Picture:
     """Several runs in one figure: their loss curves, and what each reached and needed.
 
     `labels` names them in the same order; by default their ids.
@@ -140,12 +140,12 @@ def compare(runs: Sequence[Watched], labels: Sequence[str] | None = None) -> Fig
     return draw_comparison(histories, names)
 
 
-def draw_comparison(histories: list[History], names: list[str]) -> Figure:
+def draw_comparison(histories: list[History], names: list[str]) -> Picture:
     """The drawing step of `compare`."""
     columns = {title: values for title, values in _outcomes(histories).items() if any(v is not None for v in values)}
     with style():
         bars_height = 0.5 + 0.21 * len(names) if columns else 0.0
-        picture = _Picture(figsize=(7.4, 3.3 + bars_height))
+        picture = Picture(figsize=(7.4, 3.3 + bars_height))
         grid = picture.add_gridspec(2, max(len(columns), 1), height_ratios=(3.3, max(bars_height, 0.01)))
         _draw_losses(picture.add_subplot(grid[0, :]), histories, names)
         for place, (title, values) in enumerate(columns.items()):

@@ -1,0 +1,266 @@
+"""The drawing step of a study's figures: panels of points, bars and curves on matplotlib axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from collie_lab.study.columns import Column
+from collie_lab.study.groups import label_text
+from collie_lab.study.series import Band, Fit, Panel
+from collie_lab.view.style import COLORS, INK, MUTED
+
+if TYPE_CHECKING:
+    from collie_lab.study._canvas import Canvas
+
+__all__ = ["Looks", "draw_bands", "draw_bars", "draw_pareto", "draw_size", "draw_stacks", "draw_sweep", "handles"]
+
+_MARKERS: Final = "osD^vPX"
+_DASHES: Final = ("-", "--", ":", "-.")
+
+
+class Looks:
+    """Each label's colour, marker and dashes: the same in all panels, and told apart without colours."""
+
+    def __init__(self, labels: Sequence[Any]):
+        self.labels = list(labels)
+        self._places = {label: place for place, label in enumerate(labels)}
+
+    def color(self, label: Any) -> str:
+        """One of the palette; it begins again after seven."""
+        return COLORS[self._places[label] % len(COLORS)]
+
+    def marker(self, label: Any) -> str:
+        """A shape."""
+        return _MARKERS[self._places[label] % len(_MARKERS)]
+
+    def dash(self, label: Any) -> str:
+        """A line style, another one in each round through the colours."""
+        return _DASHES[self._places[label] // len(COLORS) % len(_DASHES)]
+
+
+def _mark_failed(axes: Axes, x: float, y: float, color: str, word: str) -> None:
+    """A cross where an arm came to no figure, and how it ended."""
+    axes.plot([x], [y], "x", color=color, markersize=6.5, markeredgewidth=1.8, zorder=4)
+    axes.annotate(word, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", va="bottom", size=6.5,
+                  color=MUTED)
+
+
+def _strip_of_failures(axes: Axes, failed: Sequence[tuple[float, str, str]]) -> None:
+    """Crosses in a strip above the data, side by side where they stand at one place; each its x, colour and word."""
+    if not failed:
+        return
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.16 * (high - low))
+    for x in dict.fromkeys(place for place, _, _ in failed):
+        here = [(color, word) for place, color, word in failed if place == x]
+        for count, (color, _) in enumerate(here):
+            axes.annotate("×", (x, 0.93), xycoords=axes.get_xaxis_transform(), size=12, weight="bold", color=color,
+                          xytext=(9 * (count - (len(here) - 1) / 2), 0), textcoords="offset points", ha="center",
+                          va="center")
+        axes.annotate(", ".join(dict.fromkeys(word for _, word in here)), (x, 0.96), xytext=(0, 2), ha="center",
+                      xycoords=axes.get_xaxis_transform(), textcoords="offset points", va="bottom", size=6.5,
+                      color=MUTED)
+
+
+def draw_size(
+    axes: Axes, panel: Panel, shown: Column, looks: Looks, fits: Mapping[Any, Fit], planned: Mapping[Any, Any],
+    reference: Mapping[Any, float], log: bool,
+) -> None:
+    """Points against a size, a fitted line each; hollow: planned; dashed: the reference's slopes, per unit of x."""
+    spans = [point.x for line in panel.lines for point in line.points if point.x == point.x]
+    grid = np.geomspace(min(spans), max(spans), 60) if spans else np.array([])
+    nowhere: list[tuple[float, str, str]] = []
+    for line in panel.lines:
+        color = looks.color(line.label)
+        points = line.measured
+        if line.label in fits:
+            each = fits[line.label]
+            axes.plot(grid, (each.slope * grid + each.intercept) * shown.factor, color=color, linewidth=1.3,
+                      linestyle=looks.dash(line.label), zorder=2)
+        if line.label in reference:
+            axes.plot(grid, reference[line.label] * grid * shown.factor, color=color, linewidth=1,
+                      linestyle=(0, (4, 3)), alpha=0.7, zorder=1)
+        forecast = planned.get(line.label, {})
+        axes.plot(list(forecast), [value * shown.factor for value in forecast.values()], looks.marker(line.label),
+                  markerfacecolor="none", markeredgecolor=color, markersize=9, markeredgewidth=0.9, zorder=2)
+        axes.errorbar([point.x for point in points], [point.value.mean * shown.factor for point in points],
+                      yerr=[_or_zero(point.value.std) * shown.factor for point in points], fmt=looks.marker(line.label),
+                      color=color, markersize=4.5, capsize=2, elinewidth=1, zorder=3)
+        for point in line.failed:
+            if point.x in forecast:
+                _mark_failed(axes, point.x, forecast[point.x] * shown.factor, color, point.value.word or "")
+            elif point.x == point.x:
+                nowhere.append((point.x, color, point.value.word or ""))
+    if log:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        _log_ticks(axes)
+    else:
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        _plain_numbers(axes)
+    _strip_of_failures(axes, nowhere)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if 0 < len(set(spans)) <= 6:
+        axes.xaxis.set_major_locator(FixedLocator(_apart(sorted(set(spans)), log)))
+        axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _apart(places: list[float], log: bool) -> list[float]:
+    """Those places that leave room for a label."""
+    heights = np.log(places) if log else np.asarray(places)
+    room = 0.06 * (heights[-1] - heights[0] if log else heights[-1])
+    kept: list[int] = []
+    for index in range(len(places)):
+        if not kept or heights[index] - heights[kept[-1]] > room:
+            kept.append(index)
+    return [places[index] for index in kept]
+
+
+def _log_ticks(axes: Axes) -> None:
+    """Plain numbers at 1, 2, 5 of every decade."""
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(axes)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
+def _or_zero(value: float) -> float:
+    return value if value == value else 0.0
+
+
+def draw_bars(
+    axes: Axes, panel: Panel, shown: Column, looks: Looks, places: Sequence[Any],
+    reference: Mapping[Any, Mapping[Any, float]], grouped: bool,
+) -> None:
+    """Bars with the deviation: a group a place and a bar a label, or one bar a place. A word where a figure lacks."""
+    count = len(looks.labels) if grouped else 1
+    width = 0.82 / count
+    texts = [shown.text(point.value.mean) for line in panel.lines for point in line.points if point.value.n]
+    inches = axes.get_window_extent().width / axes.figure.dpi / (len(places) * count)
+    roomy = 0.9 * inches > 0.06 * max((len(text) for text in texts), default=0)  # 0.06 inches a digit of this size
+    for line in panel.lines:
+        shift = (looks.labels.index(line.label) - (count - 1) / 2) * width if grouped else 0.0
+        for point in line.points:
+            x = places.index(point.x) + shift
+            if point.value.n:
+                height = point.value.mean * shown.factor
+                axes.bar(x, height, width * 0.92, color=looks.color(line.label), zorder=2)
+                if point.value.n > 1:
+                    axes.errorbar(x, height, yerr=point.value.std * shown.factor, color=INK, capsize=1.5,
+                                  elinewidth=0.8, capthick=0.8, zorder=3)
+                if roomy:
+                    axes.annotate(shown.text(point.value.mean), (x, height + _or_zero(point.value.std) * shown.factor),
+                                  xytext=(0, 2), textcoords="offset points", ha="center", size=6.5, color=MUTED)
+            elif point.value.word:
+                axes.annotate(point.value.word, (x, 0), xytext=(0, 3), textcoords="offset points", rotation=90,
+                              ha="center", va="bottom", size=6.5, color=looks.color(line.label))
+            published = reference.get(line.label, {}).get(point.x)
+            if published is not None:
+                axes.plot([x - width * 0.46, x + width * 0.46], [published * shown.factor] * 2, color=INK,
+                          linewidth=1.6, zorder=4, solid_capstyle="butt")
+    axes.set_xticks(range(len(places)), [label_text(place) for place in places])
+    _plain_numbers(axes)
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.6, len(places) - 0.4)
+
+
+def draw_stacks(
+    axes: Axes, stacks: Mapping[Any, Mapping[str, float]], measured: Mapping[Any, float], words: Mapping[Any, str],
+    shown: Column, colors: Mapping[str, str],
+) -> None:
+    """A bar of planned components a label, and the measured total beside it."""
+    labels = list(stacks)
+    for place, (label, parts) in enumerate(stacks.items()):
+        base = 0.0
+        for part, value in parts.items():
+            axes.bar(place - 0.2, value * shown.factor, 0.36, bottom=base, color=colors[part], zorder=2)
+            base += value * shown.factor
+        if label in measured:
+            height = measured[label] * shown.factor
+            axes.bar(place + 0.2, height, 0.36, facecolor=to_rgba(MUTED, 0.25), edgecolor=MUTED, linewidth=1, zorder=2)
+            axes.annotate(shown.text(measured[label]), (place + 0.2, height), xytext=(0, 2), textcoords="offset points",
+                          ha="center", size=6.5, color=MUTED)
+        elif label in words:
+            axes.annotate(words[label], (place + 0.2, 0), xytext=(0, 3), textcoords="offset points", rotation=90,
+                          ha="center", va="bottom", size=6.5, color=MUTED)
+    axes.set_xticks(range(len(labels)), [label_text(label) for label in labels])
+    _plain_numbers(axes)
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
+
+
+def draw_pareto(axes: Axes, points: Sequence[Any], x: Column, y: Column, looks: Looks) -> None:
+    """Points of two figures with their spread, each with its name; a line joins those that no other beats in both."""
+    front = sorted((point for point in points if point.best), key=lambda point: point.x.mean)
+    axes.plot([point.x.mean * x.factor for point in front], [point.y.mean * y.factor for point in front], color=MUTED,
+              linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    for point in points:
+        color = looks.color(point.label)
+        axes.errorbar(point.x.mean * x.factor, point.y.mean * y.factor, xerr=_or_zero(point.x.std) * x.factor,
+                      yerr=_or_zero(point.y.std) * y.factor, color=color, elinewidth=0.9, capsize=2, zorder=2)
+        axes.scatter(point.x.mean * x.factor, point.y.mean * y.factor, s=point.area, color=color, zorder=3,
+                     marker=looks.marker(point.label), edgecolor="white", linewidth=0.7)
+        axes.annotate(label_text(point.name), (point.x.mean * x.factor, point.y.mean * y.factor),
+                      xytext=(3 + np.sqrt(point.area) / 2, 4), textcoords="offset points", size=8, color=INK,
+                      weight="bold" if point.best else "normal")
+    axes.margins(0.14)
+
+
+def draw_bands(axes: Axes, bands: Sequence[Band], shown: Column, looks: Looks) -> None:
+    """Means over steps with a band of one standard deviation; a cross where a label ended whose arms all failed."""
+    sparse = all(len(band.x) < 20 for band in bands)
+    for band in bands:
+        color, y = looks.color(band.label), band.mean * shown.factor
+        axes.plot(band.x, y, color=color, linestyle=looks.dash(band.label), markersize=3.5,
+                  marker=looks.marker(band.label) if sparse else "")
+        spread = band.std * shown.factor
+        axes.fill_between(band.x, y - spread, y + spread, color=color, alpha=0.18, linewidth=0)
+        known = np.isfinite(y)
+        if len(band.ended) == band.seeds and known.any():
+            axes.plot(band.x[known][-1], y[known][-1], "x", color=color, markersize=7, markeredgewidth=2)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, log: bool) -> None:
+    """Points along a tuned axis, the best of each line ringed; crosses above: no figure."""
+    failed: list[tuple[float, str, str]] = []
+    for line in panel.lines:
+        color, points = looks.color(line.label), sorted(line.measured, key=lambda point: point.x)
+        means = [point.value.mean * shown.factor for point in points]
+        axes.errorbar([point.x for point in points], means, color=color, marker=looks.marker(line.label), markersize=4,
+                      yerr=[_or_zero(point.value.std) * shown.factor for point in points], linewidth=1.3, capsize=2,
+                      linestyle=looks.dash(line.label), elinewidth=0.9)
+        if points:
+            best = int(np.argmin(means) if shown.better == "min" else np.argmax(means))
+            axes.plot(points[best].x, means[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=color)
+        failed += [(point.x, color, point.value.word or "") for point in line.failed]
+    _strip_of_failures(axes, failed)
+    if log:
+        axes.set_xscale("log")
+        places = sorted({point.x for line in panel.lines for point in line.points})
+        axes.xaxis.set_major_locator(FixedLocator(places))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def handles(
+    canvas: Canvas, words: Mapping[Any, str] | None = None, shape: Literal["points", "line", "bar"] = "points",
+) -> list[Line2D]:
+    """What the legend shows of each label, with other words than its own where there are some."""
+    looks = canvas.looks
+    return [Line2D([], [], color=looks.color(label), label=(words or {}).get(label, label_text(label)), linewidth=1.3,
+                   marker={"points": looks.marker(label), "line": "", "bar": "s"}[shape],
+                   linestyle="" if shape == "bar" else looks.dash(label), markersize=7 if shape == "bar" else 4.5)
+            for label in looks.labels]

@@ -1,0 +1,134 @@
+"""`collie-lab study run|status|report|export|retry FILE`: a study from a shell.
+
+Exit codes: 0, every arm is ok; 1, all have ended, but not all well; 2, a mistake in the grid or the options, nothing
+was started; 3, some have not ended; 130, interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Final, NoReturn
+
+import typer
+import yaml
+
+from collie_lab.cells import CellError, Problem
+from collie_lab.study.store import FINAL
+from collie_lab.study.study import Study, summary_text
+
+__all__ = ["study_app"]
+
+OK, FAILED, MISTAKE, UNFINISHED, INTERRUPTED = 0, 1, 2, 3, 130
+
+study_app = typer.Typer(help="Grids of experiments: run what is missing, look at it, export it.",
+                        no_args_is_help=True, pretty_exceptions_enable=False)
+
+File = Annotated[Path, typer.Argument(help="The grid: a YAML file.", show_default=False)]
+Profile = Annotated[str | None, typer.Option(help="One of its profiles.")]
+Results = Annotated[Path | None, typer.Option(help="Where the results are. Default: results/<name>-<profile>.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change the grid's base: data.source=alpaca.json")]
+
+_EPILOG: Final = ("Exit code 0: every arm is ok; 1: all have ended, not all of them well; 2: a mistake, nothing was "
+                  "started; 3: some have not ended; 130: interrupted.")
+
+
+@study_app.command(epilog=_EPILOG)
+def run(file: File, profile: Profile = None, results: Results = None, changes: Changes = None,
+        slots: Annotated[int | None, typer.Option(help="Arms at once. Default: 1; as many as GPUs allow.")] = None,
+        executor: Annotated[str, typer.Option(help="Where arms run.")] = "local",
+        fresh_code: Annotated[bool, typer.Option("--fresh-code", help="Again what another version has made.")] = False,
+        ) -> None:
+    """Run every arm that has no result yet. Interrupted, arms stop with a checkpoint, and go on from it next time."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt: arms stop with a checkpoint
+    with _mistakes():
+        study = _study(file, profile, results, changes)
+        try:
+            study.run(slots=slots, executor=executor, fresh_code=fresh_code)
+        except KeyboardInterrupt:
+            _tell(study)
+            raise typer.Exit(INTERRUPTED) from None
+    _leave(study)
+
+
+@study_app.command(epilog=_EPILOG)
+def status(file: File, profile: Profile = None, results: Results = None, changes: Changes = None,
+           check: Annotated[bool, typer.Option("--check", help="Also look for conflicts in what is missing.")] = False,
+           forecast: Annotated[bool, typer.Option("--forecast", help="Also what the arms need.")] = False,
+           gpu: Annotated[str | None, typer.Option(help="On which GPU; for the forecast.")] = None) -> None:
+    """What became of each arm so far."""
+    with _mistakes():
+        study = _study(file, profile, results, changes)
+        for name, state in study.statuses().items():
+            print(f"{state:9}  {name}")
+        if check:
+            print(study.check())
+        if forecast:
+            print(study.forecast(gpu).to_string())
+    _leave(study)
+
+
+@study_app.command()
+def retry(file: File, profile: Profile = None, results: Results = None, changes: Changes = None,
+          status: Annotated[list[str] | None, typer.Option(help="Arms with this status; may be given twice.")] = None,
+          arm: Annotated[list[str] | None, typer.Option(help="The arm of this name; may be given twice.")] = None,
+          anew: Annotated[bool, typer.Option("--anew", help="From the beginning, not from a checkpoint.")] = False,
+          ) -> None:
+    """Have finished arms run again at the next `run`."""
+    with _mistakes():
+        for name in _study(file, profile, results, changes).retry(status or None, arm or None, resume=not anew):
+            print(name)
+
+
+@study_app.command()
+def export(file: File, out: Annotated[Path, typer.Argument(help="A folder, or a .zip.")], profile: Profile = None,
+           results: Results = None, changes: Changes = None) -> None:
+    """Tables, figures, notebooks and raw results in one folder or zip."""
+    with _mistakes():
+        _study(file, profile, results, changes).export(out)
+
+
+@study_app.command()
+def report(file: File, out: Annotated[Path, typer.Argument(help="An .html file.")], profile: Profile = None,
+           results: Results = None, changes: Changes = None) -> None:
+    """One HTML page that needs nothing else."""
+    with _mistakes():
+        _study(file, profile, results, changes).report(out)
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """A user's mistake is a sentence and an exit code, no traceback."""
+    try:
+        yield
+    except CellError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(MISTAKE) from None
+
+
+def _study(file: Path, profile: str | None, results: Path | None, changes: list[str] | None) -> Study:
+    made = {}
+    for change in changes or []:
+        path, equals, value = change.partition("=")
+        if not equals:
+            raise CellError([Problem("study", "--set", f"{change!r} has no value", "--set training.steps=10")])
+        made[path] = yaml.safe_load(value)
+    return Study(file, profile, results, made)
+
+
+def _tell(study: Study) -> None:
+    """The summary, and what became of each arm that is not ok."""
+    statuses = study.statuses()
+    print(f"{study.name}: {summary_text(statuses.values())} in {study.results}")
+    for name, state in study.reasons().items():
+        print(f"  {statuses[name].replace('_', ' ')}: {name}: {state}")
+
+
+def _leave(study: Study) -> NoReturn:
+    """Tell how the study stands, and end with the exit code that says it."""
+    _tell(study)
+    statuses = set(study.statuses().values())
+    raise typer.Exit(OK if statuses <= {"ok"} else FAILED if statuses <= {*FINAL} else UNFINISHED)
