@@ -43,8 +43,7 @@ def run(file: File, profile: Profile = None, results: Results = None, changes: C
         fresh_code: Annotated[bool, typer.Option("--fresh-code", help="Again what another version has made.")] = False,
         ) -> None:
     """Run every arm that has no result yet. Interrupted, arms stop with a checkpoint, and go on from it next time."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt: arms stop with a checkpoint
-    with _mistakes():
+    with _mistakes(), _terminated_as_interrupted():
         study = _study(file, profile, results, changes)
         try:
             study.run(slots=slots, executor=executor, fresh_code=fresh_code)
@@ -107,6 +106,16 @@ def _mistakes() -> Iterator[None]:
     except CellError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(MISTAKE) from None
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM is an interrupt: arms stop with a checkpoint."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _study(file: Path, profile: str | None, results: Path | None, changes: list[str] | None) -> Study:

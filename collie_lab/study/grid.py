@@ -76,6 +76,14 @@ class Grid(Cell):
     def _in_bytes(cls, value: Any) -> Any:
         return size_in_bytes(value)
 
+    @field_validator("base")
+    @classmethod
+    def _is_experiment(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Without its `kind`, which `Experiment.to_yaml` writes."""
+        if value.get("kind", Experiment.kind) != Experiment.kind:
+            raise ValueError(f"{value['kind']!r} is no experiment")
+        return {path: item for path, item in value.items() if path != "kind"}
+
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, value: list[int] | None) -> list[int] | None:
@@ -133,7 +141,7 @@ class Grid(Cell):
         defaults = {name: {"kind": field.default.kind} for name, field in Experiment.model_fields.items()
                     if isinstance(field.default, Cell)}
         made = _folded(sorted(combination.changes, key=lambda change: change[0].count(".")),
-                      _merged(defaults, self.base))
+                       _merged(defaults, self.base))
         model = made.get("model")
         if isinstance(model, Mapping) and model.get("source") in SHAPES and "init" not in model:
             made["model"] = {**model, "init": "random"}  # a shape has no other weights

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import html
+import importlib
 import itertools
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +58,7 @@ class OpenArm:
     def launch(self, resume: str | None = None) -> Run:
         """Run it, into `runs/` of the arm's folder, or of the working directory where there is none."""
         parent = ArmFolder(self._place).runs if self._place.is_dir() else "runs"
+        threading.Thread(target=_load_what_draws, daemon=True).start()
         return launch(self.experiment, folder=parent, resume=resume, timeout=self.arm.timeout, _module=self.arm.module)
 
     def outcome(self, run: Run) -> pd.Series[Any]:
@@ -77,6 +80,12 @@ class OpenArm:
             f"<tr><td style='text-align:left;opacity:.65'>{html.escape(str(name))}</td>"
             f"<td style='text-align:left'>{html.escape(_shown(value))}</td></tr>" for name, value in rows.items()
         ) + "</table>"
+
+
+def _load_what_draws() -> None:
+    """A second's worth of imports that the end of a run wants, while its ranks load theirs."""
+    importlib.import_module("pandas")
+    importlib.import_module("matplotlib.pyplot")
 
 
 class _Words(str):

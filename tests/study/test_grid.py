@@ -1,0 +1,167 @@
+"""Grid files: what they become, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import collie_lab as lab
+from collie_lab.study.arms import Arm, arms_of
+from collie_lab.study.grid import Grid
+
+BASE: dict[str, Any] = {"model": "llama-tiny", "data": {"kind": "random_tokens", "length": 16},
+                        "training": {"steps": 2, "batch_size": 2}}
+METHODS: dict[str, Any] = {"AdamW": {"optimizer": {"kind": "adamw", "lr": 1e-3}},
+                           "LOMO": {"optimizer": {"kind": "lomo"}, "training.weights": "bf16"}}
+
+
+def arms(profile: str | None = None, changes: dict[str, Any] | None = None, **keys: Any) -> list[Arm]:
+    grid = Grid.read({"name": "toy", "base": BASE, **keys}, profile, changes)
+    return arms_of(grid, Path("results"))
+
+
+def refused(**keys: Any) -> str:
+    with pytest.raises(lab.CellError) as error:
+        arms(**keys)
+    return str(error.value)
+
+
+def test_an_arm_is_the_experiment_that_one_would_compose() -> None:
+    found = {arm.name: arm.experiment for arm in arms(product={"training.batch_size": [2, 4], "method": METHODS})}
+    assert list(found) == ["batch_size=2, AdamW", "batch_size=2, LOMO", "batch_size=4, AdamW", "batch_size=4, LOMO"]
+    by_hand = lab.Experiment(
+        model=lab.Model("llama-tiny", init="random"), data=lab.RandomTokens(length=16), optimizer=lab.Lomo(),
+        training=lab.Training(steps=2, batch_size=4, weights="bf16"), name="batch_size4-LOMO")
+    assert found["batch_size=4, LOMO"] == by_hand
+
+
+def test_a_file_and_its_experiments_round_trip(tmp_path: Path) -> None:
+    experiment = lab.Experiment(model=lab.Model("llama-tiny", init="random"), optimizer=lab.Lion(lr=3e-4),
+                                adapter=lab.LoRA(r=4), evaluate=(lab.Perplexity(every=2),), name="toy")
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"name": "toy", "base": yaml.safe_load(experiment.to_yaml())}))
+    arm, = arms_of(Grid.read(tmp_path / "grid.yaml"), tmp_path)
+    assert arm.experiment.to_dict() == experiment.to_dict()
+    assert Arm.from_json(json.loads(json.dumps(arm.to_json()))) == arm
+
+
+def test_changes_are_merged_and_another_kind_replaces() -> None:
+    base = {**BASE, "optimizer": {"kind": "adamw", "lr": 1.0, "weight_decay": 0.1}}
+    merged, replaced = (arm.experiment.optimizer for arm in arms(
+        base=base, product={"optimizer": [{"kind": "adamw", "lr": 2.0}, {"kind": "lion", "lr": 2.0}]}))
+    assert merged == lab.AdamW(lr=2.0, weight_decay=0.1)
+    assert replaced == lab.Lion(lr=2.0)
+
+
+def test_the_smaller_part_counts_whatever_the_order_of_axes() -> None:
+    for axes in ({"optimizer.lr": [0.5], "method": METHODS}, {"method": METHODS, "optimizer.lr": [0.5]}):
+        assert {arm.experiment.optimizer.lr for arm in arms(product=axes)} == {0.5}
+
+
+def test_zip_include_exclude_and_seeds() -> None:
+    found = arms(
+        product={"method": METHODS}, zip={"model": ["llama-tiny", "llama-1m"], "training.steps": [2, 3]},
+        exclude=[{"method": "LOMO", "model": "llama-1m"}], seeds=[0, 7],
+        include=[{"method": "LoRA", "model": "llama-5m", "adapter": {"kind": "lora"}, "seed": 3}])
+    assert [arm.name for arm in found] == [
+        "AdamW, llama-tiny, steps=2, seed=0", "AdamW, llama-tiny, steps=2, seed=7",
+        "AdamW, llama-1m, steps=3, seed=0", "AdamW, llama-1m, steps=3, seed=7",
+        "LOMO, llama-tiny, steps=2, seed=0", "LOMO, llama-tiny, steps=2, seed=7", "LoRA, llama-5m, steps=2, seed=3"]
+    assert found[-1].labels == {"method": "LoRA", "model": "llama-5m", "training.steps": 2}
+    assert isinstance(found[-1].experiment.adapter, lab.LoRA)
+    assert found[-1].experiment.training.seed == 3
+
+
+def test_profiles_are_merged_deeply_and_replace_axes() -> None:
+    keys: dict[str, Any] = {
+        "product": {"model": ["llama-7b"], "method": METHODS, "training.precision": ["bf16", "fp32"]},
+        "profiles": {"cpu": {"base": {"training": {"steps": 1}}, "seeds": [4],
+                             "product": {"model": ["llama-tiny"], "method": ["LOMO"], "training.precision": None}}}}
+    arm, = arms("cpu", **keys)
+    assert arm.labels == {"model": "llama-tiny", "method": "LOMO"}
+    assert (arm.experiment.training.steps, arm.experiment.training.batch_size, arm.seed) == (1, 2, 4)
+    assert len(arms(**keys)) == 4
+    changed, = arms("cpu", {"training.batch_size": 8}, **keys)
+    assert changed.experiment.training.batch_size == 8
+    assert "no profile 'gpu'" in _error(lambda: arms("gpu", **keys))
+
+
+def _error(action: Any) -> str:
+    with pytest.raises(lab.CellError) as error:
+        action()
+    return str(error.value)
+
+
+def test_an_id_follows_what_decides_on_the_result(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+
+    def id_of(source: Path, **keys: Any) -> str:
+        base = {**BASE, "data": {"kind": "instructions", "source": str(source)}}
+        return arms(base=base, **keys)[0].id
+
+    first = id_of(data)
+    assert first == id_of(data, name="renamed", timeout=9, seeds=[0])
+    assert first != id_of(data, seeds=[1])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    data.rename(elsewhere / "data.jsonl")
+    assert first == id_of(elsewhere / "data.jsonl")  # its place does not count
+    (elsewhere / "data.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
+    assert first != id_of(elsewhere / "data.jsonl")
+
+
+def test_results_are_found_where_their_data_are_not(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    grid = {"name": "toy", "base": {**BASE, "data": {"kind": "instructions", "source": "data.jsonl"}}}
+    study = lab.Study(grid, results="results")
+    study._write()
+    folder = study._made(study.arms[0])
+    folder.write_status({"status": "ok", "seconds": 1.0})
+    data.unlink()
+    assert lab.Study(grid, results="results").statuses() == {"toy": "ok"}
+
+
+def test_limits_in_words() -> None:
+    arm, = arms(memory_limit="1.5 GB", timeout=60)
+    assert (arm.memory_limit, arm.timeout) == (1_500_000_000, 60.0)
+    assert arms(memory_limit="2 GiB")[0].memory_limit == 2 * 2**30
+
+
+@pytest.mark.parametrize(("keys", "words"), [
+    ({"prodct": {}}, "did you mean `product`?"),
+    ({"product": {"methods": ["AdamW"]}}, "no field of an experiment"),
+    ({"product": {"method": {"A": {"optimiser.lr": 1}}}}, "`optimiser.lr` is no field of an experiment"),
+    ({"product": {"training.stepps": [1]}}, "did you mean `steps`?"),
+    ({"product": {"optimizer": [{"kind": "adam"}]}}, "unknown kind 'adam'"),
+    ({"product": {"training.steps": [-1]}}, "toy: Training.steps: input should be greater"),
+    ({"product": {"model": []}}, "an axis has a list of values"),
+    ({"product": {"model": ["llama-tiny", "llama-tiny"]}}, "two of its values are called 'llama-tiny'"),
+    ({"product": {"seed": [1, 2]}}, "seeds are no axis"),
+    ({"zip": {"model": ["llama-tiny"], "training.steps": [1, 2]}}, "different lengths"),
+    ({"product": {"model": ["llama-tiny"]}, "zip": {"model": ["llama-1m"]}}, "stands in `product` too"),
+    ({"product": {"a": {"x": {"training.steps": 1}}, "b": {"y": {"training.steps": 2}}}}, "sets `training.steps` too"),
+    ({"product": {"method": METHODS}, "exclude": [{"method": "Lomo"}]}, "no arm has method: Lomo"),
+    ({"product": {"method": METHODS}, "exclude": [{"method": ["AdamW", "LOMO"]}]}, "no arm is left"),
+    ({"product": {"method": METHODS}, "include": [{"training.steps": 4}]}, "has no `method`"),
+    ({"product": {"a": {"x": {}, "y": {}}}}, "are the same experiment"),
+    ({"seeds": [1, 1]}, "a seed stands twice"),
+    ({"memory_limit": "4 apples"}, "no size in bytes"),
+    ({"base": {**BASE, "runner": "peer"}}, "unknown runner 'peer'"),
+    ({"profiles": {"cpu": {"nmae": 1}}, "profile": "cpu"}, "a profile has no such key"),
+    ({"tune": {"axis": "optimizer.lr", "metric": "loss"}}, "no list of values for it"),
+])
+def test_mistakes(keys: dict[str, Any], words: str) -> None:
+    assert words in refused(**keys)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    assert "No such file" in _error(lambda: Grid.read("absent.yaml"))
+    assert "is no mapping" in _error(lambda: Grid.read(tmp_path / "list.yaml"))
+    assert "no valid YAML" in _error(lambda: Grid.read(tmp_path / "bad.yaml"))
