@@ -26,7 +26,8 @@ class Forecast:
 
     @property
     def planned(self) -> dict[str, dict[str, Any]]:
-        """What was planned: `bytes`, `fits`, `tokens_per_second`, `gpu`, `note`, by the id of an arm."""
+        """What was planned, by the id of an arm: `bytes` of the worst rank, also by `components`; `fits`,
+        `tokens_per_second`, `gpu`, `note`."""
         return read_json(self._results / "forecast.json")
 
     def make(self, arms: Sequence[Arm], gpu: str | None,
@@ -64,12 +65,14 @@ def _without_luck(experiment: Experiment) -> Experiment:
 
 
 def _plan(experiment: Experiment, gpu: str | None) -> dict[str, Any]:
-    none = {"gpu": gpu, "bytes": None, "fits": None, "tokens_per_second": None, "note": ""}
+    none = {"gpu": gpu, "bytes": None, "components": {}, "fits": None, "tokens_per_second": None, "note": ""}
     try:
         plan = experiment.plan(gpu)
     except (CellError, PlanError) as error:
         return {**none, "note": str(error).strip().splitlines()[0]}
-    return {**none, "bytes": plan.peak_bytes, "fits": plan.fits,
+    parts = plan.components.drop(columns="total").loc[plan.worst["rank"]]
+    return {**none, "bytes": plan.peak_bytes, "components": {role: int(size) for role, size in parts.items()},
+            "fits": plan.fits,
             "tokens_per_second": getattr(plan, "tokens_per_second", None)}
 
 

@@ -107,14 +107,18 @@ class Study(Presentation):
     def frame(self) -> pd.DataFrame:
         """A row an arm, by its name: `id`, its labels, `seed`, `status` and `reason`, `attempts`, `run` (the folder),
         `runner`, `code` (the version of collie_lab), `arm_seconds` (of the last attempt, from the start of its process
-        to its end), the figures of its run (see `run_figures`), and `planned_bytes`, the peak that the forecast said.
+        to its end), the figures of its run (see `run_figures`), and `planned_bytes`, the peak that the forecast said,
+        by what it is for too: `planned_weights`, `planned_optimizer`, ...
         """
         import pandas as pd
 
         self._ends.clear()
         planned = Forecast(self.results).planned
-        rows = {arm.name: {**self._row(arm), "planned_bytes": planned.get(arm.id, {}).get("bytes")}
-                for arm in self.arms}
+        rows = {}
+        for arm in self.arms:
+            plan = planned.get(arm.id, {})
+            parts = {f"planned_{role}": size for role, size in plan.get("components", {}).items()}
+            rows[arm.name] = {**self._row(arm), "planned_bytes": plan.get("bytes"), **parts}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
     # --- before anything runs
