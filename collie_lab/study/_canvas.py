@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from collie_lab.study._drawing import Looks
-from collie_lab.study.artefacts import save_figure, sidecar
+from collie_lab.study.artefacts import save_figure, sidecar, write_sidecar
 from collie_lab.study.columns import Column
 from collie_lab.study.groups import label_text, ordered
 from collie_lab.study.outcomes import Outcomes
@@ -43,10 +43,10 @@ class StudyFigure(Picture):
     def save(self, stem: str | Path) -> list[Path]:
         """Write `<stem>.pdf`, `.svg`, `.png`, the data as `.csv`, and the sidecar `.json` with the arms."""
         stem = Path(stem)
-        files = save_figure(self, stem, sidecar(self.outcomes, self.arms))
-        files.append(stem.with_name(f"{stem.name}.csv"))
-        self.data.to_csv(files[-1], index=False)
-        return files
+        files = save_figure(self, stem)
+        data = stem.with_name(f"{stem.name}.csv")
+        self.data.to_csv(data, index=False)
+        return [*files, data, write_sidecar(stem, sidecar(self.outcomes, self.arms))]
 
 
 class Canvas:

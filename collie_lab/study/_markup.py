@@ -79,7 +79,7 @@ def latex(table: Table, siunitx: bool, label: str) -> str:
     """A booktabs table."""
     left, headings = len(table.row_axes), _headings(table)
     kinds = [_number_format(table, place) if siunitx else "r" for place in range(len(headings))]
-    packages = "booktabs, siunitx (3.0; separate-uncertainty = true)" if siunitx else "booktabs"
+    packages = "booktabs, siunitx (version 3)" if siunitx else "booktabs"
     lines = [f"% needs {packages}", rf"\begin{{tabular}}{{{'l' * left}{''.join(kinds)}}}", r"\toprule"]
     lines += _tex_head(table, headings, siunitx)
     lines.append(r"\midrule")
@@ -136,11 +136,12 @@ def _number_format(table: Table, place: int) -> str:
         return "c"
     whole = max(len(match[1]) for match in known)
     rest = max(len(match[2] or "") for match in known)
-    deviation = max((len((match[3] or "") + (match[4] or "")) for match in known if match[3]), default=0)
+    deviation = max((len(f"{match[3]}{match[4] or ''}".lstrip("0")) or 1 for match in known if match[3]), default=0)
     marks = max(len(cell.marks) for (_, at), cell in table.cells.items() if at == place)
     spread = f"({deviation})" if deviation else ""
+    errors = ", separate-uncertainty, retain-zero-uncertainty" if deviation else ""
     space = f", table-space-text-post={{{_tex_sup('a' * marks)}}}" if marks else ""
-    return f"S[table-format={whole}.{rest}{spread}, detect-weight{space}]"
+    return f"S[table-format={whole}.{rest}{spread}, detect-weight{errors}{space}]"
 
 
 def _floating(table: Table, lines: list[str], label: str) -> list[str]:

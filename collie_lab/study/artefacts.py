@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from collie_lab._version import __version__
 from collie_lab.folder import write_json
+from collie_lab.study.conditions import ASPECTS, Conditions
 from collie_lab.study.outcomes import SEED, Outcomes
 from collie_lab.view.style import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from collie_lab.study.table import Table
-
-__all__ = ["FORMATS", "save_figure", "save_table", "sidecar"]
+__all__ = ["FORMATS", "origins", "save_figure", "sidecar", "write_sidecar"]
 
 #: In which a figure is written: for LaTeX, for the web and editing, for slides.
 FORMATS: Final = ("pdf", "svg", "png")
@@ -50,10 +49,8 @@ def _plain(value: Any) -> Any:
     return None if value is None or value != value else value
 
 
-def save_figure(
-    figure: Figure, stem: str | Path, arms: dict[str, Any] | None = None, formats: Collection[str] = FORMATS,
-) -> list[Path]:
-    """Write a figure in every format, and its sidecar `<stem>.json` where there is one; returns the files.
+def save_figure(figure: Figure, stem: str | Path, formats: Collection[str] = FORMATS) -> list[Path]:
+    """Write a figure in these formats; the files.
 
     The same figure gives the same bytes: no dates are written.
     """
@@ -64,17 +61,24 @@ def save_figure(
     with style():
         for file in files:
             figure.savefig(file, dpi=200, bbox_inches="tight", metadata=dates[file.suffix[1:]])
-    return files + _sidecar_file(stem, arms)
+    return files
 
 
-def save_table(table: Table, stem: str | Path, arms: dict[str, Any] | None = None) -> list[Path]:
-    """Write a table in every format, and its sidecar `<stem>.json` where there is one; returns the files."""
-    return table.save(stem) + _sidecar_file(Path(stem), arms)
-
-
-def _sidecar_file(stem: Path, arms: dict[str, Any] | None) -> list[Path]:
-    if arms is None:
-        return []
+def write_sidecar(stem: Path, arms: dict[str, Any]) -> Path:
+    """`<stem>.json`: which arms an artefact was made of."""
     file = stem.with_name(f"{stem.name}.json")
     write_json(file, {"artefact": stem.name, **arms})
-    return [file]
+    return file
+
+
+def origins(outcomes: Outcomes) -> dict[str, dict[str, list[str]]]:
+    """Where the arms were measured: every commit, hardware, host and set of versions, and the arms of each."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, run in outcomes.runs.items():
+        conditions = Conditions(run)
+        for aspect in (each for each in ASPECTS if each.name in ("commit", "hardware", "versions")):
+            if (value := aspect.read(conditions)) is not None:
+                found.setdefault(aspect.name, {}).setdefault(str(value), []).append(name)
+        if host := conditions.environment.get("host"):
+            found.setdefault("host", {}).setdefault(str(host), []).append(name)
+    return found

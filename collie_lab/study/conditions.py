@@ -153,7 +153,7 @@ def _hardware(run: Conditions) -> str | None:
     known = run.environment
     if not known:
         return None
-    each = known.get("gpu") or f"CPU of {known.get('cores')} cores, {known.get('threads')} threads a rank"
+    each = known.get("gpu") or f"CPU ({known.get('threads')} of {known.get('cores')} cores)"
     return f"{run.ranks} × {each}" if run.ranks else str(each)
 
 
@@ -189,7 +189,7 @@ def _schedule(run: Conditions) -> str | None:
     return ", ".join(words) or None
 
 
-#: What is compared, the gravest first. The tuning budget is counted by `fairness` itself: no one run has it.
+#: What is compared, the gravest first. The tuning budget no single run knows.
 ASPECTS: Final = (
     Aspect("tokens per step", ("training.batch_size", "data", "model"), lambda run: run.tokens_per_step,
            count_text, tolerance=0.01),

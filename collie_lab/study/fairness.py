@@ -1,7 +1,7 @@
 """The fairness guard: what else differs between arms that are compared.
 
 Arms are compared along one axis, with all other labels equal. What they must share besides stands in
-`conditions.ASPECTS`; the tuning budget, which no single run knows, is counted here.
+`conditions.ASPECTS`; the tuning budget is counted here.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from collie_lab.study.conditions import ASPECTS, Aspect, Conditions
 from collie_lab.study.groups import group_arms, known_axes, label_text, ordered
-from collie_lab.study.outcomes import SEED, Outcomes, arm_frame, seedless
+from collie_lab.study.outcomes import SEED, Outcomes, arm_frame, seedless, tuned_axes
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["TUNING", "Difference", "Fairness", "compared_axis", "fairness"]
 
-#: The aspect that is counted over arms.
+#: The aspect that no single run knows: how many settings were tried.
 TUNING: Final = "tuning budget"
 _NAMES: Final = (*(aspect.name for aspect in ASPECTS), TUNING)
 
@@ -120,7 +120,7 @@ def compared_axis(axes: Sequence[str], prefer: Sequence[str] = ()) -> str:
 
 def fairness(
     outcomes: Outcomes, compare: str | None = None, *, where: Mapping[str, Any] | None = None,
-    tuned: Collection[str] = (), intended: Collection[str] = (),
+    tuned: Collection[str] | None = None, intended: Collection[str] = (),
 ) -> Fairness:
     """Find what else differs between arms that differ on the axis `compare` and on no other (but the seed).
 
@@ -130,7 +130,8 @@ def fairness(
     Args:
         compare: default: see `compared_axis`.
         where: only arms with these labels.
-        tuned: axes that were tuned: arms that differ on them belong to one label, and their number is its budget.
+        tuned: axes that were tuned: arms that differ on them belong to one label, and their number is its budget;
+            default: those of the outcomes.
         intended: names of aspects that are what the study compares.
 
     Raises:
@@ -139,7 +140,7 @@ def fairness(
     axes = list(outcomes.axes)
     compare = compare or compared_axis(axes)
     known_axes([compare], axes, "fairness")
-    tuned = [axis for axis in tuned if axis in axes and axis != compare]
+    tuned = [axis for axis in (tuned_axes(outcomes) if tuned is None else tuned) if axis in axes and axis != compare]
     if unknown := [name for name in intended if name not in _NAMES]:
         raise ValueError(f"intended: no aspect is called {unknown[0]!r}; there are: {', '.join(_NAMES)}")
     meant = tuple(aspect.name for aspect in ASPECTS if aspect.name in intended or aspect.is_compared_by(compare))
@@ -155,10 +156,10 @@ def fairness(
 
 
 def _differences(
-    arms: pd.DataFrame, compare: str, tuned: Collection[str], conditions: Mapping[str, Conditions],
+    arms: pd.DataFrame, compare: str, tuned: Sequence[str], conditions: Mapping[str, Conditions],
     meant: Collection[str],
 ) -> Iterator[tuple[str, dict[Any, str]]]:
-    """Of one set of arms that differ on the compared axis (and those that were tuned, and the seed) alone."""
+    """Of one set of arms that differ on the compared axis (those that were tuned, and the seed) alone."""
     members = {label: arms[[each == label for each in arms[compare]]] for label in ordered(arms[compare])}
     if len(members) < 2:
         return
@@ -169,15 +170,11 @@ def _differences(
             first = next(iter(known.values()), None)
             if any(not _alike(aspect, first, value) for value in known.values()):
                 yield aspect.name, {label: _words(aspect, value) for label, value in known.items()}
-    if TUNING not in meant:
-        budgets = {label: len(_settings(rows, tuned)) for label, rows in members.items()}
+    if TUNING not in meant and tuned:
+        budgets = {label: len(ordered(zip(*(rows[axis] for axis in tuned), strict=True)))
+                   for label, rows in members.items()}
         if len(set(budgets.values())) > 1:
             yield TUNING, {label: f"{count} setting{'s' * (count > 1)}" for label, count in budgets.items()}
-
-
-def _settings(rows: pd.DataFrame, tuned: Collection[str]) -> list[Any]:
-    """The settings that were tried of a label."""
-    return ordered(zip(*(rows[axis] for axis in tuned), strict=True)) if tuned else [()]
 
 
 def _condition(aspect: Aspect, runs: Sequence[Conditions]) -> Any:

@@ -2,7 +2,7 @@
 
 Every figure takes `by` (the axis whose labels are told apart; default: what is compared), `panels` (an axis spread over
 panels side by side), `where` (only arms with these labels) and `tuned` (axes that were tuned, with the metric that
-chooses), as `tabulate` does.
+chooses; default: those of the outcomes), as `tabulate` does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collie_lab.study._canvas import Canvas, StudyFigure, fitted, mark
 from collie_lab.study.columns import Column, column
 from collie_lab.study.fairness import compared_axis
 from collie_lab.study.groups import Value, label_text, ordered
-from collie_lab.study.outcomes import Outcomes, arm_frame, seedless
+from collie_lab.study.outcomes import Outcomes, arm_frame, seedless, tuned_axes
 from collie_lab.study.series import Fit, Line, Panel, bands, fit, lines, points_frame
 from collie_lab.view.style import INK, MUTED, style
 
@@ -57,7 +57,7 @@ def size(
     """
     by, shown = by or compared_axis(outcomes.axes), column(metric)
     arms = arm_frame(outcomes)
-    over = [axis for axis in seedless(outcomes.axes) if axis not in (by, panels, *(tuned or {}))]
+    over = [axis for axis in seedless(outcomes.axes) if axis not in (by, panels, *_tuned(outcomes, tuned))]
     found = lines(outcomes, against, shown, by, panels=panels, where=where, tuned=tuned, over=over)
     shown, canvas, words = fitted(shown, found), Canvas(outcomes, found, panels, title), {}
     sizes = [point.x for point in canvas.points if point.x == point.x]
@@ -87,7 +87,7 @@ def size_fits(
     import pandas as pd
 
     by = by or compared_axis(outcomes.axes)
-    over = [axis for axis in seedless(outcomes.axes) if axis not in (by, *(tuned or {}))]
+    over = [axis for axis in seedless(outcomes.axes) if axis not in (by, *_tuned(outcomes, tuned))]
     panel, = lines(outcomes, against, metric, by, where=where, tuned=tuned, over=over)
     rows = {label: {"slope": each.slope, "intercept": each.intercept, "r2": each.r2, "n": each.n}
             for label, each in _fits(panel).items()}
@@ -123,7 +123,7 @@ def bars(
         reference: published figures, by label and place: `{"ZeRO-3": {"llama-7b": 1763}}`; strokes across the bars.
     """
     by, shown = by or compared_axis(outcomes.axes), column(metric)
-    left = [axis for axis in seedless(outcomes.axes) if axis not in (by, panels, *(tuned or {}))]
+    left = [axis for axis in seedless(outcomes.axes) if axis not in (by, panels, *_tuned(outcomes, tuned))]
     x = x or (left[0] if left else by)
     found = lines(outcomes, x, shown, by, panels=panels, where=where, tuned=tuned)
     shown, canvas = fitted(shown, found), Canvas(outcomes, found, panels, title)
@@ -284,16 +284,15 @@ def sweep(
 ) -> StudyFigure:
     """A figure along an axis that was tuned, a line a label, its best ringed; crosses: arms without the figure.
 
-    `axis` and `metric` default to those of `tuned`.
+    `axis` and `metric` default to the first of `tuned`.
     """
-    tuned = dict(tuned or {})
+    tuned = _tuned(outcomes, tuned)
     axis = axis or next(iter(tuned), None)
     if axis is None:
-        raise ValueError("figure: name the axis of the sweep: axis=")
+        raise ValueError("figure: nothing was tuned here: name the axis of the sweep, axis=")
     shown = column(metric or tuned.get(axis, "loss"))
     by = by or compared_axis([each for each in outcomes.axes if each != axis] or [axis])
-    found = lines(outcomes, axis, shown, by, panels=panels, where=where,
-                  tuned={each: way for each, way in tuned.items() if each != axis})
+    found = lines(outcomes, axis, shown, by, panels=panels, where=where, tuned=tuned)
     shown, canvas = fitted(shown, found), Canvas(outcomes, found, panels, title)
     places = [point.x for point in canvas.points]
     log = all(isinstance(x, (int, float)) and x > 0 for x in places) and max(places) > 4 * min(places)
@@ -301,6 +300,11 @@ def sweep(
         drawing.draw_sweep(axes, panel, shown, canvas.looks, log)
         axes.set_xlabel(axis.rpartition(".")[2])
     return canvas.finish(shown.heading, drawing.handles(canvas), points_frame(found, axis, shown.key, by, panels))
+
+
+def _tuned(outcomes: Outcomes, tuned: Tuned) -> Mapping[str, str | Column]:
+    """Those that were given, else those of the outcomes."""
+    return tuned_axes(outcomes) if tuned is None else tuned
 
 
 #: Every kind of figure.

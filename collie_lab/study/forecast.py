@@ -15,7 +15,7 @@ from collie_lab.study.store import FINAL, ArmFolder
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Forecast"]
+__all__ = ["Forecast", "planned_columns"]
 
 
 class Forecast:
@@ -26,8 +26,7 @@ class Forecast:
 
     @property
     def planned(self) -> dict[str, dict[str, Any]]:
-        """What was planned, by the id of an arm: `bytes` of the worst rank, also by `components`; `fits`,
-        `tokens_per_second`, `gpu`, `note`."""
+        """What was planned: `bytes`, `components`, `fits`, `tokens_per_second`, `gpu`, `note`, by the id of an arm."""
         return read_json(self._results / "forecast.json")
 
     def make(self, arms: Sequence[Arm], gpu: str | None,
@@ -59,20 +58,25 @@ class Forecast:
         return frame
 
 
+def planned_columns(plan: Mapping[str, Any]) -> dict[str, float | None]:
+    """A plan's memory as columns of a frame: `planned_bytes`, and its parts: `planned_weights`, ..."""
+    parts = plan.get("components") or {}
+    return {"planned_bytes": plan.get("bytes"), **{f"planned_{role}": size for role, size in parts.items()}}
+
+
 def _without_luck(experiment: Experiment) -> Experiment:
     """The experiment without what no plan depends on."""
     return experiment.replace(name="plan", training=experiment.training.replace(seed=0))
 
 
 def _plan(experiment: Experiment, gpu: str | None) -> dict[str, Any]:
-    none = {"gpu": gpu, "bytes": None, "components": {}, "fits": None, "tokens_per_second": None, "note": ""}
+    none = {"gpu": gpu, "bytes": None, "fits": None, "tokens_per_second": None, "note": ""}
     try:
         plan = experiment.plan(gpu)
     except (CellError, PlanError) as error:
         return {**none, "note": str(error).strip().splitlines()[0]}
-    parts = plan.components.drop(columns="total").loc[plan.worst["rank"]]
-    return {**none, "bytes": plan.peak_bytes, "components": {role: int(size) for role, size in parts.items()},
-            "fits": plan.fits,
+    parts = {role: size for role, size in plan.worst["components"].items() if size}
+    return {**none, "components": parts, "bytes": plan.peak_bytes, "fits": plan.fits,
             "tokens_per_second": getattr(plan, "tokens_per_second", None)}
 
 

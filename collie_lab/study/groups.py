@@ -119,10 +119,8 @@ def group_arms(
     Raises:
         ValueError: an unknown axis; no arm is left; the arms of a group differ in an axis that nobody has named.
     """
-    where, tuned = where or {}, tuned or {}
-    known_axes([*by, *where], [*axes, SEED], "group")
-    tuned = {axis: metric for axis, metric in tuned.items() if axis in axes and axis not in by}
-    for axis, wanted in where.items():
+    known_axes([*by, *(where or {})], [*axes, SEED], "group")
+    for axis, wanted in (where or {}).items():
         values = wanted if isinstance(wanted, (list, tuple, set)) else [wanted]
         chosen = arms[arms[axis].isin(list(values))]
         if chosen.empty:
@@ -134,15 +132,15 @@ def group_arms(
     for key in ordered(keys):
         labels = dict(zip(by, key, strict=True))
         members = arms[[each == key for each in keys]]
-        for axis, metric in tuned.items():
-            members = _best_of(members, axis, metric)
+        for axis, metric in (tuned or {}).items():
+            if axis in axes and axis not in by:
+                members = _best_of(members, axis, metric)
         groups.append(Group(labels, members))
         for axis in seedless(axes):
-            if axis not in by and axis not in tuned and axis not in free and len(ordered(members[axis])) > 1:
+            if axis not in [*by, *free, *(tuned or {})] and len(ordered(members[axis])) > 1:
                 raise ValueError(
                     f"arms that differ in {axis!r} would be averaged ({', '.join(map(str, ordered(members[axis])))}): "
-                    f"put it into rows, columns or panels, choose a value with where={{{axis!r}: ...}}, or have the "
-                    f"best taken with tuned={{{axis!r}: metric}}")
+                    f"put it into rows, columns or panels, or choose a value with where={{{axis!r}: ...}}")
     return groups
 
 
@@ -150,10 +148,8 @@ def _best_of(arms: pd.DataFrame, axis: str, metric: str | Column) -> pd.DataFram
     """The arms at the value of a tuned axis that has the best metric, over the seeds with which all were tried."""
     shown = column(metric)
     if shown.better is None:
-        raise ValueError(f"tuned: whether less or more of {metric!r} is better is not known; give a Column that says")
+        raise ValueError(f"tuned: is less or more of {shown.key!r} better? A Column in its place can say so")
     tried: dict[Any, pd.DataFrame] = {value: arms[arms[axis] == value] for value in ordered(arms[axis])}
-    if len(tried) < 2:
-        return arms
     samples = {value: Group({}, members).value(shown.key).samples for value, members in tried.items()}
     samples = {value: each for value, each in samples.items() if each}
     if not samples:

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from collie_lab.launch import Run
+    from collie_lab.study.columns import Column
 
-__all__ = ["FINISHED", "SEED", "Outcomes", "arm_frame", "run_figures", "seedless"]
+__all__ = ["FINISHED", "SEED", "Outcomes", "arm_frame", "run_figures", "seedless", "tuned_axes"]
 
 #: Statuses whose figures count. Every other one stands in a table as a word.
 FINISHED: Final = ("ok", "stopped")
@@ -27,7 +28,8 @@ class Outcomes(Protocol):
         """A row an arm, by its name, in base units (bytes, seconds, tokens, shares of one).
 
         Columns: one an axis (or the index itself, where it bears an axis' name), `status`, and figures by their key.
-        `seed`, `id`, `reason` and `run` where there are such.
+        Where there are such: `seed`, `id`, `reason`, `run`; `planned_bytes`, and what they are made of:
+        `planned_weights`, `planned_optimizer`, ...
         """
 
     @property
@@ -54,6 +56,12 @@ def run_figures(run: Run) -> dict[str, Any]:
         "mfu": float(metrics["mfu"].iloc[2:].mean()),
         "tokens_per_step": float(metrics["tokens"].mean()),
     }
+
+
+def tuned_axes(outcomes: Outcomes) -> Mapping[str, str | Column]:
+    """The axes whose values were tried to choose the best, each with the metric that chooses: `tuned` of the outcomes,
+    where they have it. Their arms are in the frame, whatever their value."""
+    return getattr(outcomes, "tuned", None) or {}
 
 
 def arm_frame(outcomes: Outcomes) -> pd.DataFrame:

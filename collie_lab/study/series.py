@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from collie_lab.launch import Run
 from collie_lab.study.columns import Column, column
 from collie_lab.study.groups import Group, Value, group_arms, known_axes, ordered
-from collie_lab.study.outcomes import Outcomes, arm_frame
+from collie_lab.study.outcomes import FINISHED, Outcomes, arm_frame, tuned_axes
 from collie_lab.view.curves import Array, smooth
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Band", "Fit", "Line", "Panel", "Point", "bands", "fit", "lines", "points_frame"]
+__all__ = ["Band", "Fit", "Line", "Panel", "Point", "attempts", "bands", "fit", "lines", "points_frame"]
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,14 @@ def _is_nan(value: Any) -> bool:
 
 def lines(
     outcomes: Outcomes, x: str, y: str | Column, by: str, *, panels: str | None = None,
-    where: Mapping[str, Any] | None = None, tuned: Mapping[str, str | Column] | None = None,
-    over: Sequence[str] = (),
+    where: Mapping[str, Any] | None = None, tuned: Mapping[str, str | Column] | None = None, over: Sequence[str] = (),
 ) -> list[Panel]:
     """The figure `y` against `x`, a line for each label on the axis `by`.
 
     Args:
         x: an axis, whose labels are the places; or a figure, whose mean is.
         panels: an axis spread over several panels.
+        tuned: axes that were tuned, each with the metric that chooses its value; default: those of the outcomes.
         over: further axes along which the points of a line lie.
 
     Raises:
@@ -81,7 +83,7 @@ def lines(
         if key not in arms:
             raise ValueError(f"figure: no arm has {key!r}; there are: {', '.join(map(str, arms.columns))}")
     spread = list(dict.fromkeys([*([panels] if panels else []), by, *([x] if x in axes else []), *over]))
-    groups = group_arms(arms, axes, spread, where=where, tuned=tuned)
+    groups = group_arms(arms, axes, spread, where=where, tuned=tuned_axes(outcomes) if tuned is None else tuned)
     found = []
     for panel in ordered(group.labels[panels] for group in groups) if panels else [None]:
         here = [group for group in groups if panels is None or group.labels[panels] == panel]
@@ -162,7 +164,8 @@ def bands(
     """
     axes, runs = list(outcomes.axes), outcomes.runs
     known_axes([by, *([panels] if panels else [])], axes, "figure")
-    groups = group_arms(arm_frame(outcomes), axes, [*([panels] if panels else []), by], where=where, tuned=tuned)
+    groups = group_arms(arm_frame(outcomes), axes, [*([panels] if panels else []), by], where=where,
+                        tuned=tuned_axes(outcomes) if tuned is None else tuned)
     found: list[tuple[Any, list[Band], list[str]]] = []
     for panel in ordered(group.labels[panels] for group in groups) if panels else [None]:
         here = [group for group in groups if panels is None or group.labels[panels] == panel]
@@ -173,17 +176,37 @@ def bands(
     return found
 
 
-def _band(group: Group, runs: Mapping[str, Any], metric: str, by: str) -> Band | None:
+def attempts(run: Run) -> list[Run]:
+    """A run and those in the same folder that it went on from, the oldest first."""
+    found = [run]
+    while resumed := found[0].folder.read("launch.json").get("resume_from"):
+        earlier = Path(resumed).parents[1]  # <run>/checkpoints/step-N
+        if earlier.parent != run.folder.path.parent or not (earlier / "launch.json").is_file():
+            break
+        found.insert(0, Run(earlier))
+    return found
+
+
+def _course(run: Run, metric: str) -> pd.Series[float] | None:
+    """A metric by its step, over all attempts; of a step that was repeated, the later account."""
     import pandas as pd
 
-    courses = {}
-    for name in group.names:
-        if name not in runs:
-            continue
-        frame = runs[name].metrics
-        frame = (frame if metric in frame else runs[name].evaluations)
-        if metric in frame and frame[metric].notna().any():
-            courses[name] = frame.drop_duplicates("step", keep="last").set_index("step")[metric].astype(float)
+    parts = []
+    for each in attempts(run):
+        frame = each.metrics if metric in each.metrics else each.evaluations
+        if metric in frame:
+            parts.append(frame.set_index("step")[metric].astype(float).dropna())
+    if not parts:
+        return None
+    whole = pd.concat(parts)
+    return whole[~whole.index.duplicated(keep="last")].sort_index()
+
+
+def _band(group: Group, runs: Mapping[str, Run], metric: str, by: str) -> Band | None:
+    import pandas as pd
+
+    found = {name: _course(runs[name], metric) for name in group.names if name in runs}
+    courses = {name: course for name, course in found.items() if course is not None and len(course)}
     if not courses:
         return None
     table = pd.DataFrame(courses).sort_index()
@@ -196,5 +219,5 @@ def _band(group: Group, runs: Mapping[str, Any], metric: str, by: str) -> Band |
     with np.errstate(all="ignore"):
         mean = np.where(count > 0, np.nansum(values, axis=1) / count, np.nan)
         std = np.sqrt(np.nansum((values - mean[:, None]) ** 2, axis=1) / (count - 1))
-    ended = [str(status) for status in group.arms["status"] if status not in ("ok", "stopped")]
+    ended = [str(status) for status in group.arms["status"] if status not in FINISHED]
     return Band(group.labels[by], x, mean, np.where(count > 1, std, np.nan), len(courses), tuple(ended))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from collie_lab.cells import CellError, Problem
 from collie_lab.check import Report, check, check_cells
@@ -14,8 +17,9 @@ from collie_lab.folder import write_json
 from collie_lab.launch import Run
 from collie_lab.provenance import code_version, provenance
 from collie_lab.study.arms import Arm, arms_of
+from collie_lab.study.columns import Column, column
 from collie_lab.study.executor import Executor, make_executor
-from collie_lab.study.forecast import Forecast
+from collie_lab.study.forecast import Forecast, planned_columns
 from collie_lab.study.grid import Grid
 from collie_lab.study.outcomes import SEED, run_figures
 from collie_lab.study.presentation import Presentation
@@ -83,9 +87,32 @@ class Study(Presentation):
         return [*axes, *([SEED] if len({arm.seed for arm in self.arms}) > 1 else [])]
 
     @property
-    def tuned(self) -> dict[str, str]:
+    def tuned(self) -> dict[str, Column]:
         """The axis that is tuned, and the metric that chooses its value."""
-        return {} if self.grid.tune is None else {self.grid.tune.axis: self.grid.tune.metric}
+        if self.grid.tune is None:
+            return {}
+        better = direction(self.arms[0], self.grid.tune)
+        return {self.grid.tune.axis: replace(column(self.grid.tune.metric), better=better)}
+
+    @property
+    def title(self) -> str:
+        """The name and the profile."""
+        return self.name if self.profile is None else f"{self.name} ({self.profile})"
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The folder of each arm that has one, by the arm's name."""
+        found = {arm.name: self._folder(arm) for arm in self.arms}
+        return {name: folder.path for name, folder in found.items() if folder is not None}
+
+    @property
+    def recipe(self) -> dict[str, str]:
+        """The grid with the profile in place, as a grid file."""
+        fields = {key: value for key, value in self.grid.replace(profiles={}).to_dict().items()
+                  if key != "kind" and value not in (None, {}, [])}
+        if "tune" in fields:
+            del fields["tune"]["kind"]
+        return {"grid.yaml": yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}
 
     @property
     def runs(self) -> dict[str, Run]:
@@ -108,17 +135,13 @@ class Study(Presentation):
         """A row an arm, by its name: `id`, its labels, `seed`, `status` and `reason`, `attempts`, `run` (the folder),
         `runner`, `code` (the version of collie_lab), `arm_seconds` (of the last attempt, from the start of its process
         to its end), the figures of its run (see `run_figures`), and `planned_bytes`, the peak that the forecast said,
-        by what it is for too: `planned_weights`, `planned_optimizer`, ...
+        with its parts: `planned_weights`, `planned_optimizer`, ...
         """
         import pandas as pd
 
         self._ends.clear()
         planned = Forecast(self.results).planned
-        rows = {}
-        for arm in self.arms:
-            plan = planned.get(arm.id, {})
-            parts = {f"planned_{role}": size for role, size in plan.get("components", {}).items()}
-            rows[arm.name] = {**self._row(arm), "planned_bytes": plan.get("bytes"), **parts}
+        rows = {arm.name: {**self._row(arm), **planned_columns(planned.get(arm.id, {}))} for arm in self.arms}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
     # --- before anything runs
@@ -225,6 +248,12 @@ class Study(Presentation):
         counts = Counter(self.statuses().values())
         rows = {status: counts[status] for status in ARM_STATUSES if counts[status]}
         return pd.Series({**rows, "arms": self._tuning.count}, name=self.name, dtype=int)
+
+    def export(self, out: str | Path, **options: Any) -> Path:
+        """Everything a reviewer needs, in one folder or one .zip; see `collie_lab.study.export.export`."""
+        from collie_lab.study.export import export
+
+        return export(self, out, **options)
 
     # --- inside
 

@@ -9,10 +9,11 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from collie_lab.study import _markup
+from collie_lab.study.artefacts import sidecar, write_sidecar
 from collie_lab.study.columns import DEFAULT_METRICS, Column, column
 from collie_lab.study.fairness import Fairness, compared_axis, fairness
 from collie_lab.study.groups import Group, Value, group_arms, known_axes, label_text, ordered
-from collie_lab.study.outcomes import FINISHED, Outcomes, arm_frame, seedless
+from collie_lab.study.outcomes import FINISHED, Outcomes, arm_frame, seedless, tuned_axes
 from collie_lab.study.significance import Test, Verdict, against_best, test_words
 from collie_lab.view.units import NOTHING
 
@@ -47,6 +48,7 @@ class Table:
     """Rows of arms and columns of figures; a notebook shows it, and `save` writes it in every format.
 
     Attributes:
+        outcomes: what it was made of.
         row_axes: the axes whose labels begin a row.
         column_axes: the axes whose labels stand below a figure's heading.
         rows: the labels of each row.
@@ -59,6 +61,7 @@ class Table:
         verdicts: the tests, where they were asked for, by figure.
     """
 
+    outcomes: Outcomes
     row_axes: list[str]
     column_axes: list[str]
     rows: list[Labels]
@@ -117,8 +120,7 @@ class Table:
     def to_latex(self, *, siunitx: bool = False, label: str = "") -> str:
         """A booktabs table. With a caption or notes it is a `table` environment, else the `tabular` alone.
 
-        With `siunitx`, figures stand in `S` columns, aligned at the decimal marker and the ±: version 3 of the
-        package, `\\sisetup{separate-uncertainty=true}`.
+        With `siunitx` (version 3 of the package), figures stand in `S` columns, aligned at the decimal marker.
         """
         return _markup.latex(self, siunitx=siunitx, label=label)
 
@@ -131,14 +133,14 @@ class Table:
         return str(self.numbers.to_csv())
 
     def save(self, stem: str | Path) -> list[Path]:
-        """Write `<stem>.csv`, `.md`, `.tex`, `.html`."""
+        """Write `<stem>.csv`, `.md`, `.tex`, `.html`, and the sidecar `.json` with the arms."""
         stem, files = Path(stem), []
         stem.parent.mkdir(parents=True, exist_ok=True)
         for suffix, text in ((".csv", self.to_csv()), (".md", self.to_markdown()), (".tex", self.to_latex()),
                              (".html", self.to_html())):
             files.append(stem.with_name(stem.name + suffix))
             files[-1].write_text(text, encoding="utf-8")
-        return files
+        return [*files, write_sidecar(stem, sidecar(self.outcomes, self.arms))]
 
     def __repr__(self) -> str:
         return self.to_markdown()
@@ -169,7 +171,8 @@ def tabulate(
         columns: axes spread beside each other below each metric.
         compare: the axis along which the best is looked for, all other labels equal; see `compared_axis`.
         where: only arms with these labels: `{"model": "llama-5m"}` or `{"model": ["llama-1m", "llama-5m"]}`.
-        tuned: axes that were tuned, each with the metric that chooses its value: `{"optimizer.lr": "perplexity"}`.
+        tuned: axes that were tuned, each with the metric that chooses its value, `{"optimizer.lr": "perplexity"}`: the
+            table shows the arms at the best; default: those of the outcomes.
         best: set the best figure in bold, and all that show the same; with `test`, also all that are not
             significantly worse.
         test: `welch` (independent seeds) or `paired` (the same seeds in all), each corrected after Holm.
@@ -181,18 +184,20 @@ def tabulate(
     Raises:
         ValueError: an unknown axis or metric; arms that differ in an axis that is named nowhere.
     """
-    arms, axes, tuned = arm_frame(outcomes), list(outcomes.axes), tuned or {}
+    arms, axes = arm_frame(outcomes), list(outcomes.axes)
+    tuned = tuned_axes(outcomes) if tuned is None else tuned
     given = known_axes(rows if rows is not None else [], axes, "rows")
     columns = known_axes(columns, axes, "columns")
-    row_axes = given or _row_axes(arms, axes, columns, tuned)
+    row_axes = given or _row_axes(arms, axes, [*columns, *tuned])
     compared, = known_axes([compare or compared_axis(axes, row_axes)], axes, "compare")
     shown = _metrics(arms, metrics)
     groups = {tuple(group.labels.values()): group
               for group in group_arms(arms, axes, [*row_axes, *columns], where=where, tuned=tuned)}
     row_labels = ordered(labels[:len(row_axes)] for labels in groups)
     column_labels = _sorted_columns(ordered(labels[len(row_axes):] for labels in groups), arms, columns)
-    table = Table(list(row_axes), columns, row_labels, [(each, labels) for each in shown for labels in column_labels],
-                  {}, caption=caption, arms=[name for group in groups.values() for name in group.names])
+    table = Table(outcomes, list(row_axes), columns, row_labels,
+                  [(each, labels) for each in shown for labels in column_labels], {}, caption=caption,
+                  arms=[name for group in groups.values() for name in group.names])
     for place, (each, labels) in enumerate(table.columns):
         for row in table.rows:
             table.cells[row, place] = _cell(each, groups.get((*row, *labels)))
@@ -206,8 +211,8 @@ def tabulate(
     return table
 
 
-def _row_axes(arms: pd.DataFrame, axes: Sequence[str], columns: Sequence[str], tuned: Collection[str]) -> list[str]:
-    free = [axis for axis in seedless(axes) if axis not in columns and axis not in tuned]
+def _row_axes(arms: pd.DataFrame, axes: Sequence[str], taken: Collection[str]) -> list[str]:
+    free = [axis for axis in seedless(axes) if axis not in taken]
     return [axis for axis in free if len(ordered(arms[axis])) > 1] or free[:1]
 
 
@@ -233,7 +238,7 @@ def _cell(shown: Column, group: Group | None) -> Cell:
     value = group.value(shown.key) if group else Value({})
     if value.n == 0:
         return Cell(value, value.word or NOTHING)
-    spread = f" ± {shown.text(value.std)}" if value.n > 1 else ""
+    spread = f" ± {shown.text(value.std)}" if value.std > 0 else ""
     return Cell(value, shown.text(value.mean) + spread)
 
 
