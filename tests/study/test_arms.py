@@ -1,0 +1,148 @@
+"""Arms as they are: a notebook executed by papermill, torchrun's ranks below it, and what becomes of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import yaml
+
+import collie_lab as lab
+from collie_lab.folder import checkpoints_in
+from collie_lab.study.store import ArmFolder
+from tests.processes import assert_gone, marked, wait_until
+from tests.study.grids import ROOT, start, toy_grid
+
+SHELL = "import sys; from collie_lab.study.commands import study_app; study_app()"
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    with marked(15.0) as mark:
+        yield mark
+
+
+def shell(mark: str, verb: str, grid: dict[str, Any], *options: str) -> subprocess.Popen[bytes]:
+    """`collie-lab study <verb> grid.yaml ...`."""
+    Path("grid.yaml").write_text(yaml.safe_dump(grid))
+    return start(mark, "-c", SHELL, verb, "grid.yaml", "--results", "results", *options)
+
+
+def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
+    output = process.communicate(timeout=240)[0].decode()
+    return process.returncode, output
+
+
+@pytest.mark.ranks
+def test_every_end_is_a_row(mark: str) -> None:
+    """A bug, a hang, too much memory, a killed kernel, and one that is fine after them; `tests.study.ranks`."""
+    grid = toy_grid([1, 2, 3, 4, 0], timeout=45, memory_limit="600 MB")
+    code, output = ended(shell(mark, "run", grid, "--slots", "2"))
+    assert code == 3, output  # the arm that is lost has no result
+    assert "toy: 5 arms: 1 ok, 1 host oom, 1 timeout, 1 error, 1 lost in results" in output
+    assert "error: seed=1: rank 0: ValueError: a bug" in output
+    study = lab.Study(grid, results="results")
+    frame = study.frame
+    assert frame["status"].to_dict() == {
+        "seed=1": "error", "seed=2": "timeout", "seed=3": "host_oom", "seed=4": "lost", "seed=0": "ok"}
+    assert "no end after 45 s" in frame.loc["seed=2", "reason"]
+    assert "over the limit of 600 MB; rank 0 had" in frame.loc["seed=3", "reason"]
+    assert frame.loc["seed=4", "reason"] == "the kernel was killed (SIGKILL)"
+    assert frame.loc["seed=0", "loss"] == pytest.approx(1 / 3)
+    assert str(Path(frame.loc["seed=0", "run"]).parent.parent.parent) == str(study.results.resolve() / "arms")
+    states = {name: folder.state for name in ("seed=1", "seed=3") if (folder := _folder(study, name))}
+    assert "raise ValueError" in states["seed=1"]["traceback"]
+    assert states["seed=3"]["peak_host_bytes"] > 600e6
+    facts = states["seed=1"]["provenance"]
+    assert facts["packages"]["torch"]
+    assert facts["environment"]
+    assert len(facts["collie_lab_git"]["commit"]) == 40
+    code, output = ended(shell(mark, "status", grid))
+    assert (code, "lost       seed=4" in output) == (3, True)
+    cells = nbformat.read(_folder(study, "seed=1").notebook, as_version=4).cells
+    assert any("a bug" in str(cell.get("outputs")) for cell in cells)
+
+
+@pytest.mark.ranks
+def test_interrupted_then_killed_then_finished_from_its_checkpoints(mark: str) -> None:
+    grid = toy_grid([5], training={"steps": 40, "checkpoint_every": 1})
+
+    def arm() -> ArmFolder:
+        return ArmFolder(next(Path("results/arms").iterdir()))
+
+    def steps() -> int:
+        runs = arm().every_run if Path("results/arms").exists() else []
+        found = checkpoints_in(runs[-1].folder.checkpoints) if runs else []
+        return int(found[-1].name.removeprefix("step-")) if found else 0
+
+    process = shell(mark, "run", grid)
+    wait_until(lambda: steps() >= 2, 120)
+    process.send_signal(signal.SIGINT)
+    code, output = ended(process)
+    assert (code, arm().status) == (130, "stopped"), output
+    assert "1 stopped" in output
+    first = steps()
+    assert_gone(mark)
+
+    process = shell(mark, "run", grid)
+    wait_until(lambda: len(arm().every_run) == 2 and steps() >= first + 2, 120)
+    assert arm().status == "running"
+    process.kill()
+    process.communicate()
+    assert_gone(mark, 15.0)
+    assert arm().status == "lost"
+    second = steps()
+
+    code, output = ended(shell(mark, "run", grid))
+    assert code == 0, output
+    runs = arm().every_run
+    resumed = [run.folder.read("launch.json")["resume_from"] for run in runs]
+    assert [path and int(path[-6:]) for path in resumed] == [None, first, second]
+    assert [run.status for run in runs] == ["stopped", "stopped", "ok"]
+    assert arm().state["attempts"] == 3
+    study = lab.Study(grid, results="results")
+    assert study.frame.loc["toy", ["status", "steps", "attempts"]].tolist() == ["ok", 40, 3]
+
+
+@pytest.mark.ranks
+def test_real_arms(mark: str) -> None:
+    """Real training: one learning rate that works and one that does not, tried before the second seed."""
+    grid = toy_grid([0, 1], training={"steps": 3, "batch_size": 2}, tune={"axis": "optimizer.lr", "metric": "loss"},
+                    product={"optimizer.lr": [1e-3, 1e9]})
+    del grid["base"]["runner"]
+    grid["base"] |= {"optimizer": {"kind": "sgd"}, "evaluate": [{"kind": "perplexity", "limit": 4}]}
+    study = lab.Study(grid, results="results")
+    assert [arm.name for arm in study.arms] == ["lr=0.001, seed=0", "lr=1000000000.0, seed=0"]
+    code, output = ended(shell(mark, "run", grid, "--slots", "2"))
+    assert code == 1, output
+    study = lab.Study(grid, results="results")
+    assert study.statuses() == {"lr=0.001, seed=0": "ok", "lr=0.001, seed=1": "ok",
+                                "lr=1000000000.0, seed=0": "diverged"}
+    assert study.frame["perplexity"].notna().tolist() == [True, True, False]
+    assert {run.status for run in study.runs.values()} == {"ok", "diverged"}
+
+
+def test_a_parameter_that_the_notebook_has_not_is_an_error() -> None:
+    experiment = lab.Experiment(model=lab.Model("llama-tiny", init="random"), data=lab.RandomTokens(length=16))
+    experiment.to_yaml("experiment.yaml")
+    done = subprocess.run([
+        sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "arm.ipynb"), "out.ipynb", "-p", "arm",
+        "experiment.yaml", "-p", "resumed", "x"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode != 0
+    assert "notebook.resumed: unknown parameter → its parameters: arm, resume" in done.stderr
+    assert not Path("runs").exists()
+
+
+def _folder(study: lab.Study, name: str) -> ArmFolder:
+    arm = next(arm for arm in study.arms if arm.name == name)
+    found = ArmFolder.find(study.results, arm.id)
+    assert found is not None
+    return found
