@@ -177,7 +177,7 @@ def arguments(experiment: Experiment, folder: RunFolder, device: torch.device) -
             _let_deepspeed_use_cpus()
     return TrainingArguments(
         output_dir=str(folder.path / "trainer"), use_cpu=device.type == "cpu" and parallel.engine == "torch",
-        ddp_backend="gloo" if device.type == "cpu" else None, ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if device.type == "cpu" and parallel.dp > 1 else None, ddp_find_unused_parameters=False,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=training.batch_size // (micro * parallel.dp), max_steps=training.steps,
         optim="adamw_torch_fused", learning_rate=cell.lr, adam_beta1=cell.betas[0], adam_beta2=cell.betas[1],

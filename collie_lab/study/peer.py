@@ -26,7 +26,7 @@ from collie_lab.folder import JsonLines, RunFolder
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MODULE", "check", "main", "problems"]
+__all__ = ["MODULE", "check", "main", "problems", "run"]
 
 #: The module that every rank runs.
 MODULE: Final = "collie_lab.study.peer"
@@ -101,21 +101,22 @@ def train(experiment: Experiment, folder: RunFolder) -> None:
 
     from collie_lab.training.worker import join
 
-    began, device = time.perf_counter(), join()
+    device = join()
     try:
-        _run(experiment, folder, device, began)
+        run(experiment, folder, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _run(experiment: Experiment, folder: RunFolder, device: torch.device, began: float) -> None:
+def run(experiment: Experiment, folder: RunFolder, device: torch.device) -> None:
+    """Have the Trainer run an experiment whose data are prepared, on ranks that have joined."""
     from collie_lab.study._peer_trainer import PeerTrainer, Watch, sizes
     from collie_lab.training.ending import ending
     from collie_lab.training.memory import worst_peak
     from collie_lab.training.provenance import provenance
 
-    number, parallel = int(os.environ.get("RANK", "0")), experiment.parallel
+    began, number, parallel = time.perf_counter(), int(os.environ.get("RANK", "0")), experiment.parallel
     for name in ("accelerate", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.closing(JsonLines(folder.path / "events.jsonl")) as events:
