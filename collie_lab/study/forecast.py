@@ -26,7 +26,8 @@ class Forecast:
 
     @property
     def planned(self) -> dict[str, dict[str, Any]]:
-        """What was planned: `bytes`, `components`, `fits`, `tokens_per_second`, `gpu`, `note`, by the id of an arm."""
+        """What was planned: `bytes`, `components`, `fits`, `tokens_per_second`, `seconds` of all steps,
+        `gpu`, `note`, by the id of an arm."""
         return read_json(self._results / "forecast.json")
 
     def make(self, arms: Sequence[Arm], gpu: str | None,
@@ -48,7 +49,7 @@ class Forecast:
             plan = planned[arm.id]
             rows[arm.name] = {
                 "status": outcome(arm)[0], "planned_bytes": plan["bytes"], "fits": plan["fits"],
-                "tokens_per_second": plan["tokens_per_second"], "seconds": _planned_seconds(arm, plan),
+                "tokens_per_second": plan["tokens_per_second"], "seconds": plan["seconds"],
                 "measured_seconds": measured[arm.id], "note": plan["note"]}
         frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
         frame["seconds"] = _corrected(frame["seconds"].astype(float), frame["measured_seconds"].astype(float))
@@ -70,25 +71,16 @@ def _without_luck(experiment: Experiment) -> Experiment:
 
 
 def _plan(experiment: Experiment, gpu: str | None) -> dict[str, Any]:
-    none = {"gpu": gpu, "bytes": None, "fits": None, "tokens_per_second": None, "note": ""}
+    none = {"gpu": gpu, "bytes": None, "fits": None, "tokens_per_second": None, "seconds": None, "note": ""}
     try:
         plan = experiment.plan(gpu)
     except (CellError, PlanError) as error:
         return {**none, "note": str(error).strip().splitlines()[0]}
     parts = {role: size for role, size in plan.worst["components"].items() if size}
-    return {**none, "components": parts, "bytes": plan.peak_bytes, "fits": plan.fits,
-            "tokens_per_second": getattr(plan, "tokens_per_second", None)}
-
-
-def _planned_seconds(arm: Arm, plan: Mapping[str, Any]) -> float | None:
-    """Seconds of the training steps, of full length."""
-    speed = plan["tokens_per_second"]
-    if not speed:
-        return None
-    from collie_lab.planning.plan import _length
-
-    training = arm.experiment.training
-    return float(training.steps * training.batch_size * _length(arm.experiment) / speed)
+    speed: float | None = getattr(plan, "tokens_per_second", None)
+    tokens = experiment.training.steps * experiment.training.batch_size * plan.length
+    return {**none, "components": parts, "bytes": plan.peak_bytes, "fits": plan.fits, "tokens_per_second": speed,
+            "seconds": tokens / speed if speed else None}
 
 
 def _measured(results: Path, arm: Arm) -> float | None:

@@ -42,21 +42,20 @@ def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
 
 @pytest.mark.ranks
 def test_every_end_is_a_row(mark: str) -> None:
-    """A bug, a hang, too much memory, a killed kernel, and one that is fine after them; `tests.study.ranks`."""
-    grid = toy_grid([1, 2, 3, 4, 0], timeout=45, memory_limit="600 MB")
+    """A bug, a hang, too much memory, a killed kernel: what `tests.study.ranks` does. The study goes on."""
+    grid = toy_grid([1, 2, 3, 4], timeout=45, memory_limit="600 MB")
     code, output = ended(shell(mark, "run", grid, "--slots", "2"))
     assert code == 3, output  # the arm that is lost has no result
-    assert "toy: 5 arms: 1 ok, 1 host oom, 1 timeout, 1 error, 1 lost in results" in output
+    assert "toy: 4 arms: 1 host oom, 1 timeout, 1 error, 1 lost in results" in output
     assert "error: seed=1: rank 0: ValueError: a bug" in output
     study = lab.Study(grid, results="results")
     frame = study.frame
     assert frame["status"].to_dict() == {
-        "seed=1": "error", "seed=2": "timeout", "seed=3": "host_oom", "seed=4": "lost", "seed=0": "ok"}
+        "seed=1": "error", "seed=2": "timeout", "seed=3": "host_oom", "seed=4": "lost"}
     assert "no end after 45 s" in frame.loc["seed=2", "reason"]
     assert "over the limit of 600 MB; rank 0 had" in frame.loc["seed=3", "reason"]
     assert frame.loc["seed=4", "reason"] == "the kernel was killed (SIGKILL)"
-    assert frame.loc["seed=0", "loss"] == pytest.approx(1 / 3)
-    assert str(Path(frame.loc["seed=0", "run"]).parent.parent.parent) == str(study.results.resolve() / "arms")
+    assert study.table().text.shape[0] == 1
     states = {name: folder.state for name in ("seed=1", "seed=3") if (folder := _folder(study, name))}
     assert "raise ValueError" in states["seed=1"]["traceback"]
     assert states["seed=3"]["peak_host_bytes"] > 600e6
@@ -113,20 +112,18 @@ def test_interrupted_then_killed_then_finished_from_its_checkpoints(mark: str) -
 
 @pytest.mark.ranks
 def test_real_arms(mark: str) -> None:
-    """Real training: one learning rate that works and one that does not, tried before the second seed."""
-    grid = toy_grid([0, 1], training={"steps": 3, "batch_size": 2}, tune={"axis": "optimizer.lr", "metric": "loss"},
-                    product={"optimizer.lr": [1e-3, 1e9]})
+    """Real training: a learning rate that works and one that does not."""
+    grid = toy_grid([0], training={"steps": 3, "batch_size": 2}, product={"optimizer.lr": [1e-3, 1e30]})
     del grid["base"]["runner"]
     grid["base"] |= {"optimizer": {"kind": "sgd"}, "evaluate": [{"kind": "perplexity", "limit": 4}]}
-    study = lab.Study(grid, results="results")
-    assert [arm.name for arm in study.arms] == ["lr=0.001, seed=0", "lr=1000000000.0, seed=0"]
     code, output = ended(shell(mark, "run", grid, "--slots", "2"))
     assert code == 1, output
     study = lab.Study(grid, results="results")
-    assert study.statuses() == {"lr=0.001, seed=0": "ok", "lr=0.001, seed=1": "ok",
-                                "lr=1000000000.0, seed=0": "diverged"}
-    assert study.frame["perplexity"].notna().tolist() == [True, True, False]
-    assert {run.status for run in study.runs.values()} == {"ok", "diverged"}
+    assert study.statuses() == {"lr=0.001": "ok", "lr=1e+30": "diverged"}
+    assert study.frame["perplexity"].notna().tolist() == [True, False]
+    run = study.runs["lr=0.001"]
+    assert study.frame.loc["lr=0.001", "run"] == str(run.folder.path)
+    assert run.folder.path.parent.parent.parent == study.results.resolve() / "arms"
 
 
 def test_a_parameter_that_the_notebook_has_not_is_an_error() -> None:

@@ -57,7 +57,7 @@ def test_killed_at_five_moments_nothing_is_lost_or_run_twice(tmp_path: Path, mar
     moments = sorted(random.Random(8).sample(range(2, ARMS * 8 - 4), 5))
     for moment in moments:
         process = start(mark, "-m", "tests.study.runner_process", str(results), str(ARMS))
-        wait_until(lambda moment=moment: done(results) >= moment or process.poll() is not None)
+        wait_until(lambda moment=moment, process=process: done(results) >= moment or process.poll() is not None)
         assert process.poll() is None, process.communicate()[0].decode()
         process.kill()
         process.communicate()
@@ -144,7 +144,7 @@ def test_mistakes_start_nothing(tmp_path: Path) -> None:
 def test_gpus_are_shared_out(tmp_path: Path) -> None:
     from collie_lab.study.executor import LocalExecutor
 
-    with mock.patch("collie_lab.study.executor.visible_gpus", lambda: ["a", "b", "c"]), \
+    with mock.patch("collie_lab.study.executor.visible_gpus", return_value=["a", "b", "c"]), \
             mock.patch("collie_lab.study.executor._LOCKS", tmp_path), \
             mock.patch("collie_lab.study.executor.command", lambda folder: [
                 "sh", "-c", f"echo $CUDA_VISIBLE_DEVICES > {folder}/seen; sleep 60"]):

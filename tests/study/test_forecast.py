@@ -1,0 +1,46 @@
+"""The forecast of a study: planned once for arms that are alike, and corrected by what arms took."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import collie_lab as lab
+from tests.study.grids import toy_grid
+
+
+def plan(experiment: lab.Experiment, gpu: Any = None, **options: Any) -> Any:
+    """100 tokens a second; a larger batch does not fit, and LOMO cannot be planned."""
+    if experiment.optimizer.kind == "lomo":
+        raise lab.CellError([lab.Problem("Experiment", "optimizer", "no plan of this")])
+    size = experiment.training.batch_size
+    return SimpleNamespace(peak_bytes=1000 * size, fits=size < 4, tokens_per_second=100.0, length=16,
+                           worst={"components": {"weights": 1000 * size}})
+
+
+def test_forecast_is_made_once_and_corrected(tmp_path: Path) -> None:
+    grid = toy_grid([0, 1], training={"steps": 50}, product={
+        "training.batch_size": [2, 4], "optimizer": [{"kind": "adamw"}, {"kind": "lomo"}]})
+    study = lab.Study(grid, results=tmp_path)
+    with mock.patch.object(lab.Experiment, "plan", autospec=True, side_effect=plan) as planned:
+        frame = study.forecast("H200")
+        assert planned.call_count == 4  # seeds are alike
+        study.forecast("H200")
+        assert planned.call_count == 4
+        assert frame.loc["batch_size=2, adamw, seed=0", ["planned_bytes", "fits", "seconds"]].tolist() == [
+            2000, True, pytest.approx(50 * 2 * 16 / 100)]
+        assert not frame.loc["batch_size=4, adamw, seed=1", "fits"]
+        assert frame.loc["batch_size=2, lomo, seed=0", "note"] == "Experiment.optimizer: no plan of this"
+        arm = next(arm for arm in study.arms if arm.name == "batch_size=2, adamw, seed=0")
+        study._made(arm).write_status({"status": "ok", "seconds": 32.0})
+        frame = study.forecast("H200")
+    assert frame.loc["batch_size=2, adamw, seed=1", "seconds"] == pytest.approx(32.0)  # twice what was planned
+    assert frame.loc["batch_size=4, adamw, seed=0", "seconds"] == pytest.approx(64.0)
+    assert frame.loc["batch_size=4, lomo, seed=0", "seconds"] == pytest.approx(32.0)  # as those that ran
+    assert frame.loc[arm.name, "remaining"] == 0
+    assert frame["gpu_hours"].sum() == pytest.approx(frame["seconds"].sum() / 3600)
+    assert study.frame.loc["batch_size=4, adamw, seed=0", "planned_bytes"] == 4000
