@@ -22,19 +22,12 @@ from _results import machine
 from quality import METHODS, options_of
 
 import collie_lab as lab
+from collie_lab.study import clinc_splits
 
 
 def rates_of(method: str, options: argparse.Namespace) -> tuple[float, ...]:
     """The learning rates that a method gets: the lowest of its grid, as fits a short training."""
     return METHODS[method][1][:options.rates]
-
-
-def write_data(shared: Path, folder: Path) -> None:
-    """The three splits as prompt and completion; short, for every letter is a token."""
-    full = json.loads((shared / "data" / "clinc150" / "data_full.json").read_text(encoding="utf-8"))
-    for split in ("train", "val", "test"):
-        records = [{"prompt": f"{text}: ", "completion": intent.replace("_", " ")} for text, intent in full[split]]
-        (folder / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
 def experiment(method: str, lr: float, seed: int, data: Path, options: argparse.Namespace) -> lab.Experiment:
@@ -105,7 +98,7 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name, lab.Pool(1) as options.pool:
         data = Path(name)
-        write_data(options.shared, data)
+        clinc_splits(options.shared, data)
         for arm in wanted:
             if time.monotonic() - began > options.seconds:
                 break

@@ -27,7 +27,7 @@ from collie_lab.optim import Rule, RuleOptimizer
 from collie_lab.parallel.snapshot import keep, make_snapshot
 from collie_lab.parallel.strategy import Strategy
 
-__all__ = ["DeepSpeed"]
+__all__ = ["DeepSpeed", "start_deepspeed"]
 
 # What an optimizer counts, beside the states that have the shape of the weights.
 _COUNTS = ("step", "start")
@@ -46,7 +46,7 @@ class DeepSpeed(Strategy):
         self._max_norm: float | None = None
         self._bf16_weights = False
         self._engine: Any = None
-        self._deepspeed = _start(device)
+        self._deepspeed = start_deepspeed(device)
 
     @property
     def _flat(self) -> bool:
@@ -91,9 +91,13 @@ class DeepSpeed(Strategy):
     def _config(self, model: nn.Module) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.cell.zero}
         if self.cell.zero == 3:
-            # Smaller parameters stay whole on every rank; transformers' own choice.
+            # Smaller parameters stay whole on every rank. The buckets would be of 2 GB by default, however small the
+            # model. Both as transformers chooses them.
             hidden = getattr(getattr(model, "config", None), "hidden_size", None) or 0
             zero["stage3_param_persistence_threshold"] = 10 * hidden
+            if hidden:
+                zero["reduce_bucket_size"] = hidden * hidden
+                zero["stage3_prefetch_bucket_size"] = int(0.9 * hidden * hidden)
         pin = self.device.type == "cuda"
         if self.cell.offload is not None:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
@@ -229,7 +233,7 @@ def _whole(value: Tensor) -> Tensor:
     return value.full_tensor().float()
 
 
-def _start(device: torch.device) -> Any:
+def start_deepspeed(device: torch.device) -> Any:
     """The module, quiet, on the process group that is there (one of one rank, where there is none)."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

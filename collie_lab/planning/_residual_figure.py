@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
 
+from collie_lab.planning._figure import ROLE_COLORS
 from collie_lab.planning.kept import COMPONENTS
 from collie_lab.view.figures import Picture
 from collie_lab.view.style import INK, MUTED, style

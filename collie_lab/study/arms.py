@@ -11,13 +11,14 @@ from typing import Any, Final, Self
 
 from collie_lab.cells import CellError, Experiment, Problem
 from collie_lab.folder import read_json
+from collie_lab.study import peer
 from collie_lab.study.fingerprint import Identity, identify
 from collie_lab.study.grid import DEFAULT_RUNNER, Combination, Grid
 
 __all__ = ["RUNNERS", "Arm", "arms_of", "read_arm"]
 
 #: The modules that a rank of an arm runs, by the runner's name. A grid may also name a module of its own.
-RUNNERS: Final[dict[str, str]] = {DEFAULT_RUNNER: "collie_lab.training.worker"}
+RUNNERS: Final[dict[str, str]] = {DEFAULT_RUNNER: "collie_lab.training.worker", "transformers": peer.MODULE}
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Arm:
     def module(self) -> str:
         """What its ranks run."""
         return RUNNERS.get(self.runner, self.runner)
+
+    @property
+    def refused(self) -> list[Problem]:
+        """What its runner cannot do of the experiment."""
+        return list(peer.problems(self.experiment)) if self.module == peer.MODULE else []
 
     @property
     def folder_name(self) -> str:

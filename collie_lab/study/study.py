@@ -158,7 +158,7 @@ class Study(Presentation):
             reads = repr((arm.experiment.data, arm.experiment.evaluate, arm.experiment.model, arm.gpus))
             look = check_cells if reads in looked else check  # records are read once
             looked.add(reads)
-            for problem in look(arm.experiment).problems:
+            for problem in [*look(arm.experiment).problems, *arm.refused]:
                 found.setdefault(problem, []).append(arm.name)
         return Report([Problem(each.cell, each.field, f"{each.message} ({_named(names)})", each.remedy, each.level)
                        for each, names in found.items()])
