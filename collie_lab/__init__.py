@@ -79,15 +79,15 @@ if TYPE_CHECKING:
     from collie_lab.diagnosis import doctor
     from collie_lab.launch import Pool, RankError, Run, attach, pull, runs
     from collie_lab.planning import GPU, GPUS, Plan, PlanError
-    from collie_lab.study import Results, Study
+    from collie_lab.study import Ray, Results, Slurm, Study
     from collie_lab.training.merge import merge
     from collie_lab.view import compare, compose, figure, watch
 
 _LAZY = {
     "GPU": "planning", "GPUS": "planning", "Plan": "planning", "PlanError": "planning",
     "Pool": "launch", "RankError": "launch", "Run": "launch", "attach": "launch", "pull": "launch", "runs": "launch",
-    "Results": "study", "Study": "study", "compare": "view", "compose": "view", "doctor": "diagnosis", "figure": "view",
-    "merge": "training.merge", "watch": "view",
+    "Ray": "study", "Results": "study", "Slurm": "study", "Study": "study", "compare": "view", "compose": "view",
+    "doctor": "diagnosis", "figure": "view", "merge": "training.merge", "watch": "view",
 }
 
 __all__ = [
@@ -96,10 +96,10 @@ __all__ = [
     "Experiment", "ExtendTokenizer", "Freeze", "GPU", "GPUS", "GSM8K", "GaLore", "Generation", "GradientStatistics",
     "HumanEval", "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MLflow", "MMLU", "Model", "MultipleChoice",
     "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Plan", "PlanError", "Pool", "Prefix",
-    "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS",
-    "ScheduleFree", "Skills", "Sophia", "Study", "SystemMeters", "TensorBoard", "Text", "TrainTokenizer", "Training",
-    "WandB", "WeightStatistics", "__version__", "attach", "compare", "compose", "doctor", "figure", "merge", "optim",
-    "pull", "runs", "watch",
+    "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Ray", "Results", "Run", "SGD", "SHAPES", "SKILLS",
+    "ScheduleFree", "Skills", "Slurm", "Sophia", "Study", "SystemMeters", "TensorBoard", "Text", "TrainTokenizer",
+    "Training", "WandB", "WeightStatistics", "__version__", "attach", "compare", "compose", "doctor", "figure", "merge",
+    "optim", "pull", "runs", "watch",
 ]
 
 
