@@ -113,7 +113,7 @@ def run(experiment: Experiment, folder: RunFolder, device: torch.device) -> None
     """Have the Trainer run an experiment whose data are prepared, on ranks that have joined."""
     from collie_lab.study._peer_trainer import PeerTrainer, Watch, sizes
     from collie_lab.training.ending import ending
-    from collie_lab.training.memory import worst_peak
+    from collie_lab.training.memory import worst_rank
     from collie_lab.training.provenance import provenance
 
     began, number, parallel = time.perf_counter(), int(os.environ.get("RANK", "0")), experiment.parallel
@@ -136,7 +136,7 @@ def run(experiment: Experiment, folder: RunFolder, device: torch.device) -> None
         trainer.train()
         status, reason = watch.end()
         result = {"status": status, "steps": watch.step, **watch.meters.summary(),
-                  "peak_bytes": worst_peak(watch.memory, device), "seconds": time.perf_counter() - began,
+                  **worst_rank(watch.memory, {}, device), "seconds": time.perf_counter() - began,
                   "world_size": parallel.world_size, **counts, **ending(status, reason, folder)}
         if number == 0:
             folder.write("result.json", result)
