@@ -6,8 +6,8 @@
 compares its best steps with the plan. One process of one thread goes by processor time, which other work on the machine
 disturbs less than the clock on the wall; several ranks go by that clock, so leave the machine alone. `h200` needs no
 GPU: two of the H200's rates were set by rows of it, the bandwidth of element-wise kernels by "AdamW, 4 x 2,048" and the
-host's time for an operation by "LoRA"; the others are scored. `published` plans *our* step on the hardware of others' figures: their kernels are fused or
-compiled, ours are transformers' own, so the ratio is no error of the plan alone.
+host's time for an operation by "LoRA"; the others are scored. `published` plans *our* step on the hardware of others'
+figures: their kernels are fused or compiled, ours are transformers' own, so the ratio is no error of the plan alone.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def published() -> dict[str, dict[str, Any]]:
             cell = lab.Model(folder, init="random", tokenizer="bytes") if model == "8b" else \
                 lab.Model(model, init="random")
             experiment = lab.Experiment(
-                model=cell, data=lab.RandomTokens(length=length, max_length=length), parallel=lab.Parallel(dp=ranks, zero=3),
+                model=cell, data=lab.RandomTokens(length=length, max_length=length),
+                parallel=lab.Parallel(dp=ranks, zero=3),
                 training=lab.Training(batch_size=ranks * micro, precision="bf16", **training))
             found[name] = row(experiment.plan(gpu), ranks * speed)
             tell(name, found[name])

@@ -256,14 +256,14 @@ def _attention_flops(name: str, given: dict[str, Any]) -> int:
     return int(whole // 2 if given.get("is_causal") else whole)
 
 
-def _ranks(args: Any) -> tuple[int, int, int] | None:
-    for argument in args:
-        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
-            return _span(dist.ProcessGroup.unbox(argument))
-    return None
-
-
-def _span(group: dist.ProcessGroup) -> tuple[int, int, int]:
+def _ranks(args: Any) -> tuple[int, int, int]:
+    """The first rank of a collective's group, how far apart they are, and how many."""
+    boxed = [each for each in args if isinstance(each, torch.ScriptObject) and "ProcessGroup" in str(each._type())]
+    if boxed:
+        group = dist.ProcessGroup.unbox(boxed[0])
+    else:  # functional collectives name it
+        c10d: Any = dist.distributed_c10d
+        group = c10d._resolve_process_group([each for each in args if isinstance(each, str)][-1])
     ranks = dist.get_process_group_ranks(group)
     return ranks[0], ranks[1] - ranks[0] if len(ranks) > 1 else 1, len(ranks)
 
