@@ -74,6 +74,8 @@ def _measure(device: torch.device, ranks: int) -> Rates:
             curves[f"{kind} {name}"] = _curve(points, device)
     links = {kind: _curve(_messages(kind, device, ranks, largest // 4), device, floor=False)
              for kind in _MESSAGES} if ranks > 1 else {}
+    if links:
+        links[""] = links["all_gather"]  # of any other kind
     return Rates("calibration", _MARGIN, curves, _host(device), asynchronous=gpu, overlap=0.8 if gpu else 0.0,
                  links=links)
 
