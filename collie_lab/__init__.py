@@ -78,13 +78,14 @@ if TYPE_CHECKING:
     from collie_lab import optim
     from collie_lab.diagnosis import doctor
     from collie_lab.launch import Pool, RankError, Run, attach, pull, runs
-    from collie_lab.planning import GPU, GPUS, Plan, PlanError, calibrate, fit, residuals
+    from collie_lab.planning import GPU, GPUS, Estimate, Plan, PlanError, calibrate, estimate, fit, residuals
     from collie_lab.study import Results
     from collie_lab.training.merge import merge
     from collie_lab.view import compare, compose, figure, watch
 
 _LAZY = {
     "GPU": "planning", "GPUS": "planning", "Plan": "planning", "PlanError": "planning", "residuals": "planning",
+    "Estimate": "planning", "estimate": "planning",
     "Pool": "launch", "RankError": "launch", "Run": "launch", "attach": "launch", "pull": "launch", "runs": "launch",
     "Results": "study", "compare": "view", "compose": "view", "doctor": "diagnosis", "figure": "view",
     "calibrate": "planning", "fit": "planning", "merge": "training.merge", "watch": "view",
@@ -92,14 +93,14 @@ _LAZY = {
 
 __all__ = [
     "AdaLoRA", "AdaLomo", "Adafactor", "AdamW", "AdamW8bit", "Adan", "Adapter", "Apollo", "BBH", "BestCheckpoint",
-    "CSV", "Callback", "Cell", "CellError", "Classification", "Data", "EarlyStopping", "Evaluation", "ExactMatch",
-    "Experiment", "ExtendTokenizer", "Freeze", "GPU", "GPUS", "GSM8K", "GaLore", "Generation", "GradientStatistics",
-    "HumanEval", "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MLflow", "MMLU", "Model", "MultipleChoice",
-    "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Plan", "PlanError", "Pool", "Prefix",
-    "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Results", "Run", "SGD", "SHAPES", "SKILLS",
-    "ScheduleFree", "Skills", "Sophia", "SystemMeters", "TensorBoard", "Text", "TrainTokenizer", "Training", "WandB",
-    "WeightStatistics", "__version__", "attach", "calibrate", "compare", "compose", "doctor", "figure", "fit",
-    "merge", "optim", "pull", "residuals", "runs", "watch",
+    "CSV", "Callback", "Cell", "CellError", "Classification", "Data", "EarlyStopping", "Estimate", "Evaluation",
+    "ExactMatch", "Experiment", "ExtendTokenizer", "Freeze", "GPU", "GPUS", "GSM8K", "GaLore", "Generation",
+    "GradientStatistics", "HumanEval", "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MLflow", "MMLU",
+    "Model", "MultipleChoice", "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Plan",
+    "PlanError", "Pool", "Prefix", "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Results", "Run", "SGD",
+    "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "SystemMeters", "TensorBoard", "Text", "TrainTokenizer",
+    "Training", "WandB", "WeightStatistics", "__version__", "attach", "calibrate", "compare", "compose", "doctor",
+    "estimate", "figure", "fit", "merge", "optim", "pull", "residuals", "runs", "watch",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from collie_lab.planning._client import PlanError
 from collie_lab.planning.calibration import calibrate
+from collie_lab.planning.closed_form import Estimate, estimate
 from collie_lab.planning.fitting import METHODS, Fit, fit
 from collie_lab.planning.gpus import GPU, GPUS, find_gpu
 from collie_lab.planning.plan import Plan, plan
@@ -10,6 +11,6 @@ from collie_lab.planning.residual_table import Residuals, residuals
 from collie_lab.planning.speed import Speed
 
 __all__ = [
-    "GPU", "GPUS", "METHODS", "Fit", "Plan", "PlanError", "Rates", "Residuals", "Speed", "calibrate", "find_gpu", "fit",
-    "plan", "residuals",
+    "GPU", "GPUS", "METHODS", "Estimate", "Fit", "Plan", "PlanError", "Rates", "Residuals", "Speed", "calibrate",
+    "estimate", "find_gpu", "fit", "plan", "residuals",
 ]

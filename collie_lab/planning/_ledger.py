@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from typing_extensions import override
 
+from collie_lab.planning._roles import Role
 from collie_lab.planning._work import Work
 
-__all__ = ["ROLES", "Event", "Ledger", "Role"]
-
-Role = Literal["weights", "gradients", "optimizer", "activations", "loss", "communication", "temporaries"]
-ROLES: Final[tuple[Role, ...]] = (
-    "weights", "gradients", "optimizer", "activations", "loss", "communication", "temporaries",
-)
+__all__ = ["Event", "Ledger"]
 
 #: Namespaces of operators that only move data between ranks.
 _COLLECTIVES: Final = frozenset({"c10d", "_c10d_functional", "c10d_functional", "fsdp"})

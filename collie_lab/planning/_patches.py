@@ -22,7 +22,8 @@ from collie_lab.cells import Model
 from collie_lab.optim.engine import Eager, Formula
 from collie_lab.optim.rounding import Weight
 from collie_lab.optim.rule import Gradient, Scalars, States
-from collie_lab.planning._ledger import Ledger, Role
+from collie_lab.planning._ledger import Ledger
+from collie_lab.planning._roles import Role
 from collie_lab.planning._work import Work
 from collie_lab.training.weights import materialise
 

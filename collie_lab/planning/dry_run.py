@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from collie_lab.cells import Experiment
 from collie_lab.data import Documents, Order
 from collie_lab.parallel import build_strategy
-from collie_lab.planning._ledger import Event, Ledger, Role
+from collie_lab.planning._ledger import Event, Ledger
 from collie_lab.planning._patches import patched
+from collie_lab.planning._roles import Role
 from collie_lab.planning._work import Work
 from collie_lab.training.step import TrainingStep
 

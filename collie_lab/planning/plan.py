@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
     from collie_lab.planning.comparison import PlanComparison
 
-__all__ = ["CONTEXT", "Plan", "longest_document", "plan"]
+__all__ = ["CONTEXT", "GRANULE", "Plan", "check_plan", "longest_document", "plan"]
 
 #: CUDA's context in bytes: 804 MB on an H200 (driver 580, torch 2.11), the same for nine methods.
 CONTEXT: Final = 804_061_184
 #: torch's allocator on a GPU hands out multiples of so many bytes.
-_GRANULE: Final = 512
+GRANULE: Final = 512
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Plan:
 
         worst = self.worst
         if not worst["course"]:
-            request = {"length": self.length, "rank": worst["rank"], "round_to": _GRANULE if self.gpu else 1}
+            request = {"length": self.length, "rank": worst["rank"], "round_to": GRANULE if self.gpu else 1}
             bare = _bare(self.experiment.replace(evaluate=(), callbacks=()), self.length)
             worst, = ask(bare, [{**request, "course": True}])
         return draw(worst, self.gpu)
@@ -207,14 +207,11 @@ def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool =
         PlanError: the step failed.
     """
     chosen = None if gpu is None else find_gpu(gpu)
-    cells = experiment.replace(model=_without_weights(experiment.model), evaluate=(), callbacks=())
-    check_cells(cells).raise_for_errors()
-    if refused := list(_refused(experiment)):
-        raise CellError(refused)
+    cells = check_plan(experiment)
     length = longest_document(experiment)
     bare, parallel = _bare(cells, length), experiment.parallel
     ranks = [stage * parallel.dp * parallel.tp for stage in range(parallel.pp)]
-    requests = [{"length": length, "rank": rank, "round_to": _GRANULE if chosen else 1, "course": course}
+    requests = [{"length": length, "rank": rank, "round_to": GRANULE if chosen else 1, "course": course}
                 for rank in ranks]
     return Plan(experiment, chosen, length, tuple(ask(bare, requests, quiet)))
 
@@ -223,8 +220,25 @@ def _peak(summary: dict[str, Any]) -> int:
     return max(int(summary["first"]), int(summary["peak"]))
 
 
+def check_plan(experiment: Experiment) -> Experiment:
+    """The cells that a plan is made of: without weights, evaluations and callbacks.
+
+    Raises:
+        CellError: they do not go together, or take memory that nothing here knows of.
+    """
+    cells = experiment.replace(model=_without_weights(experiment.model), evaluate=(), callbacks=())
+    check_cells(cells).raise_for_errors()
+    if refused := list(_refused(experiment)):
+        raise CellError(refused)
+    return cells
+
+
 def longest_document(experiment: Experiment) -> int:
-    """Tokens of the longest document."""
+    """Its tokens.
+
+    Raises:
+        CellError: it does not fit into the model's context.
+    """
     room = room_for_documents(experiment, context_length(model_config(experiment.model)))
     longest = sequence_length(experiment.data, room)
     if not isinstance(experiment.data, RandomTokens):

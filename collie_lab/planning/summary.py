@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from collie_lab.cells import Experiment, Freeze
-from collie_lab.planning._ledger import ROLES, Role
+from collie_lab.planning._roles import ROLES, Role
 from collie_lab.planning._work import extended
 from collie_lab.planning.allocator import reserved_bytes
 from collie_lab.planning.dry_run import Trace, dry_run, full_documents

@@ -1,0 +1,80 @@
+"""The closed form against dry runs of small models, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import collie_lab as lab
+from collie_lab.planning import plan
+
+BASE = lab.Experiment(
+    model=lab.Model("llama-1m", init="random", config={"num_hidden_layers": 7}), data=lab.RandomTokens(length=96),
+    optimizer=lab.AdamW(lr=1e-3), training=lab.Training(steps=3, batch_size=4, export=False))
+PURE = BASE.training.replace(precision="bf16", weights="bf16")
+CASES = {
+    "fp32": BASE,
+    "autocast, recompute": BASE.replace(training=BASE.training.replace(precision="bf16", recompute="full")),
+    "bf16 weights, Kahan": BASE.replace(training=PURE, optimizer=lab.AdamW(lr=1e-3, rounding="kahan")),
+    "LOMO, one document": BASE.replace(optimizer=lab.Lomo(lr=0.1)).with_("training.batch_size", 1),
+    "LoRA beside bf16": BASE.replace(training=PURE, adapter=lab.LoRA(r=4)),
+    "micro-batches": BASE.with_("training.micro_batch_size", 1),
+    "replicas": BASE.replace(parallel=lab.Parallel(dp=4)),
+    "ZeRO-3, bf16": BASE.replace(parallel=lab.Parallel(dp=4, zero=3)).with_("training.precision", "bf16"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_plan(name: str) -> None:
+    found, planned = lab.estimate(CASES[name]), plan(CASES[name])
+    assert found.peak_bytes == pytest.approx(planned.peak_bytes, rel=2e-3)
+    assert sum(found.components.values()) == found.peak_bytes
+    for role in ("weights", "optimizer"):
+        assert found.components[role] == pytest.approx(planned.components[role].max(), rel=2e-3)
+
+
+def test_other_families(tmp_path: Path) -> None:
+    fields = {"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3,
+              "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    experiment = BASE.replace(model=lab.Model(tmp_path, init="random", tokenizer="bytes"))
+    assert lab.estimate(experiment).peak_bytes == pytest.approx(plan(experiment).peak_bytes, rel=2e-3)
+
+
+def test_a_gpu_adds_its_workspace_and_context() -> None:
+    experiment = BASE.replace(model=lab.Model("llama-7b", init="random"))
+    found = lab.estimate(experiment, "3090")
+    assert found.components["workspace"] == lab.GPUS["RTX 3090"].workspace
+    assert found.process_bytes is not None
+    assert found.process_bytes > found.peak_bytes
+    assert found.fits is False
+    assert lab.estimate(experiment).fits is None
+
+
+def test_neither_torch_nor_a_process_is_needed() -> None:
+    script = "import sys, collie_lab as lab\n" \
+        "exp = lab.Experiment(model=lab.Model('llama-65b', init='random'), data=lab.RandomTokens(length=2048))\n" \
+        "print(lab.estimate(exp).peak_bytes, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[1] == "False"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"adapter": lab.IA3()}, "no formula for IA3"), ({"optimizer": lab.Muon(lr=1e-3)}, "no formula for Muon"),
+    ({"parallel": lab.Parallel(dp=4, zero=3, shard=2)}, "replicas of shards"),
+    ({"model": lab.Model("llama-1m", init="random", config={"attention_dropout": 0.1})}, "masks"),
+])
+def test_what_it_does_not_know_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(lab.CellError, match=message):
+        lab.estimate(BASE.replace(**change))
+
+
+def test_a_configuration_without_sizes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 512}', encoding="utf-8")
+    with pytest.raises(lab.CellError, match="hidden_size"):
+        lab.estimate(BASE.replace(model=lab.Model(tmp_path, init="random", tokenizer="bytes")))
