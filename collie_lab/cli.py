@@ -112,6 +112,33 @@ def plan(file: _File, changes: _Changes = None,
 
 
 @app.command()
+def fit(model: Annotated[str, typer.Argument(help="A hub id, a folder, a shape, or an experiment's YAML.")],
+        gpus: Annotated[int, typer.Option(help="How many.")] = 8,
+        gpu: Annotated[str, typer.Option(help="Which: H200, 3090, ...")] = "H100",
+        goal: Annotated[str, typer.Option(help="throughput, or memory.")] = "throughput",
+        length: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
+        batch_size: Annotated[int | None, typer.Option(help="Sequences of an optimizer step.")] = None,
+        methods: Annotated[list[str] | None, typer.Option("--method", help="AdamW, LOMO, ... As often as wanted.")]
+        = None,
+        confirm: Annotated[int, typer.Option(help="How many of the best to run on tensors without values.")] = 8,
+        to: Annotated[Path | None, typer.Option(metavar="EXP.yaml", help="Write the best experiment there.")] = None,
+        ) -> None:
+    """Layouts, methods and micro-batches that fit, ranked; why the others do not. Exit code 1 where none does."""
+    from collie_lab.planning import fit as find
+
+    found = find(_model(model), gpus, gpu, goal=goal, length=length,  # type: ignore[arg-type]
+                 batch_size=batch_size, methods=methods or None, confirm=confirm)
+    if len(found):
+        _print_table(found.table().head(20), index=False)
+    if len(found.refused):
+        _print_table(found.reasons, index=False)
+    if to is not None and len(found):
+        found.best.experiment.to_yaml(to)
+        print(to)
+    raise typer.Exit(int(not found))
+
+
+@app.command()
 def runs(folder: _Folder = Path("runs")) -> None:
     """The runs in a folder, oldest first."""
     import pandas as pd
@@ -228,6 +255,6 @@ def _attached(name: str, folder: Path) -> Run:
         raise CellError([Problem("run", "", str(error))]) from None
 
 
-def _print_table(frame: pd.DataFrame) -> None:
+def _print_table(frame: pd.DataFrame, index: bool = True) -> None:
     """Aligned text, as wide as it is: what follows in a pipe sees whole lines."""
-    print(frame.reset_index().to_string(index=False))
+    print((frame.reset_index() if index else frame).to_string(index=False))

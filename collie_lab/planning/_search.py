@@ -6,18 +6,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from collie_lab.cells import CellError, Experiment, Parallel
 from collie_lab.check import check_cells
 from collie_lab.planning._client import PlanError
 from collie_lab.planning._rough import Shape, rough_bytes, rough_seconds
+from collie_lab.planning._texts import batches_text, layout_text
 from collie_lab.planning.gpus import GPU
 from collie_lab.planning.plan import CONTEXT, Plan, plan
 from collie_lab.planning.rates import Rates
 from collie_lab.view.units import bytes_text
 
-__all__ = ["Goal", "Option", "Refusal", "Search", "layout_text"]
+__all__ = ["Goal", "Option", "Refusal", "Search"]
 
 Goal = Literal["throughput", "memory"]
 
@@ -77,10 +78,7 @@ class Option:
     @property
     def settings(self) -> str:
         """The layout, the micro-batch and the recomputation in words."""
-        training, parallel = self.experiment.training, self.experiment.parallel
-        micro = parallel.micro_batch_size(training.batch_size, training.micro_batch_size)
-        text = f"{layout_text(parallel)}, micro-batches of {micro}"
-        return text + (", recomputing" if training.recompute == "full" else "")
+        return f"{layout_text(self.experiment.parallel)}, {batches_text(self.experiment)}"
 
     def __repr__(self) -> str:
         from collie_lab.view.units import count_text
@@ -159,12 +157,6 @@ class Search:
             return ""
         assert found.process_bytes is not None
         return f"out of memory by {bytes_text(found.process_bytes - self.gpu.memory)}"
-
-
-def layout_text(parallel: Parallel) -> str:
-    """`dp=4 zero=3 tp=2`; one GPU: `1 GPU`."""
-    axes: dict[str, Any] = {"dp": parallel.dp, "zero": parallel.zero, "tp": parallel.tp, "pp": parallel.pp}
-    return " ".join(f"{name}={size}" for name, size in axes.items() if size > (name != "zero")) or "1 GPU"
 
 
 def _layouts(gpus: int, per_machine: int) -> Iterator[Parallel]:

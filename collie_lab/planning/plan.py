@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +31,8 @@ from collie_lab.planning.speed import Speed, forecast_speed
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from collie_lab.planning.comparison import PlanComparison
 
 __all__ = ["CONTEXT", "GRANULE", "Plan", "check_plan", "longest_document", "plan"]
 
@@ -148,6 +150,13 @@ class Plan:
     def _tokens(self) -> int:
         """Of a step."""
         return self.experiment.training.batch_size * self.length
+
+    def compare(self, *others: Plan, labels: Sequence[str] | None = None) -> PlanComparison:
+        """This plan and others side by side: a table by component, speed and verdict, and bars against the GPU's
+        memory. `labels`: by default what differs between them."""
+        from collie_lab.planning.comparison import compare_plans
+
+        return compare_plans((self, *others), labels)
 
     def figure(self) -> Figure:
         """Memory over a step, by what it is for, on the worst rank. Runs all layers, which a plan need not."""
