@@ -46,6 +46,18 @@ def explicit_fields(cell: Cell) -> dict[str, Any]:
             if name in given or getattr(again, name) != getattr(cell, name)}
 
 
+def explicit(value: Any) -> Any:
+    """An equal cell to which only those fields were given; cells in it, and in tuples, likewise.
+
+    What `to_dict` has written gives all fields, and an option that is given without having an effect is warned of.
+    """
+    if isinstance(value, tuple):
+        return tuple(explicit(item) for item in value)
+    if not isinstance(value, Cell):
+        return value
+    return type(value)(**{name: explicit(item) for name, item in explicit_fields(value).items()})
+
+
 def literal(value: Any) -> str:
     """Plain values as a person writes them: `5e-4`, `"text"`; else their `repr`."""
     text = repr(value)

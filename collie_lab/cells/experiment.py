@@ -150,6 +150,8 @@ class Experiment(Cell):
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`. `kind` chooses the cell where a slot takes several types."""
+        from collie_lab.cells._source import explicit
+
         fields: dict[str, Any] = dict(mapping)
         if fields.pop("kind", cls.kind) != cls.kind:
             raise CellError([Problem("Experiment", "kind", f"{mapping['kind']!r} is no experiment")])
@@ -160,7 +162,8 @@ class Experiment(Cell):
                 fields[slot] = tuple(_cell_from(item, base, slot) for item in fields[slot])
             else:
                 fields[slot] = _cell_from(fields[slot], base, slot)
-        return cls(**fields)
+        made: Self = explicit(cls(**fields))
+        return made
 
 
 def _changed(cell: Any, place: str, path: str, value: Any) -> Cell:

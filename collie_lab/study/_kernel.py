@@ -38,7 +38,7 @@ def kernel(folder: Path) -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(manager.connection_file)  # of an attempt that was killed
     tie = die_with_parent if sys.platform == "linux" else None
-    run_sync(manager.start_kernel)(preexec_fn=tie)
+    run_sync(manager.start_kernel)(preexec_fn=tie, extra_arguments=["--HistoryManager.hist_file=:memory:"])
     process = manager.provisioner.process
     try:
         yield manager, process

@@ -18,8 +18,8 @@ import yaml
 
 from collie_lab.cells import CellError, Problem
 from collie_lab.study.executor import cluster
-from collie_lab.study.store import FINAL
-from collie_lab.study.study import Study, summary_text
+from collie_lab.study.store import FINAL, summary_text
+from collie_lab.study.study import Study
 
 __all__ = ["study_app"]
 

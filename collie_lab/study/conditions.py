@@ -122,8 +122,9 @@ def _precision(run: Conditions) -> str | None:
     training, rounding = run.cell("training"), run.cell("optimizer").get("rounding")
     if "precision" not in training:
         return None
-    words = f"{training['precision']} with {training.get('weights', 'fp32')} weights"
-    return words + (f" ({rounding})" if rounding else "")
+    weights = training.get("weights", "fp32")
+    words = f"{training['precision']} with {weights} weights"
+    return words + (f" ({rounding})" if rounding and weights != "fp32" else "")  # fp32 weights are not rounded
 
 
 def _evaluation(run: Conditions) -> str | None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -118,15 +119,14 @@ class LocalExecutor:
         self._jobs = [job for job in self._jobs if job.alive]
         if len(self._jobs) >= self._slots:
             return False
-        if not self._gpus:
-            return True
         with contextlib.ExitStack() as stack:
             return self._take(gpus, stack) is not None
 
     def submit(self, folder: Path, gpus: int) -> Job:
         """Start an arm; its words go to `arm.log` in its folder."""
         with contextlib.ExitStack() as stack:
-            taken = self._take(gpus, stack) or []
+            while (taken := self._take(gpus, stack)) is None:
+                time.sleep(0.1)  # another study has been quicker
             env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (self._slots * gpus))), **os.environ}
             if self._gpus:
                 env["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
@@ -142,13 +142,19 @@ class LocalExecutor:
         """Nothing is kept."""
 
     def _take(self, count: int, stack: contextlib.ExitStack) -> list[str] | None:
-        """So many free GPUs, held until the stack closes; None where they are not there."""
-        taken: list[str] = []
+        """So many free GPUs, held until the stack closes; None where they are not there. Ranks on CPUs need none."""
+        if not self._gpus:
+            return []
+        taken: dict[str, int] = {}
         for gpu in self._gpus:
             if len(taken) < count and (handle := _lock(gpu)) is not None:
-                stack.callback(os.close, handle)
-                taken.append(gpu)
-        return taken if len(taken) == count else None
+                taken[gpu] = handle
+        for handle in taken.values():
+            stack.callback(os.close, handle)
+        if len(taken) == count:
+            return list(taken)
+        stack.close()
+        return None
 
 
 class _LocalJob:

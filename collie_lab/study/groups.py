@@ -16,7 +16,7 @@ from collie_lab.view.units import NOTHING
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Group", "Value", "group_arms", "known_axes", "label_text", "ordered"]
+__all__ = ["Group", "Value", "chosen_arms", "group_arms", "known_axes", "label_text", "ordered"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,22 @@ def known_axes(names: Iterable[str], axes: Sequence[str], what: str) -> list[str
     return names
 
 
+def chosen_arms(arms: pd.DataFrame, axes: Sequence[str], where: Mapping[str, Any] | None) -> pd.DataFrame:
+    """The arms with these labels: `{"model": "llama-5m"}`, or one of several: `{"model": ["a", "b"]}`.
+
+    Raises:
+        ValueError: an unknown axis; no arm is left.
+    """
+    known_axes(where or {}, [*axes, SEED], "where")
+    for axis, wanted in (where or {}).items():
+        chosen = arms[arms[axis].isin(list(wanted) if isinstance(wanted, (list, tuple, set)) else [wanted])]
+        if chosen.empty:
+            raise ValueError(f"where: no arm has {axis} = {wanted!r}; there are: "
+                             + ", ".join(map(str, ordered(arms[axis]))))
+        arms = chosen
+    return arms
+
+
 def group_arms(
     arms: pd.DataFrame, axes: Sequence[str], by: Sequence[str], *, where: Mapping[str, Any] | None = None,
     tuned: Mapping[str, str | Column] | None = None, free: Collection[str] = (),
@@ -112,21 +128,15 @@ def group_arms(
     Args:
         arms: what `arm_frame` gives.
         axes: all axes of the arms.
-        where: only arms with these labels: `{"model": "llama-5m"}`, or one of several: `{"model": ["a", "b"]}`.
+        where: see `chosen_arms`.
         tuned: axes that were tuned, each with the metric that chooses its value: a group keeps the arms at its best.
         free: axes in which the arms of a group may differ.
 
     Raises:
         ValueError: an unknown axis; no arm is left; the arms of a group differ in an axis that nobody has named.
     """
-    known_axes([*by, *(where or {})], [*axes, SEED], "group")
-    for axis, wanted in (where or {}).items():
-        values = wanted if isinstance(wanted, (list, tuple, set)) else [wanted]
-        chosen = arms[arms[axis].isin(list(values))]
-        if chosen.empty:
-            raise ValueError(f"where: no arm has {axis} = {wanted!r}; there are: "
-                             + ", ".join(map(str, ordered(arms[axis]))))
-        arms = chosen
+    known_axes(by, [*axes, SEED], "group")
+    arms = chosen_arms(arms, axes, where)
     keys = list(zip(*(arms[axis] for axis in by), strict=True)) if by else [()] * len(arms)
     groups = []
     for key in ordered(keys):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import html
+import shutil
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from collie_lab.study.store import FINAL
+from collie_lab.study.store import FINAL, summary_text
 from collie_lab.view.style import STATUS_COLORS
 from collie_lab.view.units import duration_text
 
@@ -51,8 +53,6 @@ class Progress:
         self._place.close()
 
     def _text(self) -> str:
-        from collie_lab.study.study import summary_text
-
         done = sum(status in FINAL for status in self._shown.values())
         left = self._count - done
         text = f"{done} of {self._count}  ·  {summary_text(self._shown.values()).partition(': ')[2]}"
@@ -90,7 +90,8 @@ class _Terminal(_Log):
         for name, status in ended.items():
             sys.stderr.write(f"\r\x1b[K{name}: {status}\n")
         under_way = [name for name, status in arms.items() if status == "running"]
-        sys.stderr.write("\r\x1b[K" + text + (f"  ·  {under_way[0]}" if under_way else ""))
+        line = text + (f"  ·  {under_way[0]}" if under_way else "")
+        sys.stderr.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
         sys.stderr.flush()
 
     def close(self) -> None:
@@ -106,8 +107,6 @@ class _Notebook:
         self._display = display({"text/plain": ""}, raw=True, display_id=True)
 
     def draw(self, arms: Mapping[str, str], text: str, ended: Mapping[str, str], count: int) -> None:
-        from collections import Counter
-
         counts = Counter(arms.values())
         parts = "".join(
             f"<div title='{status}' style='width:{100 * number / count:.2f}%;background:{STATUS_COLORS[status]}'></div>"

@@ -17,8 +17,9 @@ from collie_lab.study.store import FINAL, ArmFolder
 
 __all__ = ["Observer", "Runner"]
 
-#: Seconds between two looks.
+#: Seconds between two looks at this runner's own jobs, and at the folders of all arms.
 _POLL: Final = 0.1
+_LOOK: Final = 1.0
 
 
 class Observer(Protocol):
@@ -54,7 +55,7 @@ class Runner:
         """
         try:
             while self._step():
-                time.sleep(_POLL)
+                self._wait()
         except KeyboardInterrupt:
             self._stop()
             raise
@@ -85,6 +86,12 @@ class Runner:
             self._jobs[arm.id] = self.executor.submit(self.folder(arm).path, arm.gpus)
         self._tell(arms, states)
         return waiting or bool(ended) or bool(self._jobs) or "running" in states.values()
+
+    def _wait(self) -> None:
+        """Until a job has ended, but not for long: the arms of other runners are looked at now and then."""
+        deadline = time.monotonic() + _LOOK
+        while time.monotonic() < deadline and all(job.alive for job in self._jobs.values()):
+            time.sleep(_POLL)
 
     def _tell(self, arms: list[Arm], states: Mapping[str, str]) -> None:
         if self.observer is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 from collie_lab.study.groups import Value
@@ -55,8 +55,10 @@ def against_best(best: Any, values: Mapping[Any, Value], test: Test) -> list[Ver
 def _p_value(
     one: Mapping[Any, float], two: Mapping[Any, float], test: Test,
 ) -> tuple[float | None, tuple[int, int]]:
-    from scipy import stats
-
+    try:
+        from scipy import stats
+    except ImportError:
+        raise ImportError(f"a {test_words(test)} needs scipy: pip install scipy, or leave `test` out") from None
     if test == "paired":
         seeds = [seed for seed in one if seed in two]
         first, second = [one[seed] for seed in seeds], [two[seed] for seed in seeds]
@@ -69,9 +71,10 @@ def _p_value(
         return None, counts
     if constant:  # no spread at all: the t statistic is 0/0 or infinite
         return (1.0 if first[0] == second[0] else 0.0), counts
-    result = stats.ttest_rel(first, second) if test == "paired" else stats.ttest_ind(first, second, equal_var=False)
-    p = float(result.pvalue)
-    return (p if math.isfinite(p) else None), counts
+    if test == "paired":
+        return float(stats.ttest_rel(first, second).pvalue), counts
+    moments = [moment for each in (first, second) for moment in (fmean(each), stdev(each), len(each))]
+    return float(stats.ttest_ind_from_stats(*moments, equal_var=False).pvalue), counts
 
 
 def _holm(p_values: Mapping[Any, float]) -> dict[Any, float]:

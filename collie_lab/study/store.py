@@ -17,7 +17,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +27,7 @@ from collie_lab.folder import checkpoints_in, read_json, write_json
 from collie_lab.launch import Run, runs
 from collie_lab.study.arms import Arm
 
-__all__ = ["ARM_STATUSES", "FINAL", "ArmFolder", "HeldError"]
+__all__ = ["ARM_STATUSES", "FINAL", "ArmFolder", "HeldError", "summary_text"]
 
 #: Every state of an arm: those of runs, and `pending`.
 ARM_STATUSES: Final = (
@@ -37,6 +38,13 @@ FINAL: Final = ("ok", "cuda_oom", "host_oom", "diverged", "timeout", "error")
 
 #: Seconds for which a lock that is held is asked for again: who only looks holds it for a moment.
 _PATIENCE: Final = 0.5
+
+
+def summary_text(statuses: Iterable[str]) -> str:
+    """How many arms there are of each status: `12 arms: 10 ok, 1 host oom, 1 pending`."""
+    counts = Counter(statuses)
+    parts = [f"{counts[status]} {status.replace('_', ' ')}" for status in ARM_STATUSES if counts[status]]
+    return f"{counts.total()} arms: {', '.join(parts)}"
 
 
 class HeldError(RuntimeError):
@@ -106,7 +114,7 @@ class ArmFolder:
     def held(self) -> bool:
         """Whether a process runs the arm; on any machine that sees the folder."""
         try:
-            handle = os.open(self._lock, os.O_RDWR)
+            handle = os.open(self._lock, os.O_RDONLY)
         except FileNotFoundError:
             return False
         try:

@@ -26,7 +26,7 @@ from collie_lab.study.outcomes import SEED, run_figures
 from collie_lab.study.presentation import Presentation
 from collie_lab.study.progress import Progress
 from collie_lab.study.runner import Runner
-from collie_lab.study.store import ARM_STATUSES, FINAL, ArmFolder
+from collie_lab.study.store import ARM_STATUSES, FINAL, ArmFolder, summary_text
 from collie_lab.study.tuning import Tuning, direction
 
 if TYPE_CHECKING:
@@ -313,13 +313,6 @@ class Study(Presentation):
             "arms": {arm.id: arm.name for arm in self.arms}, "tuning": tuning,
             "grid": self.grid.replace(profiles={}).to_dict(),
         })
-
-
-def summary_text(statuses: Iterable[str]) -> str:
-    """How many arms there are of each status: `12 arms: 10 ok, 1 host oom, 1 pending`."""
-    counts = Counter(statuses)
-    parts = [f"{counts[status]} {status.replace('_', ' ')}" for status in ARM_STATUSES if counts[status]]
-    return f"{counts.total()} arms: {', '.join(parts)}"
 
 
 def _several(asked: str | Iterable[str] | None, known: Iterable[str], what: str) -> set[str] | None:

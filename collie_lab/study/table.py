@@ -12,7 +12,7 @@ from collie_lab.study import _markup
 from collie_lab.study.artefacts import sidecar, write_sidecar
 from collie_lab.study.columns import DEFAULT_METRICS, Column, column
 from collie_lab.study.fairness import Fairness, compared_axis, fairness
-from collie_lab.study.groups import Group, Value, group_arms, known_axes, label_text, ordered
+from collie_lab.study.groups import Group, Value, chosen_arms, group_arms, known_axes, label_text, ordered
 from collie_lab.study.outcomes import FINISHED, Outcomes, arm_frame, seedless, tuned_axes
 from collie_lab.study.significance import Test, Verdict, against_best, test_words
 from collie_lab.view.units import NOTHING
@@ -184,7 +184,8 @@ def tabulate(
     Raises:
         ValueError: an unknown axis or metric; arms that differ in an axis that is named nowhere.
     """
-    arms, axes = arm_frame(outcomes), list(outcomes.axes)
+    axes = list(outcomes.axes)
+    arms = chosen_arms(arm_frame(outcomes), axes, where)
     tuned = tuned_axes(outcomes) if tuned is None else tuned
     given = known_axes(rows if rows is not None else [], axes, "rows")
     columns = known_axes(columns, axes, "columns")
@@ -192,7 +193,7 @@ def tabulate(
     compared, = known_axes([compare or compared_axis(axes, row_axes)], axes, "compare")
     shown = _metrics(arms, metrics)
     groups = {tuple(group.labels.values()): group
-              for group in group_arms(arms, axes, [*row_axes, *columns], where=where, tuned=tuned)}
+              for group in group_arms(arms, axes, [*row_axes, *columns], tuned=tuned)}
     row_labels = ordered(labels[:len(row_axes)] for labels in groups)
     column_labels = _sorted_columns(ordered(labels[len(row_axes):] for labels in groups), arms, columns)
     table = Table(outcomes, list(row_axes), columns, row_labels,
@@ -224,7 +225,8 @@ def _sorted_columns(labels: list[Labels], arms: pd.DataFrame, axes: Sequence[str
 
 def _metrics(arms: pd.DataFrame, metrics: Sequence[str | Column] | None) -> list[Column]:
     if metrics is None:
-        shown = [column(key) for key in DEFAULT_METRICS if key in arms and arms[key].notna().any()]
+        known = [key for key in DEFAULT_METRICS if key in arms and arms[key].notna().any()]
+        shown = [column(key) for key in known or ["loss"]]  # a place for the statuses, where there is no figure yet
     else:
         shown = [column(metric) for metric in metrics]
         done = arms["status"].isin(FINISHED).any()

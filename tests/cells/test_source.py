@@ -80,3 +80,13 @@ def test_a_class_of_a_users_own_stands_without_lab() -> None:
 def test_literals(value: object, text: str) -> None:
     assert literal(value) == text
     assert eval(text) == value
+
+
+def test_what_was_written_with_all_defaults_is_read_as_if_it_were_not() -> None:
+    plain = lab.Experiment(model=lab.Model("llama-tiny", init="random"), data=lab.RandomTokens(length=16))
+    assert plain.check().problems == []
+    read = lab.Experiment.from_yaml(plain.to_yaml())
+    assert read == plain
+    assert read.check().problems == []  # no option without effect
+    given = plain.replace(parallel=lab.Parallel(schedule="gpipe"))
+    assert "schedule: without effect" in repr(lab.Experiment.from_yaml(given.to_yaml()).check())

@@ -36,8 +36,8 @@ def main(folder: Path) -> int:
     while step < STEPS:
         time.sleep(0.03)
         step += 1
-        _write(folder / "progress.json", {"step": step})
         _note(folder, f"step {step}")
+        _write(folder / "progress.json", {"step": step})
     _note(folder, "done")
     fails = json.loads((folder / "arm.json").read_text())["seed"] == 99
     _write(folder / "status.json", {**state, "status": "error" if fails else "ok", "reason": "a bug" if fails else ""})
