@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -165,5 +166,6 @@ def _stop(environment: dict[str, str], daemons: Sequence[subprocess.Popen[bytes]
 if __name__ == "__main__":
     if absent := missing():
         sys.exit(f"not installed: {', '.join(absent)} (Debian: apt-get install slurm-wlm munge)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the end of the cluster
     with local_slurm() as found:
         sys.exit(subprocess.run(sys.argv[1:] or ["sinfo"], env={**os.environ, **found}, check=False).returncode)

@@ -17,7 +17,7 @@ from tests.study.local_slurm import local_slurm, missing
 
 pytestmark = [pytest.mark.executors, pytest.mark.timeout(900)]
 
-_COLUMNS = ["method", "seed", "status", "loss", "steps", "tokens"]
+_COLUMNS = ["method", "seed", "status", "loss", "steps", "tokens_per_step"]
 
 
 @pytest.fixture(scope="module")
