@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -24,19 +26,26 @@ from collie_lab.rank import leave
 
 __all__ = ["losses", "run_here", "run_ranks"]
 
-#: What takes longest to import.
-_PRELOADED = ["torch.distributed.fsdp", "torch.distributed.pipelining", "peft",
-              "transformers.models.llama.modeling_llama", "collie_lab.training.trainer"]
+_ROOT = Path(__file__).parents[1]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> None:
     """Call `function(*args)` on every rank of a gloo group; exceptions come through.
 
-    The processes are forked from one that has imported torch and transformers, and done nothing else.
+    The processes are forked from one that has imported `tests.preloaded`, and done nothing else.
     """
-    multiprocessing.set_forkserver_preload(_PRELOADED)
+    _start_forkserver()
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_enter, (world_size, folder, function, args), nprocs=world_size, start_method="forkserver")
+
+
+@functools.cache
+def _start_forkserver() -> None:
+    """Tests change their folder, and the server looks for modules where it is started, or in `PYTHONPATH`."""
+    multiprocessing.set_forkserver_preload(["tests.preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(_ROOT), prepend=os.pathsep)
+        forkserver.ensure_running()
 
 
 def _enter(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

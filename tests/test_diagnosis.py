@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,33 @@ import collie_lab as lab
 from collie_lab import diagnosis
 
 TINY = lab.Model("llama-tiny", init="random")
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[dict[int, lab.Pool]]:
+    """Warm ranks by their number, whose start takes longer than all that they do here."""
+    made: dict[int, lab.Pool] = {}
+    yield made
+    for pool in made.values():
+        pool.close()
+
+
+@pytest.fixture(autouse=True)
+def _shared(pools: dict[int, lab.Pool], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every doctor has the same ranks, and ends all that it takes, which is put off."""
+    used: list[lab.Pool] = []
+
+    def pool(ranks: int) -> lab.Pool:
+        if ranks not in pools:
+            pools[ranks] = lab.Pool(ranks)
+        used.append(pools[ranks])
+        return pools[ranks]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diagnosis, "Pool", pool)
+        patch.setattr(lab.Pool, "close", lambda pool: used.remove(pool))
+        yield
+    assert not used
 
 
 @pytest.mark.ranks

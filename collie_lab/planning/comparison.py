@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from collie_lab.cells import CellError, Problem
-from collie_lab.planning._figure import _COLORS, _Picture
+from collie_lab.planning._figure import ROLE_COLORS
 from collie_lab.planning._texts import batches_text, layout_text
-from collie_lab.view.figures import png
+from collie_lab.view.figures import Picture, png
 from collie_lab.view.style import INK, MUTED, STATUS_COLORS, style
 from collie_lab.view.units import bytes_text, count_text, percent_text
 
@@ -52,7 +52,7 @@ class PlanComparison:
         import pandas as pd
 
         frame, columns = self.frame, {}
-        for name in (*_COLORS, "peak", "process", "memory"):
+        for name in (*ROLE_COLORS, "peak", "process", "memory"):
             if frame[name].fillna(0).any():
                 columns[name] = [bytes_text(value) for value in frame[name]]
         if any(plan.gpu for plan in self.plans.values()):
@@ -65,7 +65,7 @@ class PlanComparison:
     def figure(self) -> Figure:
         """A bar a plan: the worst rank's process by component, beside the memory of its GPU."""
         with style():
-            picture = _Picture(figsize=(8.6, 1.1 + 0.42 * len(self.plans)), layout="constrained")
+            picture = Picture(figsize=(8.6, 1.1 + 0.42 * len(self.plans)), layout="constrained")
             axes = picture.add_subplot()
             for row, plan in enumerate(self.plans.values()):
                 _draw_bar(axes, row, plan)
@@ -112,14 +112,14 @@ def _labels(plans: Sequence[Plan]) -> list[str]:
 
 def _components(plan: Plan) -> dict[str, int]:
     found = {**plan.worst["components"], "workspace": plan.gpu.workspace if plan.gpu else 0}
-    return {name: found.get(name, 0) for name in _COLORS}
+    return {name: found.get(name, 0) for name in ROLE_COLORS}
 
 
 def _draw_bar(axes: Axes, row: int, plan: Plan) -> None:
     left = 0
     for name, size in _components(plan).items():
         if size:
-            axes.barh(row, size, left=left, height=0.62, color=_COLORS[name], label=name)
+            axes.barh(row, size, left=left, height=0.62, color=ROLE_COLORS[name], label=name)
         left += size
     end = plan.process_bytes or left
     if end > left:

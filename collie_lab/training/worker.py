@@ -40,12 +40,14 @@ def join() -> torch.device:
     import gc
     import os
 
+    gc.disable()  # what is imported is never garbage: a tenth of the time would go to looking for some
     import torch
     import torch.distributed as dist
 
     import collie_lab.training.trainer  # noqa: F401
 
-    gc.freeze()  # what was imported is never garbage: no collection need look at it again
+    gc.freeze()  # nor need any later collection look at it
+    gc.enable()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() \
         else torch.device("cpu")
     if device.type == "cuda":

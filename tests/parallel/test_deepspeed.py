@@ -34,6 +34,8 @@ EXPERIMENTS = {
     .with_("training.checkpoint_every", 5),
     "adan": BASE.replace(optimizer=Adan(lr=1e-3, restart_every=4)).replace(
         training=BASE.training.replace(clip_grad_norm=None, clip_grad_value=0.5)),
+    "best": BASE.replace(optimizer=Lion(lr=0.02), evaluate=[lab.Perplexity(every=2), BASE.evaluate[1]],
+                         callbacks=[lab.BestCheckpoint(restore=True)]).with_("training.export", True),
     "accumulation": ADAMW.with_("training.micro_batch_size", 1),
     "recompute": ADAMW.with_("training.recompute", "full"),
     "autocast": ADAMW.with_("training.precision", "bf16"),
@@ -65,6 +67,8 @@ ARMS = {
     "lion-3": Arm("lion", _zero(3)),
     "lora-1": Arm("lora", _zero(1)),
     "lora-3": Arm("lora", _zero(3)),
+    "best-2-offload": Arm("best", _zero(2, "optimizer")),
+    "best-3": Arm("best", _zero(3)),
     "adan-1": Arm("adan", _zero(1)),
     "accumulation-0": Arm("accumulation", _zero(0)),
     "accumulation-1-offload": Arm("accumulation", _zero(1, "optimizer")),
@@ -94,8 +98,9 @@ def _train_all(folder: str) -> None:
     for name, arm in ARMS.items():
         check = functools.partial(_assert_layout, parallel=arm.parallel)
         resume = Path(folder) / arm.resume / "checkpoints" / "step-000005" if arm.resume else None
-        run_here(EXPERIMENTS[arm.experiment].replace(parallel=arm.parallel, callbacks=[check]), Path(folder) / name,
-                 resume)
+        experiment = EXPERIMENTS[arm.experiment]
+        run_here(experiment.replace(parallel=arm.parallel, callbacks=[*experiment.callbacks, check]),
+                 Path(folder) / name, resume)
     _assert_nothing_was_compiled()
     _assert_others_are_refused()
 
@@ -156,14 +161,18 @@ def test_the_norm_before_clipping_is_that_of_one_process(runs: Path) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["adamw-0", "adamw-2", "adamw-3", "adamw-3-offload"])
+@pytest.mark.parametrize("name", ["adamw-0", "adamw-2", "adamw-3", "adamw-3-offload", "best-2-offload", "best-3"])
 def test_an_export_is_that_of_one_process(name: str, runs: Path) -> None:
-    expected, found = (AutoModelForCausalLM.from_pretrained(runs / run / "model") for run in ("adamw", name))
+    names = ARMS[name].experiment, name
+    expected, found = (AutoModelForCausalLM.from_pretrained(runs / run / "model") for run in names)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, expected(ids).logits, atol=1e-4, rtol=0)
-    sizes = [(runs / run / "model" / "model.safetensors").stat().st_size for run in ("adamw", name)]
+    sizes = [(runs / run / "model" / "model.safetensors").stat().st_size for run in names]
     assert sizes[0] == sizes[1]
+    restored = [RunFolder(runs / run).read("result.json").get("restored") for run in names]
+    assert restored[0] == restored[1]
+    assert (restored[0] is None) == (names[0] != "best")
 
 
 @pytest.mark.ranks
