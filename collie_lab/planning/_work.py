@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -173,25 +173,22 @@ def extended(tables: Sequence[Iterable[list[Any]]], more: int) -> list[list[Any]
     together by phase and kind.
     """
     counts = [{(*row[:5], tuple(row[5]) if row[5] else None): row[6] for row in table} for table in tables]
+    sums = [defaultdict[Any, list[float]](lambda: [0.0, 0.0, 0.0]) for _ in counts]  # calls, FLOPs, bytes
     result: list[list[Any]] = []
-    rest = [Counter[tuple[Any, ...]]() for _ in counts], [Counter[tuple[Any, ...]]() for _ in counts]
-    calls = [Counter[tuple[Any, ...]]() for _ in counts]
     for key in dict.fromkeys(itertools.chain(*counts)):
         values = [each.get(key, 0) for each in counts]
         changes = [after - before for before, after in itertools.pairwise(values)]
-        if all(math.isclose(change, changes[0], abs_tol=1e-6) for change in changes) and values[0] >= changes[0]:
+        if changes[0] >= 0 and all(math.isclose(change, changes[0], abs_tol=1e-6) for change in changes):
             result.append([*key, values[-1] + more * changes[-1]])
             continue
         phase, kind, dtype, flops, moved, ranks = key
-        for index, value in enumerate(values):
-            calls[index][phase, kind, dtype, ranks] += value
-            rest[0][index][phase, kind, dtype, ranks] += value * flops
-            rest[1][index][phase, kind, dtype, ranks] += value * moved
-    for key in dict.fromkeys(itertools.chain(*calls)):
-        number, flops, moved = (max(0, each[-1][key] + more * (each[-1][key] - each[-2][key]))
-                                for each in (calls, *rest))
+        for each, value in zip(sums, values, strict=True):
+            row = each[phase, kind, dtype, ranks]
+            row[:] = row[0] + value, row[1] + value * flops, row[2] + value * moved
+    for phase, kind, dtype, ranks in dict.fromkeys(itertools.chain(*sums)):
+        before, last = (each[phase, kind, dtype, ranks] for each in sums[-2:])
+        number, flops, moved = (max(0.0, y + more * (y - x)) for x, y in zip(before, last, strict=True))
         if number:
-            phase, kind, dtype, ranks = key
             result.append([phase, kind, dtype, int(flops / number), int(moved / number), ranks, number])
     return result
 
