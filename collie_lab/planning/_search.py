@@ -84,7 +84,7 @@ class Option:
     @property
     def settings(self) -> str:
         """The layout, the micro-batch and the recomputation in words."""
-        return f"{layout_text(self.experiment.parallel)}, {batches_text(self.experiment)}"
+        return ", ".join((layout_text(self.experiment.parallel), *batches_text(self.experiment)))
 
     def __repr__(self) -> str:
         from collie_lab.view.units import count_text

@@ -30,7 +30,8 @@ class PlanBar:
     def __init__(self, make: Widgets, experiment: Callable[[], Experiment], threads: ThreadPoolExecutor):
         from collie_lab.planning import GPUS
 
-        self._experiment, self._threads, self._task = experiment, threads, None
+        self._experiment, self._threads = experiment, threads
+        self._task: asyncio.Task[None] | None = None
         self.gpu = make.make(ipywidgets.Dropdown, "", description="GPU", options=[("CPU", ""), *((n, n) for n in GPUS)],
                              tooltip="of which a plan is made")
         self.plan = make.make(ipywidgets.Button, "", description="Plan",
