@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
+from collie_lab.planning.calibration import processor
 from collie_lab.training.provenance import provenance
 
 __all__ = ["keep", "machine"]
@@ -15,7 +15,7 @@ __all__ = ["keep", "machine"]
 
 def machine() -> dict[str, Any]:
     """The provenance of a run on this machine, its processor and how many cores it has."""
-    return {**provenance(0), "cpu": _processor(), "cores": os.cpu_count()}
+    return {**provenance(0), "cpu": processor(), "cores": os.cpu_count()}
 
 
 def keep(file: Path | None, command: str, results: Any) -> None:
@@ -23,10 +23,3 @@ def keep(file: Path | None, command: str, results: Any) -> None:
     if file is not None:
         content = {"command": f"python benchmarks/{command}", "environment": machine(), "results": results}
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-                platform.processor() or platform.machine())

@@ -9,7 +9,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from collie_lab.view.figures import png
 from collie_lab.view.style import COLORS, INK, MUTED, style
-from collie_lab.view.units import bytes_text, number_text, percent_text
+from collie_lab.view.units import bytes_text, percent_text
 
 if TYPE_CHECKING:
     from collie_lab.planning.gpus import GPU
@@ -59,20 +59,20 @@ def draw(summary: dict[str, Any], gpu: GPU | None) -> Figure:
 
 def draw_time(speed: Speed) -> Figure:
     """What the seconds of a step are spent on, a bar each, and the range of their sum."""
-    parts = {name: seconds for name, seconds in speed.parts.items() if seconds}
+    parts, unit = {name: seconds for name, seconds in speed.parts.items() if seconds}, EngFormatter("s", places=1)
     with style():
         picture = _Picture(figsize=(7.4, 0.9 + 0.3 * len(parts)), layout="constrained")
         axes = picture.add_subplot()
         axes.barh(list(parts), list(parts.values()), color=COLORS[0], height=0.65)
         for place, seconds in enumerate(parts.values()):
-            axes.annotate(f"{number_text(seconds, 3)} s, {percent_text(seconds / speed.seconds)}", (seconds, place),
+            axes.annotate(f"{unit(seconds)}, {percent_text(seconds / speed.seconds)}", (seconds, place),
                           xytext=(4, 0), textcoords="offset points", va="center", color=MUTED, fontsize=8)
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.set_xlim(0, 1.25 * max(parts.values()))
         axes.xaxis.set_major_formatter(EngFormatter("s"))
-        axes.set_title(f"a step takes {number_text(speed.seconds, 3)} s ({number_text(speed.low, 3)} to "
-                       f"{number_text(speed.high, 3)} s), by {speed.source}")
+        axes.set_title(f"a step takes {unit(speed.seconds)} ({unit(speed.low)} to {unit(speed.high)}), "
+                       f"by {speed.source}")
     return picture
 
 

@@ -114,7 +114,7 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self._paused:
             return out
-        self.work.note(func, args, kwargs, out, "loss" if self.role == "loss" else None)
+        self.work.note(func, args, kwargs, out, loss=self.role == "loss")
         if scratch := _scratch(func, args):
             self.scratch(scratch)
         with self.as_role("communication") if func.namespace in _COLLECTIVES else contextlib.nullcontext():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -74,6 +75,8 @@ def _measure(device: torch.device, ranks: int) -> Rates:
             curves[f"{kind} {name}"] = _curve(points, device)
     links = {kind: _curve(_messages(kind, device, ranks, largest // 4), device, floor=False)
              for kind in _MESSAGES} if ranks > 1 else {}
+    if links:
+        links[""] = links["all_gather"]  # of any other kind
     return Rates("calibration", _MARGIN, curves, _host(device), asynchronous=gpu, overlap=0.8 if gpu else 0.0,
                  links=links)
 
@@ -110,6 +113,7 @@ def _seconds(call: Callable[[], object], device: torch.device, together: bool = 
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
+    """What else a machine does takes no processor time of a single thread."""
     return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -218,7 +222,7 @@ def _host(device: torch.device) -> dict[str, float]:
     experiment = lab.Experiment(model=lab.Model("llama-tiny", init="random", config=config),
                                 data=lab.RandomTokens(length=8))
     step = TrainingStep(experiment, device, build_strategy(experiment.parallel, device, "fp32"))
-    inputs = collate(full_documents(1, 8), _first(), device, flat=step.flat).inputs
+    inputs = collate(full_documents(1, 8), np.zeros(1, dtype=np.int64), device, flat=step.flat).inputs
     counted = _Count()
     with counted:
         step.model(**inputs).backward()
@@ -245,12 +249,6 @@ def _in_turn(step: Any, inputs: dict[str, Any]) -> Iterator[None]:
     yield
     step.update(1)
     yield
-
-
-def _first() -> Any:
-    import numpy as np
-
-    return np.zeros(1, dtype=np.int64)
 
 
 if __name__ == "__main__":

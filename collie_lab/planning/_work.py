@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -91,25 +91,27 @@ class Work:
     Attributes:
         calls: how many of each kind.
         phase: what the step is at, outside of backward passes.
+        counts: whether they are counted.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[Operation] = Counter()
         self.phase: Phase = "forward"
+        self.counts = True
 
-    def begin(self) -> None:
-        """A new step: nothing is counted yet."""
+    def begin(self, counts: bool) -> None:
+        """A new step, and whether it counts."""
         self.calls.clear()
-        self.phase = "forward"
+        self.phase, self.counts = "forward", counts
 
     def to_json(self) -> list[list[Any]]:
         """Rows: the fields of an operation, and how many."""
         return [[*operation, count] for operation, count in self.calls.items()]
 
-    def note(self, func: Any, args: Any, kwargs: Any, out: Any, phase: Phase | None = None) -> None:
-        """One call of an operator."""
+    def note(self, func: Any, args: Any, kwargs: Any, out: Any, loss: bool = False) -> None:
+        """One call of an operator; `loss`: within the head and its loss, which makes most of its gradient at once."""
         namespace = func.namespace
-        if namespace in ("prim", "profiler"):
+        if not self.counts or namespace in ("prim", "profiler"):
             return
         name = func._schema.name.partition("::")[2]
         tensors = [_local(x) for x in tree_iter((args, kwargs or {})) if isinstance(x, Tensor)]
@@ -132,7 +134,7 @@ class Work:
         else:
             kind = "math" if name in _MATH else "reduce" if name in _REDUCE else "pointwise"
             moved = _moved(name, tensors, results, _changed(func, args, kwargs or {}))
-        self.add(Operation(phase or self._phase_now(), kind, dtype, flops, moved, ranks))
+        self.add(Operation(self._phase_now(loss), kind, dtype, flops, moved, ranks))
 
     def add(self, operation: Operation, count: float = 1) -> None:
         """Operations that no dispatcher sees."""
@@ -156,9 +158,11 @@ class Work:
         """A pass of an update rule over tensors, of which little is kept."""
         self.add(Operation("optimizer", "update", _dtype(tensors[0]), 0, sum(tensor.nbytes for tensor in tensors)))
 
-    def _phase_now(self) -> Phase:
-        if self.phase != "forward" or torch._C._current_graph_task_id() == -1:
+    def _phase_now(self, loss: bool) -> Phase:
+        if self.phase != "forward":
             return self.phase
+        if loss or torch._C._current_graph_task_id() == -1:
+            return "loss" if loss else "forward"
         return "recompute" if torch.is_grad_enabled() else "backward"
 
 
@@ -169,25 +173,22 @@ def extended(tables: Sequence[Iterable[list[Any]]], more: int) -> list[list[Any]
     together by phase and kind.
     """
     counts = [{(*row[:5], tuple(row[5]) if row[5] else None): row[6] for row in table} for table in tables]
+    sums = [defaultdict[Any, list[float]](lambda: [0.0, 0.0, 0.0]) for _ in counts]  # calls, FLOPs, bytes
     result: list[list[Any]] = []
-    rest = [Counter[tuple[Any, ...]]() for _ in counts], [Counter[tuple[Any, ...]]() for _ in counts]
-    calls = [Counter[tuple[Any, ...]]() for _ in counts]
     for key in dict.fromkeys(itertools.chain(*counts)):
         values = [each.get(key, 0) for each in counts]
         changes = [after - before for before, after in itertools.pairwise(values)]
-        if all(math.isclose(change, changes[0], abs_tol=1e-6) for change in changes) and values[0] >= changes[0]:
+        if changes[0] >= 0 and all(math.isclose(change, changes[0], abs_tol=1e-6) for change in changes):
             result.append([*key, values[-1] + more * changes[-1]])
             continue
         phase, kind, dtype, flops, moved, ranks = key
-        for index, value in enumerate(values):
-            calls[index][phase, kind, dtype, ranks] += value
-            rest[0][index][phase, kind, dtype, ranks] += value * flops
-            rest[1][index][phase, kind, dtype, ranks] += value * moved
-    for key in dict.fromkeys(itertools.chain(*calls)):
-        number, flops, moved = (max(0, each[-1][key] + more * (each[-1][key] - each[-2][key]))
-                                for each in (calls, *rest))
+        for each, value in zip(sums, values, strict=True):
+            row = each[phase, kind, dtype, ranks]
+            row[:] = row[0] + value, row[1] + value * flops, row[2] + value * moved
+    for phase, kind, dtype, ranks in dict.fromkeys(itertools.chain(*sums)):
+        before, last = (each[phase, kind, dtype, ranks] for each in sums[-2:])
+        number, flops, moved = (max(0.0, y + more * (y - x)) for x, y in zip(before, last, strict=True))
         if number:
-            phase, kind, dtype, ranks = key
             result.append([phase, kind, dtype, int(flops / number), int(moved / number), ranks, number])
     return result
 
@@ -252,14 +253,14 @@ def _attention_flops(name: str, given: dict[str, Any]) -> int:
     return int(whole // 2 if given.get("is_causal") else whole)
 
 
-def _ranks(args: Any) -> tuple[int, int, int] | None:
-    for argument in args:
-        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
-            return _span(dist.ProcessGroup.unbox(argument))
-    return None
-
-
-def _span(group: dist.ProcessGroup) -> tuple[int, int, int]:
+def _ranks(args: Any) -> tuple[int, int, int]:
+    """The first rank of a collective's group, how far apart they are, and how many."""
+    boxed = [each for each in args if isinstance(each, torch.ScriptObject) and "ProcessGroup" in str(each._type())]
+    if boxed:
+        group = dist.ProcessGroup.unbox(boxed[0])
+    else:  # functional collectives name it
+        c10d: Any = dist.distributed_c10d
+        group = c10d._resolve_process_group([each for each in args if isinstance(each, str)][-1])
     ranks = dist.get_process_group_ranks(group)
     return ranks[0], ranks[1] - ranks[0] if len(ranks) > 1 else 1, len(ranks)
 

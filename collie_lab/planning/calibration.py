@@ -20,7 +20,7 @@ from collie_lab.planning._client import PlanError
 from collie_lab.planning.gpus import GPU, GPUS
 from collie_lab.planning.rates import Rates, published
 
-__all__ = ["calibrate", "calibration_folder", "find_rates"]
+__all__ = ["calibrate", "calibration_folder", "find_rates", "processor"]
 
 _TIMEOUT: Final = 600.0
 
@@ -40,8 +40,8 @@ def calibrate(ranks: int | Sequence[int] = 1) -> dict[int, Rates]:
         What was found, by number of ranks.
 
     Raises:
-        ValueError: no ranks, or more than there are GPUs.
-        PlanError: a process failed.
+        ValueError: no ranks.
+        PlanError: a process failed: there are more ranks than GPUs, say.
     """
     numbers = [ranks] if isinstance(ranks, int) else list(ranks)
     if not numbers or min(numbers) < 1:
@@ -49,9 +49,9 @@ def calibrate(ranks: int | Sequence[int] = 1) -> dict[int, Rates]:
     found = {}
     for number in numbers:
         device, rates = _measured(number)
-        rates = dataclasses.replace(rates, source=f"calibration of {device or processor()}, {number} "
+        rates = dataclasses.replace(rates, source=f"calibration of {device or _cpu()}, {number} "
                                     f"rank{'s' if number > 1 else ''}, {time.strftime('%Y-%m-%d')}")
-        _keep(_catalogue_name(device) if device else processor(), _threads(number, device), number, rates)
+        _keep(_catalogue_name(device) if device else _cpu(), _threads(number, device), number, rates)
         found[number] = rates
     return found
 
@@ -62,7 +62,7 @@ def find_rates(gpu: GPU | None, ranks: int) -> Rates | None:
     None for a CPU without a calibration.
     """
     if gpu is None:
-        values = _kept(processor()).get(f"{ranks} x {_threads(ranks, None)}")
+        values = _kept(_cpu()).get(f"{ranks} x {_threads(ranks, None)}")
         return None if values is None else Rates.from_json(values)
     known, kept = published(gpu), _kept(gpu.name)
     if not kept:
@@ -78,12 +78,15 @@ def calibration_folder() -> Path:
 
 
 def processor() -> str:
-    """The name of this machine's processor, and its cores."""
+    """The name of this machine's processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
                 platform.processor() or platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
+
+
+def _cpu() -> str:
+    return f"{processor()}, {os.cpu_count()} cores"
 
 
 def _measured(ranks: int) -> tuple[str | None, Rates]:
@@ -98,16 +101,17 @@ def _measured(ranks: int) -> tuple[str | None, Rates]:
                 [sys.executable, "-P", "-m", "collie_lab.planning._measure", str(rank), str(ranks), name],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment(ranks, module_paths()))
                 for rank in range(ranks)]
+        deadline = time.monotonic() + _TIMEOUT
         try:
-            deadline = time.monotonic() + _TIMEOUT
-            codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
-        except subprocess.TimeoutExpired:
-            raise PlanError(f"the calibration took longer than {_TIMEOUT:.0f} s") from None
+            while None in (codes := [process.poll() for process in processes]) and not any(codes):
+                if time.monotonic() > deadline:
+                    raise PlanError(f"the calibration took longer than {_TIMEOUT:.0f} s")
+                time.sleep(0.1)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-        if any(codes):
+        if any(codes):  # the others would wait for one that failed
             raise PlanError("a process of the calibration failed:\n" + log.read_text(errors="replace")[-2000:])
         values = json.loads((folder / "rates.json").read_text(encoding="utf-8"))
         return values["device"], Rates.from_json(values["rates"])

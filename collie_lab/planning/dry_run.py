@@ -68,7 +68,7 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
             step = TrainingStep(experiment, device, strategy)
             for number, plan in zip(range(1, steps + 1), order.steps(), strict=False):
                 begins.append(len(ledger.events))
-                ledger.work.begin()
+                ledger.work.begin(counts=number == steps)
                 with ledger.as_role("activations"):
                     step.measure(documents, plan)
                     step.forward_backward(documents, plan)

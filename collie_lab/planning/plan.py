@@ -101,7 +101,7 @@ class Plan:
     def speed(self) -> Speed | None:
         """Where the time of a step goes. None on a CPU that is not calibrated, and on a GPU without the arithmetic."""
         rates = find_rates(self.gpu, self.experiment.parallel.world_size)
-        if rates is None:
+        if rates is None or self._missing is not None:
             return None
         per_machine = self.experiment.parallel.world_size if self.gpu is None else self.gpu.per_machine
         return forecast_speed(self.experiment, self.summaries, rates, per_machine)
@@ -140,6 +140,13 @@ class Plan:
         return None if self.gpu_hours is None else self.gpu_hours * price_per_gpu_hour
 
     @property
+    def _missing(self) -> str | None:
+        """A type that the experiment computes in and the GPU does not."""
+        training, gpu = self.experiment.training, self.gpu
+        types = {training.precision, training.weights}
+        return None if gpu is None else next((each for each in sorted(types) if gpu.peak(each) is None), None)
+
+    @property
     def _tokens(self) -> int:
         """Of a step."""
         return self.experiment.training.batch_size * self.length
@@ -174,12 +181,10 @@ class Plan:
     def _pace(self) -> str:
         from collie_lab.view.units import count_text, percent_text
 
+        if self.gpu is not None and self._missing is not None:
+            return f"; no speed: {self.gpu.name} has no {self._missing}, or none that is known"
         if self.speed is None:
-            precision = self.experiment.training.precision
-            if self.gpu is not None and self.gpu.peak(precision) is None:
-                return f"; no speed: {self.gpu.name} computes no {precision}" if self.gpu.fp32 else \
-                    f"; no speed: the {precision} peak of {self.gpu.name} is not known"
-            return "; no speed: `lab.calibrate()` measures this machine" if self.gpu is None else ""
+            return f"; no speed before lab.calibrate({self.experiment.parallel.world_size})" if self.gpu is None else ""
         low, high = (count_text(self._tokens / seconds) for seconds in (self.speed.high, self.speed.low))
         utilization = "" if self.mfu is None else f", MFU {percent_text(self.mfu)}"
         return f"; {count_text(self.tokens_per_second)} tokens/s ({low} to {high}){utilization}"

@@ -89,17 +89,18 @@ def forecast_speed(experiment: Experiment, summaries: Sequence[dict[str, Any]], 
 
 
 def bubble(schedule: str, ranks: int, micro_batches: int) -> float:
-    """The share of a pipeline's step in which a rank waits, stages being equally long.
+    """The share of a pipeline's step in which a rank waits, where all stages take the same time.
 
-    GPipe and 1F1B: (p−1)/(m+p−1) (Narayanan et al., arXiv 2104.04473, section 2.2); interleaved, with v=2 stages a
-    rank: (p−1)/(v·m+p−1). Zero bubble (ZB-V) has none where forward and both halves of backward take the same time and
-    there are 2p micro-batches (Qi et al., arXiv 2401.10241); with fewer it is as interleaved.
+    GPipe and 1F1B: (p−1)/(m+p−1) (Narayanan et al., arXiv 2104.04473, section 2.2). Interleaved, with v=2 stages a
+    rank: (p−1)/(v·m+p−1). Zero bubble (torch's ZB-V, after Qi et al., arXiv 2401.10241), where forward and both halves
+    of backward take the same time: w/(6m+w) with w = max(p−1, 4p−2−2m), which is what its order of actions comes to.
     """
-    if schedule in ("gpipe", "1f1b"):
-        return (ranks - 1) / (micro_batches + ranks - 1)
-    if schedule == "zero_bubble" and micro_batches >= 2 * ranks:
-        return 0.0
-    return (ranks - 1) / (2 * micro_batches + ranks - 1)
+    p, m = ranks, micro_batches
+    if schedule == "zero_bubble":
+        waits = max(p - 1, 4 * p - 2 - 2 * m)
+        return waits / (6 * m + waits)
+    stages = 2 if schedule == "interleaved" else 1
+    return (p - 1) / (stages * m + p - 1)
 
 
 def wire_bytes(kind: str, size: float, ranks: int) -> float:

@@ -102,6 +102,11 @@ def test_alike_layers_are_counted_once(experiment: lab.Experiment) -> None:
     assert short.layers_run == (5, 9)
     assert whole.layers_run == (9, 9)
     assert (short.first, short.peak, short.components) == (whole.first, whole.peak, whole.components)
+    assert short.flops == whole.flops
+    for phase in ("forward", "loss", "backward", "optimizer"):
+        for field in (3, 4):  # FLOPs, bytes
+            sums = [sum(row[field] * row[6] for row in each.work if row[0] == phase) for each in (short, whole)]
+            assert sums[0] == pytest.approx(sums[1], rel=1e-6), phase
 
 
 def _measured() -> list[Any]:
