@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from collie_lab.cells import Adafactor, AdaLomo, Adan, Experiment, Freeze, Lion, Lomo, Model
+from collie_lab.cells import Adafactor, AdaLomo, Adan, Experiment, Freeze, Lion, Lomo, Model, Optimizer, Parallel
 from collie_lab.planning.gpus import GPU
 from collie_lab.planning.rates import Rates
 from collie_lab.planning.speed import bubble, wire_bytes
@@ -18,8 +18,8 @@ __all__ = ["Shape", "rough_bytes", "rough_seconds"]
 _PLAIN: Final = ("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2")
 #: fp32 numbers that an optimizer keeps of each parameter; two for all others.
 _STATES: Final[Mapping[type, int]] = {Lomo: 0, AdaLomo: 0, Adafactor: 0, Lion: 1, Adan: 4}
-#: Adapters of LoRA's kind keep the inputs of their matrices in fp32 too.
-_ADAPTED: Final = 1.45
+#: Adapters of LoRA's kind keep inputs of their own.
+_ADAPTED: Final = 1.05
 #: The share of activations that tensor-parallel ranks all keep whole: inputs of layers and norms (Korthikanti et al.,
 #: arXiv 2205.05198, section 4.2).
 _WHOLE: Final = 0.3
@@ -65,23 +65,36 @@ class Shape:
 
 
 def rough_bytes(experiment: Experiment, shape: Shape, gpu: GPU, length: int) -> float:
-    """What the driver will show of the worst rank's process, without its context."""
+    """What the driver will show of the worst rank's process, less CUDA's context."""
     cell, training, optimizer = experiment.parallel, experiment.training, experiment.optimizer
-    own = shape.parameters / (cell.tp * cell.pp)
+    own, layer = shape.parameters / (cell.tp * cell.pp), shape.layer / cell.tp
     trained = own if _trains_all(experiment) else 0.01 * own
     width = 2 if training.weights == "bf16" else 4
     shards = cell.dp if cell.zero else 1
-    master = 4 if width == 2 and getattr(optimizer, "rounding", None) is None and _trains_all(experiment) \
-        and not isinstance(optimizer, AdaLomo) else 0
+    micro = cell.micro_batch_size(training.batch_size, training.micro_batch_size)
+    piles_up = micro * cell.dp < training.batch_size
     held = own * width / (cell.dp if cell.zero == 3 else 1)
-    held += trained * (master + 4 * _STATES.get(type(optimizer), 2)) / shards
-    held += trained * width / shards if not optimizer.in_backward or getattr(optimizer, "accumulate", None) else 0
-    layer = shape.layer / cell.tp
+    held += trained * (_beside(optimizer, width) + 4 * _STATES.get(type(optimizer), 2)) / shards
+    gradients = trained * width / shards
+    if cell.zero and piles_up:
+        gradients += trained * 4  # whole until the last micro-batch
+    if optimizer.in_backward and getattr(optimizer, "accumulate", None) is None:
+        gradients = 0.0
     if cell.zero == 3 and cell.pp == 1:
-        held += 3 * layer * 2 + 2 * layer * 4  # gathered; gradients on their way
+        held += 3 * layer * 2  # gathered
     elif cell.zero or (width == 4 and training.precision == "bf16" and training.recompute == "none"):
         held += own * 2  # gathered, or autocast's copies
-    return _GAPS * (held + _activations(experiment, shape, length)) + gpu.workspace
+    activations = _activations(experiment, shape, length)
+    # The first backward pass begins without gradients, and ends without activations.
+    most = activations + gradients if piles_up or cell.pp > 1 else max(activations, gradients + 4 * layer)
+    return _GAPS * (held + most) + gpu.workspace
+
+
+def _beside(optimizer: Optimizer, width: int) -> int:
+    """Bytes beside a bf16 weight that keep its small updates."""
+    if width == 4 or isinstance(optimizer, AdaLomo):
+        return 0
+    return {"stochastic": 0, "kahan": 2}.get(getattr(optimizer, "rounding", None) or "master", 4)
 
 
 def _activations(experiment: Experiment, shape: Shape, length: int) -> float:
@@ -89,16 +102,20 @@ def _activations(experiment: Experiment, shape: Shape, length: int) -> float:
     micro = cell.micro_batch_size(training.batch_size, training.micro_batch_size)
     tokens, layers = micro * length, shape.layers / cell.pp
     width = 2 if training.precision == "bf16" or training.weights == "bf16" else 4
-    cut = 1 / cell.tp if cell.sequence_parallel else _WHOLE + (1 - _WHOLE) / cell.tp if cell.tp > 1 else 1.0
     autocast = training.precision == "bf16" and training.weights == "fp32" and not cell.zero
-    layer = tokens * width * ((17 if autocast else 12) * shape.hidden + 4 * shape.inner) * cut
+    layer = tokens * width * ((17 if autocast else 12) * shape.hidden + 4 * shape.inner) * _cut(cell)
     layer *= 1.0 if _trains_all(experiment) else _ADAPTED
-    kept = tokens * width * shape.hidden * (1 / cell.tp if cell.sequence_parallel else 1)
     flying = min(cell.pp, max(1, training.batch_size // cell.dp // micro))
     loss = 1.5 * tokens * shape.vocabulary * 4 / cell.tp
-    if training.recompute == "full":
-        return flying * layers * kept + layer + loss
-    return flying * layers * layer + loss
+    if training.recompute == "none":
+        return flying * layers * layer + loss
+    kept = tokens * width * shape.hidden * (1 / cell.tp if cell.sequence_parallel else 1)
+    return flying * layers * kept + max(layer, loss)
+
+
+def _cut(cell: Parallel) -> float:
+    """A tensor-parallel rank's share of the activations."""
+    return 1 / cell.tp if cell.sequence_parallel else _WHOLE + (1 - _WHOLE) / cell.tp
 
 
 def rough_seconds(experiment: Experiment, shape: Shape, rates: Rates, length: int) -> float:
@@ -116,7 +133,7 @@ def rough_seconds(experiment: Experiment, shape: Shape, rates: Rates, length: in
         return float("inf")
     busy = count * flops / product * one
     # What is element-wise moves the activations about three times (forward, backward and its temporaries).
-    moved = 3 * count * layers * tokens * 2 * (12 * shape.hidden + 4 * shape.inner) * (_WHOLE + (1 - _WHOLE) / cell.tp)
+    moved = 3 * count * layers * tokens * 2 * (12 * shape.hidden + 4 * shape.inner) * _cut(cell)
     states = own * 24 / (cell.dp if cell.zero else 1) if _trains_all(experiment) else 0
     busy += sum(rates.seconds("memory", training.precision, size) or 0.0 for size in (moved, states))
     if cell.pp > 1:

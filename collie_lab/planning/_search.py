@@ -13,6 +13,7 @@ from collie_lab.check import check_cells
 from collie_lab.planning._client import PlanError
 from collie_lab.planning._rough import Shape, rough_bytes, rough_seconds
 from collie_lab.planning._texts import batches_text, layout_text
+from collie_lab.planning.closed_form import estimate
 from collie_lab.planning.gpus import GPU
 from collie_lab.planning.plan import CONTEXT, Plan, plan
 from collie_lab.planning.rates import Rates
@@ -35,8 +36,8 @@ class Option:
         experiment: with the layout, the micro-batch and the recomputation.
         gpu: on which.
         length: tokens of a sequence.
-        rough_bytes: of a rank's process, before a dry run.
-        rough_seconds: of a step, before a dry run.
+        rough_bytes: of a rank's process, by arithmetic.
+        rough_seconds: of a step, likewise.
         dry_run: what the dry run said; None where none was made yet.
     """
 
@@ -63,7 +64,12 @@ class Option:
     def process_bytes(self) -> float:
         """Of a rank's process, as the driver shows it."""
         exact = None if self.dry_run is None else self.dry_run.process_bytes
-        return self.rough_bytes + CONTEXT if exact is None else exact
+        return self.rough_bytes if exact is None else exact
+
+    @property
+    def fits(self) -> bool:
+        """Whether a process fits, by the figures that are known."""
+        return self.process_bytes <= self.gpu.memory
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,7 +84,7 @@ class Option:
     @property
     def settings(self) -> str:
         """The layout, the micro-batch and the recomputation in words."""
-        return f"{layout_text(self.experiment.parallel)}, {batches_text(self.experiment)}"
+        return ", ".join((layout_text(self.experiment.parallel), *batches_text(self.experiment)))
 
     def __repr__(self) -> str:
         from collie_lab.view.units import count_text
@@ -130,22 +136,37 @@ class Search:
         return self._best(option.method, option.experiment, below=micro)[0]
 
     def _best(self, method: str, cells: Experiment, below: int | None = None) -> tuple[Option | None, str]:
-        """The largest micro-batch that may fit (for `memory` the smallest); or why there is none."""
+        """The largest micro-batch that fits (for `memory` the smallest), or one that may; or why there is none."""
         share, reason, least = max(1, cells.training.batch_size // cells.parallel.dp), "", math.inf
+        perhaps: Option | None = None
         sizes = [size for size in range(1, share + 1) if share % size == 0 and (below is None or size < below)]
         for size in sizes if self.goal == "memory" else reversed(sizes):
             experiment = cells.with_("training.micro_batch_size", size)
             if errors := check_cells(experiment).errors:
                 reason = reason or f"{errors[0].message[0].lower()}{errors[0].message[1:]}"
                 continue
-            needed = rough_bytes(experiment, self.shape, self.gpu, self.length)
-            if needed + CONTEXT <= _WORTH_TRYING * self.gpu.memory:
+            needed, trust = self._process_bytes(experiment)
+            if needed <= trust * self.gpu.memory:
                 seconds = rough_seconds(experiment, self.shape, self.rates, self.length)
-                return Option(method, experiment, self.gpu, self.length, needed, seconds), ""
-            least = min(least, needed + CONTEXT)
+                perhaps = Option(method, experiment, self.gpu, self.length, needed, seconds)
+                if perhaps.fits:
+                    return perhaps, ""
+            least = min(least, needed)
+        if perhaps is not None:
+            return perhaps, ""
         if math.isfinite(least):
             reason = f"out of memory by about {bytes_text(least - self.gpu.memory)}"
         return None, reason or "no smaller micro-batch"
+
+    def _process_bytes(self, experiment: Experiment) -> tuple[float, float]:
+        """By arithmetic, and how much more than the memory it may say of what fits."""
+        try:
+            exact = estimate(experiment, self.gpu).process_bytes
+        except CellError:  # no formula
+            exact = None
+        if exact is not None:
+            return exact, 1.0
+        return rough_bytes(experiment, self.shape, self.gpu, self.length) + CONTEXT, _WORTH_TRYING
 
     def try_out(self, option: Option) -> str:
         """Make the dry run; why the option does not do after all, if so."""

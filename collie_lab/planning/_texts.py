@@ -13,8 +13,8 @@ def layout_text(cell: Parallel) -> str:
     return " ".join(f"{name}={size}" for name, size in axes.items() if size > (name != "zero")) or "one rank"
 
 
-def batches_text(experiment: Experiment) -> str:
-    """The micro-batch and the recomputation."""
+def batches_text(experiment: Experiment) -> tuple[str, str]:
+    """The micro-batch, and the recomputation."""
     training = experiment.training
     micro = experiment.parallel.micro_batch_size(training.batch_size, training.micro_batch_size)
-    return f"micro-batches of {micro}" + (", recomputing" if training.recompute == "full" else "")
+    return f"micro-batches of {micro}", "recomputing" if training.recompute == "full" else "not recomputing"

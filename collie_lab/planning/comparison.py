@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["PlanComparison", "compare_plans"]
 
 #: How the bars name what a process takes beyond its tensors: gaps between them, and CUDA's context.
-_BEYOND = "beyond tensors"
+_BEYOND: Final = "beyond tensors"
+_MEMORY: Final = "the GPU's memory"
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,13 @@ class PlanComparison:
             for row, plan in enumerate(self.plans.values()):
                 _draw_bar(axes, row, plan)
             axes.set_yticks(range(len(self.plans)), list(self.plans), color=INK)
-            axes.set(ylim=(len(self.plans) - 0.4, -0.6), title="memory of the worst rank's process")
+            axes.set(xlim=(0, 1.45 * axes.get_xlim()[1]), ylim=(len(self.plans) - 0.4, -0.6),
+                     title="memory of the worst rank's process")
             axes.xaxis.set_major_formatter(EngFormatter("B", sep=" "))
             axes.grid(visible=False)
             handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of each name
-            axes.legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            names = [name for name in (*_COLORS, _BEYOND, _MEMORY) if name in handles]
+            axes.legend([handles[name] for name in names], names, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return picture
 
     def __repr__(self) -> str:
@@ -101,8 +104,8 @@ def compare_plans(plans: Sequence[Plan], labels: Sequence[str] | None = None) ->
 def _labels(plans: Sequence[Plan]) -> list[str]:
     """What differs, in words; numbers where that does not tell them apart."""
     parts = [[experiment.model.source, type(experiment.adapter or experiment.optimizer).__name__,
-              layout_text(experiment.parallel), f"{experiment.training.weights} weights", batches_text(experiment),
-              f"{plan.length} tokens", plan.gpu.name if plan.gpu else "CPU"]
+              layout_text(experiment.parallel), f"{experiment.training.weights} weights",
+              *batches_text(experiment), f"{plan.length} tokens", plan.gpu.name if plan.gpu else "CPU"]
              for plan in plans for experiment in [plan.experiment]]
     differing = [column for column in range(len(parts[0])) if len({row[column] for row in parts}) > 1]
     names = [", ".join(row[column] for column in differing) or row[1] for row in parts]
@@ -129,9 +132,7 @@ def _draw_bar(axes: Axes, row: int, plan: Plan) -> None:
     if plan.tokens_per_second is not None:
         words += f", {count_text(plan.tokens_per_second)} tokens/s"
     if plan.gpu is not None:
-        axes.plot([plan.gpu.memory] * 2, [row - 0.46, row + 0.46], color=INK, linewidth=1.4,
-                  label="the GPU's memory")
+        axes.plot([plan.gpu.memory] * 2, [row - 0.46, row + 0.46], color=INK, linewidth=1.4, label=_MEMORY)
         end = max(end, plan.gpu.memory) if end > 0.6 * plan.gpu.memory else end
     axes.annotate(words, (end, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8,
                   color=STATUS_COLORS["cuda_oom"] if plan.fits is False else MUTED)
-    axes.margins(x=0.28)

@@ -138,12 +138,14 @@ class Fit(Sequence[Option]):
 
 def fit(model: Model | str | Path | Experiment, gpus: int = 8, gpu: GPU | str = "H100", *, goal: Goal = "throughput",
         data: Data | None = None, length: int | None = None, batch_size: int | None = None,
-        methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None, confirm: int = 8,
+        methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None, confirm: int = 4,
         progress: bool = True) -> Fit:
     """How a model can be trained on so many GPUs: layouts, methods, micro-batches and recomputation, ranked by `goal`.
 
-    Thousands of combinations are weighed roughly; the best of each method, and the best beside them, are run on
-    tensors without values, as plans are. An experiment lends all its cells, and is then the one method.
+    Hundreds of combinations are weighed by arithmetic: memory by the closed form where there is one. The best of the
+    methods, and the best beside them, are then run on tensors without values, as plans are; the figures of the others
+    are marked as rough (`~`), and `option.plan` makes them exact. An experiment lends all its cells, and is then the
+    one method.
 
     Args:
         goal: the most tokens per second, or the least memory of a GPU.
@@ -174,8 +176,9 @@ def fit(model: Model | str | Path | Experiment, gpus: int = 8, gpu: GPU | str = 
     say(f"{base.model.source} on {gpus} x {chosen.name}: {len(options)} options of {len(named)} methods may fit; "
         f"dry runs of the best")
     dropped = _confirm(search, options, list(named), confirm, say)
-    ranked = sorted((each for each in options if each.dry_run is None or each.dry_run.fits),
-                    key=lambda each: (not each.confirmed, each.score(goal)))
+    dropped += [Refusal(each.method, each.settings, f"about {bytes_text(each.process_bytes)}, which is too much; only "
+                        "a plan could tell") for each in options if not each.fits]
+    ranked = sorted(filter(lambda each: each.fits, options), key=lambda each: (not each.confirmed, each.score(goal)))
     title = (f"{base.model.source} on {gpus} x {chosen.name} ({bytes_text(chosen.memory)}), batches of "
              f"{base.training.batch_size} x {search.length} tokens, ranked by {goal}")
     return Fit(title, tuple(ranked), (*refused, *dropped))
@@ -202,10 +205,11 @@ def _confirm(search: Search, options: list[Option], names: list[str], count: int
     def best(method: str | None) -> Option | None:
         left = [each for each in options if not each.confirmed and method in (None, each.method)
                 and each.experiment.parallel.pp == 1]  # of pipelines every stage has to run: minutes
-        return min(left, key=lambda each: each.score(search.goal), default=None)
+        return min(left, key=lambda each: (not each.fits, each.score(search.goal)), default=None)
 
+    found = [(option.score(search.goal), name) for name in names if (option := best(name)) is not None]
     made = 0
-    for name in names[:count]:
+    for _, name in sorted(found)[:count]:
         for _ in range(_TRIES):
             if (option := best(name)) is None or attempt(option):
                 break

@@ -45,6 +45,11 @@ CSS: Final = """
 .collie-composer .collie-card{border:1px solid var(--edge);border-radius:6px;padding:8px 12px 10px;min-width:0;
  background:var(--paper)}
 .collie-composer>.collie-card{margin-top:10px}
+.collie-composer .collie-plan-row{align-items:center;gap:8px;margin-top:10px}
+.collie-composer .collie-plan-row .widget-dropdown{width:210px;margin:0}
+.collie-composer .collie-plan-row .widget-dropdown label{width:auto;margin-right:7px}
+.collie-composer .collie-plan-row button{width:auto;margin:0;height:26px;line-height:24px;padding:0 12px}
+.collie-composer .collie-answer{margin-top:6px;overflow-x:auto}
 .collie-composer .collie-header{align-items:center;gap:8px;flex-wrap:wrap;min-height:26px}
 .collie-composer .collie-title b{font-size:13.5px}
 .collie-composer .collie-header .collie-kind{margin:0 0 0 auto;width:190px}

@@ -14,6 +14,7 @@ from pygments.lexers import get_lexer_by_name
 
 from collie_lab.cells import CellError, Experiment, Problem
 from collie_lab.cells._source import to_source
+from collie_lab.view._composer_plan import PlanBar
 from collie_lab.view._composer_style import COPY, CSS
 from collie_lab.view._entries import Widgets, notes
 from collie_lab.view._forms import CellForm
@@ -53,6 +54,7 @@ class Composer:
         self.language = make.make(ipywidgets.ToggleButtons, "collie-language", options=["Python", "YAML"])
         self.language.observe(lambda change: self._write_code(), "value")
         self._code = make.make(ipywidgets.HTML, "collie-code")
+        self.plan = PlanBar(make, lambda: self.experiment, self._threads)
         self.widget = self._lay_out()
         """The whole form as one ipywidget."""
         self._write_code()
@@ -78,6 +80,7 @@ class Composer:
         """Take the form away; its code stays in its place."""
         if self._settling is not None:
             self._settling.cancel()
+        self.plan.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._display is not None:
             self._display.update(self._static(), raw=True)
@@ -111,7 +114,7 @@ class Composer:
             make(ipywidgets.HTML, "collie-name", value="<b>Experiment</b>"), *plain, self._status))
         return make(ipywidgets.VBox, "collie-composer", children=(
             make(ipywidgets.HTML, "collie-style", value=f"<style>{CSS}</style>"), head,
-            make(ipywidgets.VBox, "collie-cards", children=tuple(cards)), *lists, self._summary,
+            make(ipywidgets.VBox, "collie-cards", children=tuple(cards)), *lists, self._summary, self.plan.widget,
             make(ipywidgets.VBox, "collie-source", children=(self.language, self._code))))
 
     def _changed(self) -> None:

@@ -385,3 +385,51 @@ def test_in_a_notebook(compose: Callable[..., Composer], monkeypatch: pytest.Mon
 def test_importing_collie_lab_does_not_import_widgets() -> None:
     code = "import sys, collie_lab; assert not {'ipywidgets', 'IPython', 'pygments'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_plan_and_what_fits(compose: Callable[..., Composer], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answer:
+        def __init__(self, *asked: Any):
+            self.asked = asked
+
+        def _repr_html_(self) -> str:
+            return " ".join(map(str, self.asked))
+
+    monkeypatch.setattr(lab.Experiment, "plan", lambda experiment, gpu: Answer("plan", experiment.model.source, gpu))
+    monkeypatch.setattr("collie_lab.planning.fit", lambda experiment, gpus, gpu, **_: Answer("fit", gpus, gpu))
+    composer = compose(FULL)
+    bar = composer.plan
+    bar.plan.click()
+    assert bar.answer.value == "plan llama-7b None"
+    bar.gpu.value = "H200"
+    bar.plan.click()
+    assert bar.answer.value == "plan llama-7b H200"
+    bar.fit.click()
+    assert bar.answer.value == "fit 2 H200"
+
+    def refused(*_: Any, **__: Any) -> Answer:
+        raise lab.CellError([lab.Problem("Parallel", "engine", "DeepSpeed's buffers are its own", "another")])
+
+    monkeypatch.setattr(lab.Experiment, "plan", refused)
+    bar.plan.click()
+    assert "Parallel.engine" in bar.answer.value
+    monkeypatch.setattr(lab.Experiment, "plan", lambda *_: 1 / 0)
+    bar.plan.click()
+    assert "division by zero" in bar.answer.value
+
+
+def test_the_form_lives_while_a_plan_is_made(compose: Callable[..., Composer], monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(lab.Experiment, "plan", lambda *_: go.wait(30) and FULL.optimizer)
+    monkeypatch.setattr(lab.Lomo, "_repr_html_", lambda _: "done", raising=False)
+
+    async def click() -> list[str]:
+        bar = compose(FULL).plan
+        bar.plan.click()
+        seen = [bar.answer.value]
+        go.set()
+        while "a dry run" in bar.answer.value:
+            await asyncio.sleep(0.01)
+        return [*seen, bar.answer.value]
+
+    assert asyncio.run(click()) == ['<span class="checking">a dry run …</span>', "done"]
