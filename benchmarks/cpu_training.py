@@ -27,7 +27,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,21 +38,19 @@ os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
 import torch
 import transformers
 from _results import keep, machine
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
-from collie_lab.cells import SHAPES, AdamW, Data, Experiment, Instructions, Model, Skills, Training
-from collie_lab.data import Documents, Order, prepare
+from collie_lab.cells import AdamW, Data, Experiment, Instructions, Model, Skills, Training
+from collie_lab.data import Documents, prepare
 from collie_lab.folder import RunFolder, Tail
+from collie_lab.study._peer_rows import Rows, collator
+from collie_lab.study._peer_trainer import arguments, build_model, sizes
 from collie_lab.training.trainer import Trainer
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LEARNING_RATE = 1e-3
 _WARM_UP = 3  # steps of every arm that are not timed
 _AGREE_STEPS, _AGREE_WITHIN = 5, 1e-4
-
-Row = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -113,81 +111,21 @@ def run_ours(case: Case, data: Data, steps: int, seed: int, folder: Path) -> tup
 # --- transformers.Trainer -------------------------------------------------------------------------
 
 
-def run_theirs(case: Case, documents: Documents, steps: int, seed: int, folder: Path, *,
+def run_theirs(case: Case, data: Data, documents: Documents, steps: int, seed: int, folder: Path, *,
                packed: bool) -> tuple[float, list[float]]:
     """The same of `transformers.Trainer`; without packing the speed alone, for its batches are others."""
-    count = steps * case.batch_size
-    sequences = itertools.islice(_sequences(case, documents, seed, packed), count)
-    rows = [_row(documents, sequence) for sequence in sequences]
-    tokens = [sum(len(row["input_ids"]) for row in rows[begin : begin + case.batch_size])
-              for begin in range(0, count, case.batch_size)]
+    experiment = case.experiment(data.replace(packing=packed), steps, seed, lambda _: None)
     clock, log = Clock(), _Losses()
+    rows = Rows(experiment, documents, case.max_length)
+    settings = arguments(experiment, RunFolder(folder), torch.device("cpu"))
+    if steps == _AGREE_STEPS:
+        settings.set_logging(strategy="steps", steps=1)
     trainer = transformers.Trainer(
-        model=_model(case, seed), args=_arguments(case, steps, seed, folder, log=steps == _AGREE_STEPS),
-        train_dataset=rows,
-        data_collator=_collate_packed if packed else lambda batch: _collate_padded(batch, case.max_length),
-        callbacks=[_Ticks(clock), log],
-    )
+        model=build_model(experiment), args=settings, train_dataset=rows, callbacks=[_Ticks(clock), log],
+        data_collator=collator(packed=packed, width=None if packed else case.max_length))
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    return clock.speed(tokens), log.losses
-
-
-def _sequences(case: Case, documents: Documents, seed: int, packed: bool) -> Iterator[list[int]]:
-    """The documents of every row, in our own order; the order's steps of one sequence are its sequences."""
-    order = Order(documents, batch_size=1, micro_batch_size=1, seed=seed,
-                  packing=case.max_length if packed else None)
-    return (step.micro_batches[0].tolist() for step in order.steps())
-
-
-def _row(documents: Documents, sequence: list[int]) -> Row:
-    """The documents of a row one after another; labels are -100 where the loss does not count."""
-    spans = [slice(documents.offsets[index], documents.offsets[index + 1]) for index in sequence]
-    ids, learned = (torch.cat([torch.from_numpy(array[span].copy()) for span in spans])
-                    for array in (documents.tokens, documents.learned))
-    ids = ids.long()
-    return {"input_ids": ids, "labels": torch.where(learned, ids, -100),
-            "position_ids": torch.cat([torch.arange(int(documents.lengths[index])) for index in sequence])}
-
-
-def _collate_packed(rows: list[Row]) -> Row:
-    """To the longest row; the padding is a document of its own, which the mask keeps apart."""
-    return {name: pad_sequence([row[name] for row in rows], batch_first=True,
-                               padding_value=-100 if name == "labels" else 0) for name in rows[0]}
-
-
-def _collate_padded(rows: list[Row], width: int) -> Row:
-    """To `width`, with a mask."""
-    batch = {"input_ids": torch.zeros(len(rows), width, dtype=torch.long),
-             "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
-             "labels": torch.full((len(rows), width), -100)}
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        batch["input_ids"][index, :length] = row["input_ids"]
-        batch["attention_mask"][index, :length] = 1
-        batch["labels"][index, :length] = row["labels"]
-    return batch
-
-
-def _model(case: Case, seed: int) -> torch.nn.Module:
-    """The model of our arm, weight for weight, with transformers' own attention."""
-    fields = {**SHAPES[case.model.source], **case.model.config}
-    torch.manual_seed(seed)
-    model: torch.nn.Module = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(fields.pop("model_type"), **fields), dtype=torch.float32, attn_implementation="sdpa")
-    return model
-
-
-def _arguments(case: Case, steps: int, seed: int, folder: Path, *, log: bool) -> TrainingArguments:
-    cell = AdamW(lr=_LEARNING_RATE)
-    return TrainingArguments(
-        output_dir=str(folder / "theirs"), use_cpu=True, per_device_train_batch_size=case.batch_size, max_steps=steps,
-        optim="adamw_torch_fused", learning_rate=cell.lr, adam_beta1=cell.betas[0], adam_beta2=cell.betas[1],
-        adam_epsilon=cell.eps, weight_decay=cell.weight_decay, max_grad_norm=1.0, lr_scheduler_type="constant",
-        seed=seed, train_sampling_strategy="sequential", dataloader_num_workers=0, dataloader_pin_memory=False,
-        remove_unused_columns=False, save_strategy="no", report_to=[], disable_tqdm=True,
-        logging_strategy="steps" if log else "no", logging_steps=1,
-    )
+    return clock.speed(rows.tokens), log.losses
 
 
 class _Ticks(TrainerCallback):  # type: ignore[misc]
@@ -223,7 +161,7 @@ def compare(case: Case, data: Data, repeats: int, folder: Path) -> dict[str, Any
     def run(arm: str, steps: int, seed: int) -> tuple[float, list[float]]:
         if arm == "collie_lab":
             return run_ours(case, data, steps, seed, folder)
-        return run_theirs(case, documents, steps, seed, folder, packed=arm == "trainer, packed")
+        return run_theirs(case, data, documents, steps, seed, folder, packed=arm == "trainer, packed")
 
     losses = [run(arm, _AGREE_STEPS, 0)[1] for arm in ARMS[:2]]
     difference = max(abs(ours - theirs) for ours, theirs in zip(*losses, strict=True))
@@ -235,7 +173,7 @@ def compare(case: Case, data: Data, repeats: int, folder: Path) -> dict[str, Any
         speeds[arm].append(run(arm, _WARM_UP + case.steps, repeat)[0])
     ratios = {arm: [ours / theirs for ours, theirs in zip(speeds["collie_lab"], speeds[arm], strict=True)]
               for arm in ARMS[1:]}
-    parameters = sum(parameter.numel() for parameter in _model(case, 0).parameters())
+    parameters = sizes(case.experiment(data, 1, 0, lambda _: None))[0]["parameters"]
     report(case, parameters, speeds, ratios)
     return {"parameters": parameters, "batch_size": case.batch_size, "max_length": case.max_length,
             "steps": case.steps, "mean_document": float(documents.lengths.mean()), "loss_difference": difference,
