@@ -5,17 +5,16 @@ Only typer is imported at the start; what a command needs, when it is called.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from typer.core import TyperGroup
 
 from collie_lab.cells import CellError, Experiment, Model, Problem
+from collie_lab.shell import MISTAKE, Group, parse_changes
+from collie_lab.study.commands import report, study_app
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,21 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-#: What a mistake in the experiment or in the options ends with, as typer does for those that it finds itself.
-_MISTAKE: Final = 2
 _EXITS: Final = {"ok": 0, "error": 1, "lost": 1, "diverged": 3, "cuda_oom": 4, "host_oom": 5, "timeout": 124,
                  "stopped": 130}
 
-
-class _Group(TyperGroup):
-    """Mistakes are told in words: of every command, those of groups below too."""
-
-    def invoke(self, ctx: Any) -> Any:
-        with _told():
-            return super().invoke(ctx)
-
-
-app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(study_app, name="study")
+app.command()(report)  # of a study, under the name that one looks for
 
 _File = Annotated[Path, typer.Argument(metavar="EXP.yaml", help="An experiment, as `exp.to_yaml` writes it.")]
 _Changes = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, "
@@ -91,7 +81,7 @@ def check(file: _File, changes: _Changes = None) -> None:
     """Every conflict between the cells, their files and the model. Exit code 2 where it cannot start."""
     report = _experiment(file, changes).check()
     print(report)
-    raise typer.Exit(0 if report.ok else _MISTAKE)
+    raise typer.Exit(0 if report.ok else MISTAKE)
 
 
 @app.command()
@@ -203,33 +193,10 @@ def export(runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run
 # --- what the commands share
 
 
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Mistakes become words and an exit code; warnings, lines."""
-    from collie_lab.planning import PlanError
-
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        try:
-            yield
-        except (CellError, PlanError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(_MISTAKE if isinstance(error, CellError) else 1) from None
-
-
 def _experiment(file: Path, changes: Sequence[str] | None) -> Experiment:
     """The experiment of a file, with `--set` changes; their values are YAML."""
-    import yaml
-
     experiment = Experiment.from_yaml(file)
-    for change in changes or ():
-        path, equals, text = change.partition("=")
-        if not equals:
-            raise CellError([Problem("--set", "", f"{change!r} is no FIELD=VALUE", "--set optimizer.lr=3e-5")])
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise CellError([Problem("--set", path, f"no valid YAML: {error}")]) from None
+    for path, value in parse_changes(changes).items():
         experiment = experiment.with_(path, value)
     return experiment
 

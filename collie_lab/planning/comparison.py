@@ -76,7 +76,7 @@ class PlanComparison:
             axes.xaxis.set_major_formatter(EngFormatter("B", sep=" "))
             axes.grid(visible=False)
             handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of each name
-            names = [name for name in (*_COLORS, _BEYOND, _MEMORY) if name in handles]
+            names = [name for name in (*ROLE_COLORS, _BEYOND, _MEMORY) if name in handles]
             axes.legend([handles[name] for name in names], names, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return picture
 

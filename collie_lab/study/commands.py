@@ -7,25 +7,23 @@ was started; 3, some have not ended; 130, interrupted.
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
-import yaml
 
-from collie_lab.cells import CellError, Problem
-from collie_lab.study.executor import cluster
-from collie_lab.study.store import FINAL, summary_text
-from collie_lab.study.study import Study
+from collie_lab.shell import Group, parse_changes
+
+if TYPE_CHECKING:
+    from collie_lab.study.study import Study
 
 __all__ = ["study_app"]
 
-OK, FAILED, MISTAKE, UNFINISHED, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, UNFINISHED, INTERRUPTED = 0, 1, 3, 130
 
-study_app = typer.Typer(help="Grids of experiments: run what is missing, look at it, export it.",
+study_app = typer.Typer(cls=Group, help="Grids of experiments: run what is missing, look at it, export it.",
                         no_args_is_help=True, pretty_exceptions_enable=False)
 
 File = Annotated[Path, typer.Argument(help="The grid: a YAML file.", show_default=False)]
@@ -53,9 +51,11 @@ def run(file: File, profile: Profile = None, results: Results = None, changes: C
         memory: Annotated[str | None, _asked("Of the host, for an arm: 64GB.")] = None,
         address: Annotated[str | None, _asked("Of a Ray that runs: auto, 10.0.0.1:6379.")] = None) -> None:
     """Run every arm that has no result yet. Interrupted, arms stop with a checkpoint, and go on from it next time."""
+    from collie_lab.study.executor import cluster
+
     asked = {"partition": partition, "time": time, "gpus": gpus, "cpus": cpus, "memory": memory, "address": address}
     settings = {name: value for name, value in asked.items() if value is not None}
-    with _mistakes(), _terminated_as_interrupted():
+    with _terminated_as_interrupted():
         study = _study(file, profile, results, changes)
         place = cluster(executor, **settings) if settings else executor
         try:
@@ -72,14 +72,13 @@ def status(file: File, profile: Profile = None, results: Results = None, changes
            forecast: Annotated[bool, typer.Option("--forecast", help="Also what the arms need.")] = False,
            gpu: Annotated[str | None, typer.Option(help="On which GPU; for the forecast.")] = None) -> None:
     """What became of each arm so far."""
-    with _mistakes():
-        study = _study(file, profile, results, changes)
-        for name, state in study.statuses().items():
-            print(f"{state:9}  {name}")
-        if check:
-            print(study.check())
-        if forecast:
-            print(study.forecast(gpu).to_string())
+    study = _study(file, profile, results, changes)
+    for name, state in study.statuses().items():
+        print(f"{state:9}  {name}")
+    if check:
+        print(study.check())
+    if forecast:
+        print(study.forecast(gpu).to_string())
     _leave(study)
 
 
@@ -90,35 +89,22 @@ def retry(file: File, profile: Profile = None, results: Results = None, changes:
           anew: Annotated[bool, typer.Option("--anew", help="From the beginning, not from a checkpoint.")] = False,
           ) -> None:
     """Have finished arms run again at the next `run`."""
-    with _mistakes():
-        for name in _study(file, profile, results, changes).retry(status or None, arm or None, resume=not anew):
-            print(name)
+    for name in _study(file, profile, results, changes).retry(status or None, arm or None, resume=not anew):
+        print(name)
 
 
 @study_app.command()
 def export(file: File, out: Annotated[Path, typer.Argument(help="A folder, or a .zip.")], profile: Profile = None,
            results: Results = None, changes: Changes = None) -> None:
     """Tables, figures, notebooks and raw results in one folder or zip."""
-    with _mistakes():
-        _study(file, profile, results, changes).export(out)
+    _study(file, profile, results, changes).export(out)
 
 
 @study_app.command()
 def report(file: File, out: Annotated[Path, typer.Argument(help="An .html file.")], profile: Profile = None,
            results: Results = None, changes: Changes = None) -> None:
     """One HTML page that needs nothing else."""
-    with _mistakes():
-        _study(file, profile, results, changes).report(out)
-
-
-@contextmanager
-def _mistakes() -> Iterator[None]:
-    """A user's mistake is a sentence and an exit code, no traceback."""
-    try:
-        yield
-    except CellError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(MISTAKE) from None
+    _study(file, profile, results, changes).report(out)
 
 
 @contextmanager
@@ -132,17 +118,15 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _study(file: Path, profile: str | None, results: Path | None, changes: list[str] | None) -> Study:
-    made = {}
-    for change in changes or []:
-        path, equals, value = change.partition("=")
-        if not equals:
-            raise CellError([Problem("study", "--set", f"{change!r} has no value", "--set training.steps=10")])
-        made[path] = yaml.safe_load(value)
-    return Study(file, profile, results, made)
+    from collie_lab.study.study import Study
+
+    return Study(file, profile, results, parse_changes(changes))
 
 
 def _tell(study: Study) -> None:
     """The summary, and what became of each arm that is not ok."""
+    from collie_lab.study.store import summary_text
+
     statuses = study.statuses()
     print(f"{study.name}: {summary_text(statuses.values())} in {study.results}")
     for name, state in study.reasons().items():
@@ -151,6 +135,8 @@ def _tell(study: Study) -> None:
 
 def _leave(study: Study) -> NoReturn:
     """Tell how the study stands, and end with the exit code that says it."""
+    from collie_lab.study.store import FINAL
+
     _tell(study)
     statuses = set(study.statuses().values())
     raise typer.Exit(OK if statuses <= {"ok"} else FAILED if statuses <= {*FINAL} else UNFINISHED)

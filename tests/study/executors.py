@@ -30,7 +30,7 @@ def running(grid: dict[str, Any], results: Path, *options: str) -> Iterator[subp
     file = results.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(grid), encoding="utf-8")
     process = subprocess.Popen(
-        [sys.executable, "-c", "from collie_lab.study.commands import study_app; study_app()", "run", str(file),
+        [sys.executable, "-c", "from collie_lab.cli import app; app()", "study", "run", str(file),
          "--results", str(results), *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield process

@@ -20,7 +20,7 @@ from collie_lab.study.store import ArmFolder
 from tests.processes import assert_gone, marked, wait_until
 from tests.study.grids import ROOT, start, toy_grid
 
-SHELL = "import sys; from collie_lab.study.commands import study_app; study_app()"
+SHELL = "import sys; from collie_lab.cli import app; app()"
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def mark() -> Iterator[str]:
 def shell(mark: str, verb: str, grid: dict[str, Any], *options: str) -> subprocess.Popen[bytes]:
     """`collie-lab study <verb> grid.yaml ...`."""
     Path("grid.yaml").write_text(yaml.safe_dump(grid))
-    return start(mark, "-c", SHELL, verb, "grid.yaml", "--results", "results", *options)
+    return start(mark, "-c", SHELL, "study", verb, "grid.yaml", "--results", "results", *options)
 
 
 def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
