@@ -8,6 +8,7 @@ rank writes what it found to `FOLDER/rates.json`.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 import time
@@ -125,12 +126,24 @@ _ELEMENTWISE: Final[dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]]]
 
 
 def _by_bytes(kind: tuple[Callable[[Tensor, Tensor], Tensor], float], device: torch.device, largest: int) -> Points:
+    """The first operand has just been used; the second, every other time, is from long ago, as what was saved for a
+    backward pass: in no cache."""
     call, tensors = kind
     points = Points()
     for power in range(8, int(math.log2(largest)) + 1, 2):
-        x, y = (torch.ones(2**power // 256, 64, device=device) for _ in range(2))
-        points.append((tensors * 2**power, _seconds(functools.partial(call, x, y), device)))
+        x, *others = (torch.ones(2**power // 256, 64, device=device) for _ in range(1 + _others(2**power, largest)))
+        seconds = itertools.cycle(itertools.chain.from_iterable((others[0], each) for each in others))
+        points.append((tensors * 2**power, _seconds(functools.partial(_with_next, call, x, seconds), device)))
     return points
+
+
+def _with_next(call: Callable[[Tensor, Tensor], Tensor], x: Tensor, seconds: Iterator[Tensor]) -> Tensor:
+    return call(x, next(seconds))
+
+
+def _others(size: int, largest: int) -> int:
+    """Tensors of so many bytes that together fill more than a cache."""
+    return max(1, min(512, 8 * largest // size))
 
 
 def _updates(device: torch.device, largest: int) -> Points:
