@@ -110,7 +110,7 @@ def fit(model: Annotated[str, typer.Argument(help="A hub id, a folder, a shape, 
         batch_size: Annotated[int | None, typer.Option(help="Sequences of an optimizer step.")] = None,
         methods: Annotated[list[str] | None, typer.Option("--method", help="AdamW, LOMO, ... As often as wanted.")]
         = None,
-        confirm: Annotated[int, typer.Option(help="How many of the best to run on tensors without values.")] = 4,
+        confirm: Annotated[int, typer.Option(help="How many of the best to run on tensors without values.")] = 3,
         to: Annotated[Path | None, typer.Option(metavar="EXP.yaml", help="Write the best experiment there.")] = None,
         ) -> None:
     """Layouts, methods and micro-batches that fit, ranked; why the others do not. Exit code 1 where none does."""

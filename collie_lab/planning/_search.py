@@ -38,7 +38,8 @@ class Option:
         length: tokens of a sequence.
         rough_bytes: of a rank's process, by arithmetic.
         rough_seconds: of a step, likewise.
-        dry_run: what the dry run said; None where none was made yet.
+        dry_run: what the dry run said, of a step of at most two micro-batches: all further ones are like the second.
+            None where none was made.
     """
 
     method: str
@@ -51,9 +52,14 @@ class Option:
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan; made now where the search did without. Raises PlanError."""
-        self.dry_run = self.dry_run or plan(self.experiment, self.gpu)
-        return self.dry_run
+        """The plan of the whole step; made when it is asked for. Raises PlanError."""
+        return plan(self.experiment, self.gpu)
+
+    def try_out(self) -> None:
+        """Make the dry run. Raises PlanError."""
+        training, dp = self.experiment.training, self.experiment.parallel.dp
+        few = min(training.batch_size, 2 * dp * self.micro)
+        self.dry_run = plan(self.experiment.with_("training.batch_size", few), self.gpu)
 
     @property
     def confirmed(self) -> bool:
@@ -74,8 +80,32 @@ class Option:
     @property
     def tokens_per_second(self) -> float:
         """Of all ranks together."""
-        exact = None if self.dry_run is None else self.dry_run.tokens_per_second
-        return self.experiment.training.batch_size * self.length / self.rough_seconds if exact is None else exact
+        return self.experiment.training.batch_size * self.length / self.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Of an optimizer step."""
+        speed = None if self.dry_run is None else self.dry_run.speed
+        if self.dry_run is None or speed is None:
+            return self.rough_seconds
+        # Once a step: the update, and the messages of replicas.
+        cell, once = self.experiment.parallel, speed.parts["optimizer"]
+        once += speed.parts["communication"] if cell.zero == 0 and cell.tp == 1 else 0.0
+        times = self.experiment.training.batch_size / self.dry_run.experiment.training.batch_size
+        return (speed.seconds - once) * times + once
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilization; None before a dry run, and on a GPU without a known peak."""
+        if self.dry_run is None or self.dry_run.mfu is None or self.dry_run.tokens_per_second is None:
+            return None
+        return self.dry_run.mfu * self.tokens_per_second / self.dry_run.tokens_per_second
+
+    @property
+    def micro(self) -> int:
+        """Sequences of a forward pass."""
+        training = self.experiment.training
+        return self.experiment.parallel.micro_batch_size(training.batch_size, training.micro_batch_size)
 
     def score(self, goal: Goal) -> float:
         """The less the better."""
@@ -131,9 +161,7 @@ class Search:
 
     def smaller(self, option: Option) -> Option | None:
         """The same with the next smaller micro-batch; None where there is none."""
-        training = option.experiment.training
-        micro = option.experiment.parallel.micro_batch_size(training.batch_size, training.micro_batch_size)
-        return self._best(option.method, option.experiment, below=micro)[0]
+        return self._best(option.method, option.experiment, below=option.micro)[0]
 
     def _best(self, method: str, cells: Experiment, below: int | None = None) -> tuple[Option | None, str]:
         """The largest micro-batch that fits (for `memory` the smallest), or one that may; or why there is none."""
@@ -171,13 +199,10 @@ class Search:
     def try_out(self, option: Option) -> str:
         """Make the dry run; why the option does not do after all, if so."""
         try:
-            found = option.plan
+            option.try_out()
         except (PlanError, CellError) as error:
             return str(error)
-        if found.fits:
-            return ""
-        assert found.process_bytes is not None
-        return f"out of memory by {bytes_text(found.process_bytes - self.gpu.memory)}"
+        return "" if option.fits else f"out of memory by {bytes_text(option.process_bytes - self.gpu.memory)}"
 
 
 def _layouts(gpus: int, per_machine: int) -> Iterator[Parallel]:

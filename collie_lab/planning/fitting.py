@@ -85,7 +85,7 @@ class Fit(Sequence[Option]):
         import pandas as pd
 
         rows = [{"method": each.method, "settings": each.settings, "process_bytes": each.process_bytes,
-                 "tokens_per_second": each.tokens_per_second, "mfu": each.plan.mfu if each.confirmed else None,
+                 "tokens_per_second": each.tokens_per_second, "mfu": each.mfu,
                  "confirmed": each.confirmed} for each in self.options]
         return pd.DataFrame(rows, columns=["method", "settings", "process_bytes", "tokens_per_second", "mfu",
                                            "confirmed"])
@@ -103,11 +103,11 @@ class Fit(Sequence[Option]):
 
         rows = []
         for each in self.options:
-            about, mfu = ("", each.plan.mfu) if each.confirmed else ("~", None)
+            about = "" if each.confirmed else "~"
             rows.append({"method": each.method, "settings": each.settings,
                          "a GPU": about + bytes_text(each.process_bytes),
                          "of its memory": about + percent_text(each.process_bytes / each.gpu.memory),
-                         "tokens/s": about + count_text(each.tokens_per_second), "MFU": percent_text(mfu)})
+                         "tokens/s": about + count_text(each.tokens_per_second), "MFU": percent_text(each.mfu)})
         columns = ["method", "settings", "a GPU", "of its memory", "tokens/s", "MFU"]
         return pd.DataFrame(rows, columns=columns)
 
@@ -138,7 +138,7 @@ class Fit(Sequence[Option]):
 
 def fit(model: Model | str | Path | Experiment, gpus: int = 8, gpu: GPU | str = "H100", *, goal: Goal = "throughput",
         data: Data | None = None, length: int | None = None, batch_size: int | None = None,
-        methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None, confirm: int = 4,
+        methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None, confirm: int = 3,
         progress: bool = True) -> Fit:
     """How a model can be trained on so many GPUs: layouts, methods, micro-batches and recomputation, ranked by `goal`.
 
