@@ -2,6 +2,7 @@
 # make demo     the main job: notebooks/00_quickstart.ipynb, executed; results in out/quickstart
 # make test     all tests that need neither a GPU nor a browser
 # make browser  the notebooks in JupyterLab in a headless Chromium
+# make executors  a grid by a local Slurm (Debian's slurm-wlm and munge) and a local Ray
 # make lint     ruff and the type checker
 # make bench    benchmarks against other libraries, side by side in one run
 # make gpu      what a machine with an NVIDIA GPU runs, with the Python that is there: make gpu PYTHON=python3
@@ -12,7 +13,7 @@ STAMP := .venv/.installed
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo test browser lint bench gpu
+.PHONY: venv demo test browser executors lint bench gpu
 
 venv: $(STAMP)
 
@@ -32,12 +33,16 @@ demo: $(STAMP)
 	@echo && cat out/quickstart/table.md && echo && echo "notebook: out/00_quickstart.ipynb   results: out/quickstart"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not signals and not browser" -n 3 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not signals and not browser and not executors" -n 3 --dist loadfile
 	$(BIN)/python -m pytest -m signals
 
 browser: $(STAMP)
 	$(INSTALL) --quiet -e '.[browser]'
 	$(BIN)/python -m pytest -m browser
+
+executors: $(STAMP)
+	$(INSTALL) --quiet -e '.[slurm,ray]'
+	$(BIN)/python -m pytest -m executors tests/study
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

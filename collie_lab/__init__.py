@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from collie_lab.diagnosis import doctor
     from collie_lab.launch import Pool, RankError, Run, attach, pull, runs
     from collie_lab.planning import GPU, GPUS, Estimate, Plan, PlanError, estimate
-    from collie_lab.study import Results, Study
+    from collie_lab.study import Ray, Results, Slurm, Study
     from collie_lab.training.merge import merge
     from collie_lab.view import compare, compose, figure, watch
 
@@ -87,8 +87,8 @@ _LAZY = {
     "GPU": "planning", "GPUS": "planning", "Plan": "planning", "PlanError": "planning",
     "Estimate": "planning", "estimate": "planning",
     "Pool": "launch", "RankError": "launch", "Run": "launch", "attach": "launch", "pull": "launch", "runs": "launch",
-    "Results": "study", "Study": "study", "compare": "view", "compose": "view", "doctor": "diagnosis", "figure": "view",
-    "merge": "training.merge", "watch": "view",
+    "Ray": "study", "Results": "study", "Slurm": "study", "Study": "study", "compare": "view", "compose": "view",
+    "doctor": "diagnosis", "figure": "view", "merge": "training.merge", "watch": "view",
 }
 
 __all__ = [
@@ -97,10 +97,10 @@ __all__ = [
     "ExactMatch", "Experiment", "ExtendTokenizer", "Freeze", "GPU", "GPUS", "GSM8K", "GaLore", "Generation",
     "GradientStatistics", "HumanEval", "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MLflow", "MMLU",
     "Model", "MultipleChoice", "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Plan",
-    "PlanError", "Pool", "Prefix", "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Results", "Run", "SGD",
-    "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Sophia", "Study", "SystemMeters", "TensorBoard", "Text",
-    "TrainTokenizer", "Training", "WandB", "WeightStatistics", "__version__", "attach", "compare", "compose", "doctor",
-    "estimate", "figure", "merge", "optim", "pull", "runs", "watch",
+    "PlanError", "Pool", "Prefix", "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Ray", "Results", "Run",
+    "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Slurm", "Sophia", "Study", "SystemMeters", "TensorBoard",
+    "Text", "TrainTokenizer", "Training", "WandB", "WeightStatistics", "__version__", "attach", "compare", "compose",
+    "doctor", "estimate", "figure", "merge", "optim", "pull", "runs", "watch",
 ]
 
 

@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from collie_lab.study.arms import Arm
     from collie_lab.study.materials import clinc_splits, find_shared
     from collie_lab.study.opened import check_parameters, open_arm
+    from collie_lab.study.ray import Ray
     from collie_lab.study.results import Results
+    from collie_lab.study.slurm import Slurm
     from collie_lab.study.study import Study
 
-__all__ = ["Arm", "Results", "Study", "check_parameters", "clinc_splits", "find_shared", "open_arm"]
+__all__ = ["Arm", "Ray", "Results", "Slurm", "Study", "check_parameters", "clinc_splits", "find_shared", "open_arm"]
 
 _PLACES = {
-    "Arm": "arms", "Results": "results", "Study": "study", "check_parameters": "opened", "clinc_splits": "materials",
-    "find_shared": "materials", "open_arm": "opened",
+    "Arm": "arms", "Ray": "ray", "Results": "results", "Slurm": "slurm", "Study": "study",
+    "check_parameters": "opened", "clinc_splits": "materials", "find_shared": "materials", "open_arm": "opened",
 }
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -148,7 +149,7 @@ class _Attempt:
 
 
 @contextlib.contextmanager
-def _signals(watch: Watch) -> Any:
+def _signals(watch: Watch) -> Iterator[None]:
     """Within it, who asks for the end of this process has the run stop with a checkpoint."""
     def ask(*_: object) -> None:
         watch.stopping.set()
@@ -170,8 +171,6 @@ def _end(run: Run) -> None:
 
 def _plain(text: str) -> str:
     """Without colours."""
-    import re
-
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 

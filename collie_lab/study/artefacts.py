@@ -16,7 +16,7 @@ from collie_lab.view.style import style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FORMATS", "origins", "save_figure", "sidecar", "write_sidecar"]
+__all__ = ["FORMATS", "origins", "plain", "save_figure", "sidecar", "write_sidecar"]
 
 #: In which a figure is written: for LaTeX, for the web and editing, for slides.
 FORMATS: Final = ("pdf", "svg", "png")
@@ -25,14 +25,15 @@ FORMATS: Final = ("pdf", "svg", "png")
 def sidecar(outcomes: Outcomes, names: Iterable[str] | None = None) -> dict[str, Any]:
     """The arms of an artefact: of each its name, id, labels, seed, status, reason, run, commit and machine."""
     frame, runs = outcomes.frame, outcomes.runs
-    chosen = list(frame.index) if names is None else [name for name in frame.index if name in set(names)]
+    wanted = set(frame.index if names is None else names)
+    chosen = [name for name in frame.index if name in wanted]
     return {"made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "collie_lab": __version__,
             "axes": list(outcomes.axes), "arms": [_arm(outcomes, frame.loc[name], name, runs) for name in chosen]}
 
 
 def _arm(outcomes: Outcomes, row: Any, name: str, runs: Any) -> dict[str, Any]:
-    known = {key: _plain(row[key]) for key in ("id", SEED, "status", "reason") if key in row}
-    labels = {axis: _plain(row[axis]) for axis in outcomes.axes if axis in row and axis != SEED}
+    known = {key: plain(row[key]) for key in ("id", SEED, "status", "reason") if key in row}
+    labels = {axis: plain(row[axis]) for axis in outcomes.axes if axis in row and axis != SEED}
     told: dict[str, Any] = {"arm": name, **known, "labels": labels, "run": None}
     if name in runs:
         run = runs[name]
@@ -43,7 +44,7 @@ def _arm(outcomes: Outcomes, row: Any, name: str, runs: Any) -> dict[str, Any]:
     return told
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value of a frame as JSON has it."""
     value = value.item() if hasattr(value, "item") else value
     return None if value is None or value != value else value

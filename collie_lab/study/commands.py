@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 import yaml
 
 from collie_lab.cells import CellError, Problem
+from collie_lab.study.executor import cluster
 from collie_lab.study.store import FINAL, summary_text
 from collie_lab.study.study import Study
 
@@ -36,17 +37,29 @@ _EPILOG: Final = ("Exit code 0: every arm is ok; 1: all have ended, not all of t
                   "started; 3: some have not ended; 130: interrupted.")
 
 
+def _asked(what: str) -> Any:
+    return typer.Option(help=what, rich_help_panel="What an arm asks of a cluster")
+
+
 @study_app.command(epilog=_EPILOG)
 def run(file: File, profile: Profile = None, results: Results = None, changes: Changes = None,
-        slots: Annotated[int | None, typer.Option(help="Arms at once. Default: 1; as many as GPUs allow.")] = None,
-        executor: Annotated[str, typer.Option(help="Where arms run.")] = "local",
+        slots: Annotated[int | None, typer.Option(help="Arms at once. Default: 1; as GPUs or a cluster allow.")] = None,
+        executor: Annotated[str, typer.Option(help="Where arms run: local, slurm or ray.")] = "local",
         fresh_code: Annotated[bool, typer.Option("--fresh-code", help="Again what another version has made.")] = False,
-        ) -> None:
+        partition: Annotated[str | None, _asked("Slurm's. Default: the cluster's own.")] = None,
+        time: Annotated[str | None, _asked("Of a job of Slurm's: 90 (minutes), 4:00:00, 1-12.")] = None,
+        gpus: Annotated[str | None, _asked("Their type, any, or none. Every rank gets one.")] = None,
+        cpus: Annotated[int | None, _asked("For each rank.")] = None,
+        memory: Annotated[str | None, _asked("Of the host, for an arm: 64GB.")] = None,
+        address: Annotated[str | None, _asked("Of a Ray that runs: auto, 10.0.0.1:6379.")] = None) -> None:
     """Run every arm that has no result yet. Interrupted, arms stop with a checkpoint, and go on from it next time."""
+    asked = {"partition": partition, "time": time, "gpus": gpus, "cpus": cpus, "memory": memory, "address": address}
+    settings = {name: value for name, value in asked.items() if value is not None}
     with _mistakes(), _terminated_as_interrupted():
         study = _study(file, profile, results, changes)
+        place = cluster(executor, **settings) if settings else executor
         try:
-            study.run(slots=slots, executor=executor, fresh_code=fresh_code)
+            study.run(slots=slots, executor=place, fresh_code=fresh_code)
         except KeyboardInterrupt:
             _tell(study)
             raise typer.Exit(INTERRUPTED) from None

@@ -9,16 +9,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import psutil
 
 from collie_lab.cells import CellError, Problem
 from collie_lab.machine import visible_gpus
 from collie_lab.rank import die_with_parent
+from collie_lab.study.arms import Arm
+from collie_lab.study.cluster import Cluster
 
-__all__ = ["Executor", "Job", "LocalExecutor", "command", "make_executor"]
+__all__ = ["Executor", "Job", "LocalExecutor", "cluster", "command", "make_executor"]
 
 
 class Job(Protocol):
@@ -42,6 +45,9 @@ class Executor(Protocol):
     It need not know what an arm is: locks, statuses and resuming are that program's business, the same everywhere.
     """
 
+    def check(self, arms: Iterable[Arm]) -> None:
+        """Called before anything starts. Raises CellError where an arm has no place there."""
+
     def has_room(self, gpus: int) -> bool:
         """Whether it takes another arm of so many ranks now."""
 
@@ -57,17 +63,32 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "collie_lab.study.arm", str(folder)]
 
 
-def make_executor(executor: str | Executor, slots: int | None) -> Executor:
-    """An executor by its name.
+def make_executor(executor: str | Cluster | Executor, slots: int | None = None) -> Executor:
+    """An executor by its name, or of a cluster; so many arms at once.
 
     Raises:
-        CellError: there is none of that name.
+        CellError: there is none of that name; no such cluster answers.
     """
-    if not isinstance(executor, str):
-        return executor
     if executor == "local":
         return LocalExecutor(slots)
-    raise CellError([Problem("study", "executor", f"unknown executor {executor!r}", "there is: local")])
+    chosen = cluster(executor) if isinstance(executor, str) else executor
+    return chosen.open(slots) if isinstance(chosen, Cluster) else chosen
+
+
+def cluster(name: str, **settings: Any) -> Cluster:
+    """A cluster by the name of its executor.
+
+    Raises:
+        CellError: there is none of that name, or it has no such setting.
+    """
+    from collie_lab.study.ray import Ray
+    from collie_lab.study.slurm import Slurm
+
+    known: dict[str, type[Cluster]] = {each.kind: each for each in (Slurm, Ray)}
+    if name not in known:
+        raise CellError([Problem("study", "executor", f"there is no cluster {name!r}", "there are: local (this "
+                                 f"machine, which has no further settings), {', '.join(known)}")])
+    return known[name](**settings)
 
 
 class LocalExecutor:
@@ -86,6 +107,12 @@ class LocalExecutor:
         self._gpus = visible_gpus()
         self._slots = slots or (len(self._gpus) or 1)
         self._jobs: list[_LocalJob] = []
+
+    def check(self, arms: Iterable[Arm]) -> None:
+        """Raise where an arm has more ranks than there are GPUs: it would wait for ever."""
+        if self._gpus and (large := [arm for arm in arms if arm.gpus > len(self._gpus)]):
+            raise CellError([Problem("study", "executor", f"{arm.name!r} takes {arm.gpus} GPUs; this machine has "
+                                     f"{len(self._gpus)}", "leave the arm out of the grid") for arm in large])
 
     def has_room(self, gpus: int) -> bool:
         """Whether there is a slot, and a free GPU for each rank."""

@@ -77,11 +77,14 @@ def _fill(folder: Path, outcomes: Presentation, tables: Mapping[str, Table], fig
         table.save(folder / "tables" / name)
     for name, figure in figures.items():
         figure.save(folder / "figures" / name)
-    outcomes.frame.to_csv(folder / "arms.csv")
     found.frame.to_csv(folder / "fairness.csv", index=False)
     for name, text in outcomes.recipe.items():
         (folder / name).write_text(text, encoding="utf-8")
     places = {name: _copy_arm(outcomes, name, folder / "arms") for name in outcomes.frame.index}
+    frame = outcomes.frame
+    frame["run"] = [f"arms/{places[name]}/runs/{outcomes.runs[name].id}" if name in outcomes.runs else None
+                    for name in frame.index]
+    frame.to_csv(folder / "arms.csv")
     (folder / "requirements.txt").write_text(_requirements(outcomes), encoding="utf-8")
     write_json(folder / _MARK, {"title": outcomes.title, "folders": places, **sidecar(outcomes)})
     write_report(outcomes, folder / "report.html", tables=tables, figures=figures, prose=prose)

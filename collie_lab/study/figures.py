@@ -50,13 +50,13 @@ def size(
     """A figure against a size, with a line fitted to each label: GB per billion parameters.
 
     Args:
-        planned: the forecast's column, drawn as hollow marks; None: not drawn.
+        planned: the forecast's column, drawn as hollow marks where the metric is bytes; None: not drawn.
         reference: published slopes by label, in base units of the metric per unit of size (bytes a parameter are GB
             per billion parameters): dashed lines through the origin.
         log: both axes logarithmic; default: where sizes differ by more than a factor of 20.
     """
     by, shown = by or compared_axis(outcomes.axes), column(metric)
-    arms = arm_frame(outcomes)
+    forecast = planned if shown.key.endswith("bytes") and planned in arm_frame(outcomes) else None
     over = [axis for axis in seedless(outcomes.axes) if axis not in (by, panels, *_tuned(outcomes, tuned))]
     found = lines(outcomes, against, shown, by, panels=panels, where=where, tuned=tuned, over=over)
     shown, canvas, words = fitted(shown, found), Canvas(outcomes, found, panels, title), {}
@@ -64,13 +64,13 @@ def size(
     log = max(sizes) > 20 * min(sizes) if log is None and sizes else bool(log)
     for axes, panel in zip(canvas.axes, found, strict=True):
         fits = _fits(panel)
-        drawing.draw_size(axes, panel, shown, canvas.looks, fits, _forecast(panel, planned) if planned in arms else {},
+        drawing.draw_size(axes, panel, shown, canvas.looks, fits, _forecast(panel, forecast) if forecast else {},
                           reference or {}, log)
         axes.set_xlabel(column(against).title.lower())
         if shown.key.endswith("bytes") and len(found) == 1:
             words = {label: f"{label_text(label)}: {each.slope:.1f} GB per billion" for label, each in fits.items()}
     marks = drawing.handles(canvas, words)
-    if planned in arms:
+    if forecast:
         marks.append(mark("planned", marker="o", markerfacecolor="none", markeredgecolor=MUTED, linestyle="",
                           markersize=8))
     if reference:
@@ -100,7 +100,7 @@ def _fits(panel: Panel) -> dict[Any, Fit]:
     return {label: each for label, each in made.items() if each is not None}
 
 
-def _forecast(panel: Panel, key: str | None) -> dict[Any, dict[float, float]]:
+def _forecast(panel: Panel, key: str) -> dict[Any, dict[float, float]]:
     """The planned figure by label and size; also of arms that failed."""
     made: dict[Any, dict[float, float]] = {}
     for line in panel.lines:

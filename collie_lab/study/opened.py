@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collie_lab.cells import CellError, Experiment, Problem
-from collie_lab.folder import read_json
 from collie_lab.launch import Run, launch
 from collie_lab.study.arms import Arm, read_arm
+from collie_lab.study.forecast import Forecast
 from collie_lab.study.store import ArmFolder
 from collie_lab.view.units import bytes_text, number_text
 
@@ -51,8 +51,7 @@ class OpenArm:
     @property
     def forecast(self) -> Any:
         """What the study's forecast says of the arm."""
-        found = planned(self._place.resolve().parent.parent).get(self.arm.id, {})
-        return _Words(f"peak {bytes_text(found['bytes'])} a rank" if found.get("bytes")
+        return _Words(f"peak {bytes_text(self._planned_bytes)} a rank" if self._planned_bytes
                       else "no forecast was made: study.forecast()")
 
     def launch(self, resume: str | None = None) -> Run:
@@ -64,10 +63,14 @@ class OpenArm:
     def outcome(self, run: Run) -> pd.Series[Any]:
         """The run's summary, with the forecast beside."""
         summary = run.summary
-        found = planned(self._place.resolve().parent.parent).get(self.arm.id, {})
-        if found.get("bytes"):
-            summary["planned_bytes"] = found["bytes"]
+        if self._planned_bytes:
+            summary["planned_bytes"] = self._planned_bytes
         return summary
+
+    @property
+    def _planned_bytes(self) -> int | None:
+        results = self._place.resolve().parent.parent
+        return Forecast(results).planned.get(self.arm.id, {}).get("bytes")
 
     def __repr__(self) -> str:
         labels = ", ".join(f"{axis}: {label}" for axis, label in self.arm.labels.items())
@@ -93,11 +96,6 @@ class _Words(str):
 
     def __repr__(self) -> str:
         return str(self)
-
-
-def planned(results: Path) -> dict[str, dict[str, Any]]:
-    """What `study.forecast` has left in a results folder: by the id of an arm."""
-    return read_json(results / "forecast.json")
 
 
 def check_parameters() -> None:

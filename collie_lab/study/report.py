@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from collie_lab._version import __version__
 from collie_lab.study import _markup
 from collie_lab.study._report_style import SCRIPT, STYLE, themed
-from collie_lab.study.artefacts import origins
+from collie_lab.study.artefacts import origins, plain
 from collie_lab.study.contents import default_figures, default_tables
 from collie_lab.study.fairness import Fairness, fairness
 from collie_lab.study.outcomes import FINISHED
@@ -167,7 +167,7 @@ def _origin(outcomes: Presentation) -> str:
 def _arm(outcomes: Presentation, frame: pd.DataFrame, name: str) -> str:
     """One arm, folded: the panel of its run, its figures, its experiment and its environment."""
     row, run = frame.loc[name], outcomes.runs.get(name)
-    figures = {str(key): _plain(value) for key, value in row.items() if value is not None and value == value}
+    figures = {str(key): plain(value) for key, value in row.items() if value is not None and value == value}
     told = duration_text(figures["seconds"]) if "seconds" in figures else ""
     inside = _run(run) if run is not None else '<p class="quiet">It has not run.</p>'
     return (f"<details><summary>{html.escape(str(name))} {_badge(str(row['status']))}"
@@ -189,7 +189,3 @@ def _folded(title: str, text: str) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, default=str)
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value

@@ -55,8 +55,10 @@ def against_best(best: Any, values: Mapping[Any, Value], test: Test) -> list[Ver
 def _p_value(
     one: Mapping[Any, float], two: Mapping[Any, float], test: Test,
 ) -> tuple[float | None, tuple[int, int]]:
-    from scipy import stats
-
+    try:
+        from scipy import stats
+    except ImportError:
+        raise ImportError(f"a {test_words(test)} needs scipy: pip install scipy, or leave `test` out") from None
     if test == "paired":
         seeds = [seed for seed in one if seed in two]
         first, second = [one[seed] for seed in seeds], [two[seed] for seed in seeds]

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -150,6 +150,15 @@ class ArmFolder:
     def write_status(self, status: dict[str, Any]) -> None:
         """Write `status.json`; for who holds the arm."""
         write_json(self.path / "status.json", status)
+
+    def conclude(self, status: str, reason: str, since: float) -> None:
+        """Write what became of an arm that was given to somebody at the time `since`, and whose program was ended, or
+        never began, without a word. Nothing where it has said something since, or runs."""
+        with suppress(HeldError), self.hold():
+            state, now = self.state_when_held, time.time()
+            if state["status"] in ("pending", "lost") or (state.get("ended") or now) < since:
+                self.write_status({**state, "status": status, "reason": reason, "ended": now,
+                                   "seconds": now - state.get("started", now)})
 
     def put_aside(self) -> None:
         """Keep the status and the notebook of an attempt before the next one; for who holds the arm."""

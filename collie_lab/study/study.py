@@ -17,6 +17,7 @@ from collie_lab.folder import write_json
 from collie_lab.launch import Run
 from collie_lab.provenance import code_version, provenance
 from collie_lab.study.arms import Arm, arms_of
+from collie_lab.study.cluster import Cluster
 from collie_lab.study.columns import Column, column
 from collie_lab.study.executor import Executor, make_executor
 from collie_lab.study.forecast import Forecast, planned_columns
@@ -174,7 +175,7 @@ class Study(Presentation):
 
     # --- running
 
-    def run(self, slots: int | None = None, executor: str | Executor = "local", progress: bool = True,
+    def run(self, slots: int | None = None, executor: str | Cluster | Executor = "local", progress: bool = True,
             fresh_code: bool = False) -> pd.DataFrame:
         """Run every arm that has no result yet, each in processes of its own; the frame.
 
@@ -184,7 +185,7 @@ class Study(Presentation):
 
         Args:
             slots: arms at once. Default: one; with GPUs as many as there is one for each rank.
-            executor: where they run.
+            executor: where they run: `local`, this machine; `slurm` or `ray`, or a `Slurm` or `Ray` with settings.
             progress: show how far it is.
             fresh_code: run arms anew whose result comes from another version of collie_lab.
 
@@ -193,6 +194,7 @@ class Study(Presentation):
         """
         self.check().raise_for_errors()
         chosen = make_executor(executor, slots)
+        chosen.check(arm for arm in self.arms if self._outcome(arm)[0] not in FINAL)
         if fresh_code:
             self.retry(arms=self.outdated, resume=False)
         self._write()

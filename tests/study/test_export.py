@@ -84,7 +84,9 @@ def test_an_export_is_whole_and_has_no_weights(study: Fabricated, tmp_path: Path
                                            "data/index.json"))} <= files
     assert not [file for file in files if "checkpoints" in file or file.endswith((".safetensors", ".distcp"))]
     assert (folder / arm / "metrics.jsonl").read_bytes() == (run.folder.path / "metrics.jsonl").read_bytes()
-    assert pd.read_csv(folder / "arms.csv", index_col=0).loc["AdamW-0", "peak_bytes"] == 5e7
+    arms = pd.read_csv(folder / "arms.csv", index_col=0)
+    assert arms.loc["AdamW-0", "peak_bytes"] == 5e7
+    assert arms.loc["AdamW-0", "run"] == arm
     assert "torch==2.13.0" in (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
     listed = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     assert listed["folders"] == {"AdamW-0": "AdamW-0", "LOMO <b>-0": "LOMO-b--0", "LoRA-0": None}
