@@ -293,7 +293,7 @@ class TensorParallel:
             if hasattr(module, "base_layer") and roles.get(module.base_layer) == "row":  # type: ignore[call-overload]
                 for dropout in module.lora_dropout.children():  # type: ignore[union-attr]
                     if isinstance(dropout, nn.Dropout):  # peft puts an identity where nothing is dropped
-                        dropout.forward = self._separated(dropout.forward)
+                        dropout.forward = self._separated(dropout.forward)  # type: ignore[method-assign]
             if "column" in {roles.get(getattr(child, "base_layer", child)) for child in module.children()}:
                 module.separate_random = self._random  # type: ignore[assignment]
 
