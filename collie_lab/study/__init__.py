@@ -14,13 +14,11 @@ if TYPE_CHECKING:
     from collie_lab.study.slurm import Slurm
     from collie_lab.study.study import Study
 
-__all__ = [
-    "Arm", "Ray", "Results", "Slurm", "Study", "check_parameters", "clinc_splits", "find_shared", "open_arm",
-]
+__all__ = ["Arm", "Ray", "Results", "Slurm", "Study", "check_parameters", "clinc_splits", "find_shared", "open_arm"]
 
 _PLACES = {
-    "Arm": "arms", "Ray": "ray", "Results": "results", "Slurm": "slurm", "Study": "study", "check_parameters": "opened",
-    "clinc_splits": "materials", "find_shared": "materials", "open_arm": "opened",
+    "Arm": "arms", "Ray": "ray", "Results": "results", "Slurm": "slurm", "Study": "study",
+    "check_parameters": "opened", "clinc_splits": "materials", "find_shared": "materials", "open_arm": "opened",
 }
 
 
