@@ -30,8 +30,8 @@ _lock = threading.Lock()
 _process: subprocess.Popen[str] | None = None
 
 
-def ask(experiment: Experiment, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The summaries of some dry runs of one experiment.
+def ask(experiment: Experiment, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The summaries of some dry runs of one experiment: for each, what `forecast` wants to know of it.
 
     Raises:
         PlanError: a dry run failed; a rank would have failed for the same reason, or torch has no fake of an operator.
@@ -41,10 +41,10 @@ def ask(experiment: Experiment, requests: list[dict[str, Any]]) -> list[dict[str
         Path(folder, "experiment.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False), encoding="utf-8")
         if packed:
             Path(folder, "code.pkl").write_bytes(packed)
-        return [_asked({"folder": folder, "cwd": os.getcwd(), **request}) for request in requests]
+        return _asked({"folder": folder, "cwd": os.getcwd(), "ranks": ranks})
 
 
-def _asked(request: dict[str, Any]) -> dict[str, Any]:
+def _asked(request: dict[str, Any]) -> list[dict[str, Any]]:
     process = _running()
     assert process.stdin is not None
     assert process.stdout is not None
@@ -61,7 +61,8 @@ def _asked(request: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
         raise PlanError(answer["error"])
-    return answer
+    summaries: list[dict[str, Any]] = answer["summaries"]
+    return summaries
 
 
 def _running() -> subprocess.Popen[str]:

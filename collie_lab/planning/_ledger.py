@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +38,7 @@ class Ledger(TorchDispatchMode):
         events: what happened, in order.
         roles: what each storage was made for; `mark` corrects it.
         role: what the storages that appear now are for, outside of a backward pass.
+        moments: where in `events` a moment begins, and its name.
     """
 
     def __init__(self, round_to: int = 1):
@@ -45,10 +47,29 @@ class Ledger(TorchDispatchMode):
         self.events: list[Event] = []
         self.roles: dict[int, Role] = {}
         self.role: Role = "weights"
+        self.moments: list[tuple[int, str]] = [(0, "the model")]
         self._round = round_to
         self._paused = 0
         self._held: dict[int, tuple[int, int]] = {}  # by address: the number of the storage, and its bytes
         self._count = 0
+
+    def begin(self, moment: str) -> None:
+        """From here on it is another moment of the step."""
+        self.moments.append((len(self.events), moment))
+
+    def watch(self, layers: Iterable[nn.Module]) -> None:
+        """Begin a moment with the forward and one with the backward pass of every layer."""
+        watched = list(layers)
+        for index, layer in enumerate(watched):
+            layer.register_forward_pre_hook(lambda *_, index=index: self.begin(f"layer {index}"))
+            layer.register_forward_hook(functools.partial(self._leave, index, len(watched)))
+
+    def _leave(self, index: int, layers: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: self.begin(f"backward of layer {index}"))
+        if index == layers - 1:
+            self.begin("loss")
 
     def take(self, tensor: Tensor) -> None:
         """Count the storage of a tensor, if it is a new one, or has another size now."""

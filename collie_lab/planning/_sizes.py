@@ -12,12 +12,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from collie_lab.planning._moments import Peak
 from collie_lab.planning._roles import ROLES, Role
 
 __all__ = ["Memory", "Parameter", "Storage", "Tape", "Value"]
-
-Peak = tuple[int, dict[Role, int]]
-
 
 class Memory:
     """Live bytes by what they are for, and the most there were in every moment of a step.

@@ -6,12 +6,15 @@ A request is a line of JSON on standard input, an answer a line on standard outp
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import os
 import sys
 import warnings
-from typing import Any, TextIO
+from typing import Any
 
+from collie_lab.planning._apart import DryRunError, apart
 from collie_lab.rank import die_with_parent
 
 __all__ = ["main"]
@@ -29,22 +32,16 @@ def main() -> None:
     import collie_lab.planning.summary  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what is imported is no garbage: every later collection would look through it
     for line in sys.stdin:
-        _apart(json.loads(line), answers)
-
-
-def _apart(request: dict[str, Any], answers: TextIO) -> None:
-    """Answer in a process of its own: torch keeps the meshes of one layout, and takes them for those of the next."""
-    child = os.fork()
-    if not child:
-        die_with_parent()
-        answers.write(json.dumps(_answer(request)) + "\n")
-        answers.flush()
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if status:
-        answers.write(json.dumps({"error": f"torch ended the process of the dry run ({status}): one of the model's "
-                                  "operators has no fake version"}) + "\n")
+        request = json.loads(line)
+        try:
+            # Torch keeps the meshes of one layout, and takes them for those of the next.
+            answer, = apart([functools.partial(_answer, request)])
+        except DryRunError as error:
+            answer = {"error": str(error)}
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
@@ -53,12 +50,10 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     from collie_lab.folder import RunFolder
     from collie_lab.planning.summary import forecast
 
-    try:
-        os.chdir(request.pop("cwd"))  # a model may be a folder there
-        experiment = load_experiment(RunFolder(request.pop("folder")))
-        return forecast(experiment, **request).to_json()
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+    os.chdir(request["cwd"])  # a model may be a folder there
+    experiment = load_experiment(RunFolder(request["folder"]))
+    ranks = [functools.partial(forecast, experiment, **options) for options in request["ranks"]]
+    return {"summaries": [each.to_json() for each in (apart(ranks) if len(ranks) > 1 else [ranks[0]()])]}
 
 
 if __name__ == "__main__":

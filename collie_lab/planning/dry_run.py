@@ -35,12 +35,14 @@ class Trace:
         roles: what each storage was for.
         steps: where in `events` each step begins.
         updates: where in each the optimizer's step begins; in backward, its end.
+        moments: where in `events` a moment of a step begins, and its name.
     """
 
     events: list[Event]
     roles: dict[int, Role]
     steps: list[int]
     updates: list[int]
+    moments: list[tuple[int, str]]
 
 
 def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, steps: int = 2, round_to: int = 1) -> Trace:
@@ -63,15 +65,17 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
             step = TrainingStep(experiment, device, strategy)
             for number, plan in zip(range(1, steps + 1), order.steps(), strict=False):
                 begins.append(len(ledger.events))
+                ledger.begin("embedding")
                 with ledger.as_role("activations"):
                     step.measure(documents, plan)
                     step.forward_backward(documents, plan)
                 updates.append(len(ledger.events))
+                ledger.begin("update")
                 step.update(number)
                 with ledger.as_role("activations"):
                     step.refresh_hessian(documents, plan, number)
             events = list(ledger.events)  # not what taking it all apart adds
-    return Trace(events, ledger.roles, begins, updates)
+    return Trace(events, ledger.roles, begins, updates, ledger.moments)
 
 
 def full_documents(count: int, length: int) -> Documents:
