@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-__all__ = ["average", "average_all", "shard", "unsharded"]
+__all__ = ["average", "average_all", "blocks", "shard", "unsharded"]
 
 _BUCKET_BYTES = 25 * 2**20
 
@@ -26,7 +26,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, precision: str, *, reshard: bool) 
     """
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) \
         if precision == "bf16" else MixedPrecisionPolicy()
-    for block in _blocks(model):
+    for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
 
@@ -80,7 +80,7 @@ def _average_bucket(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
     torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a transformers model, by the class names it says must not be split."""
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a transformers model, by the class names it says must not be split; FSDP2's too."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    return [module for module in model.modules() if type(module).__name__ in names]
+    return [module for module in model.modules() if any(kind.__name__ in names for kind in type(module).__mro__)]

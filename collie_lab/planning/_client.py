@@ -40,8 +40,10 @@ class _Worker:
 _WORKERS: Final = {False: _Worker(0), True: _Worker(19)}
 
 
-def ask(experiment: Experiment, requests: list[dict[str, Any]], quiet: bool = False) -> list[dict[str, Any]]:
-    """The summaries of some dry runs of one experiment; `quiet`: from the process of the lowest priority.
+def ask(experiment: Experiment, ranks: list[dict[str, Any]], quiet: bool = False) -> list[dict[str, Any]]:
+    """The summaries of some dry runs of one experiment: for each, what `forecast` wants to know of it.
+
+    `quiet`: from the process of the lowest priority.
 
     Raises:
         PlanError: a dry run failed; a rank would have failed for the same reason, or torch has no fake of an operator.
@@ -52,7 +54,7 @@ def ask(experiment: Experiment, requests: list[dict[str, Any]], quiet: bool = Fa
         Path(folder, "experiment.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False), encoding="utf-8")
         if packed:
             Path(folder, "code.pkl").write_bytes(packed)
-        return [_asked(worker, {"folder": folder, "cwd": os.getcwd(), **request}) for request in requests]
+        return _asked(worker, {"folder": folder, "cwd": os.getcwd(), "ranks": ranks})
 
 
 def rest(quiet: bool) -> None:
@@ -63,7 +65,7 @@ def rest(quiet: bool) -> None:
             _stop(worker.process)
 
 
-def _asked(worker: _Worker, request: dict[str, Any]) -> dict[str, Any]:
+def _asked(worker: _Worker, request: dict[str, Any]) -> list[dict[str, Any]]:
     process = _running(worker)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -80,7 +82,8 @@ def _asked(worker: _Worker, request: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
         raise PlanError(answer["error"])
-    return answer
+    summaries: list[dict[str, Any]] = answer["summaries"]
+    return summaries
 
 
 def _running(worker: _Worker) -> subprocess.Popen[str]:

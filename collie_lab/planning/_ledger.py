@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from typing_extensions import override
 
-from collie_lab.planning._roles import Role
+from collie_lab.planning._roles import Role, Roles
 from collie_lab.planning._work import Work
 
 __all__ = ["Event", "Ledger"]
@@ -31,14 +32,14 @@ class Event(NamedTuple):
     bytes: int
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(Roles, TorchDispatchMode):
     """Notes every storage that appears, grows, shrinks or goes. Entered inside a `FakeTensorMode`.
 
     Attributes:
         events: what happened, in order.
         roles: what each storage was made for; `mark` corrects it.
-        role: what the storages that appear now are for, outside of a backward pass.
         work: what the operators do.
+        moments: where in `events` a moment begins, and its name.
     """
 
     def __init__(self, round_to: int = 1):
@@ -46,12 +47,30 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.events: list[Event] = []
         self.roles: dict[int, Role] = {}
-        self.role: Role = "weights"
         self.work = Work()
+        self.moments: list[tuple[int, str]] = [(0, "the model")]
         self._round = round_to
         self._paused = 0
         self._held: dict[int, tuple[int, int]] = {}  # by address: the number of the storage, and its bytes
         self._count = 0
+
+    def begin(self, moment: str) -> None:
+        """From here on it is another moment of the step."""
+        self.moments.append((len(self.events), moment))
+
+    def watch(self, layers: Iterable[nn.Module]) -> None:
+        """Begin a moment with the forward and one with the backward pass of every layer."""
+        watched = list(layers)
+        for index, layer in enumerate(watched):
+            layer.register_forward_pre_hook(lambda *_, index=index: self.begin(f"layer {index}"))
+            layer.register_forward_hook(functools.partial(self._leave, index, len(watched)))
+
+    def _leave(self, index: int, layers: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: self.begin(f"backward of layer {index}"))
+        if index == layers - 1:
+            self.begin("loss")
 
     def take(self, tensor: Tensor) -> None:
         """Count the storage of a tensor, if it is a new one, or has another size now."""
@@ -90,15 +109,6 @@ class Ledger(TorchDispatchMode):
         self._count += 1
         self.roles[self._count] = "temporaries"
         self.events += [Event(self._count, self._rounded(size)), Event(self._count, 0)]
-
-    @contextlib.contextmanager
-    def as_role(self, role: Role) -> Iterator[None]:
-        """Within it, what appears is for this."""
-        before, self.role = self.role, role
-        try:
-            yield
-        finally:
-            self.role = before
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from collie_lab.planning._fsdp import Group, Sharded
 from collie_lab.planning._sizes import Memory, Parameter, Storage, Tape, Value
@@ -43,6 +43,12 @@ class Shape:
     mlp_bias: bool = False
     head_norms: bool = False
 
+    def cut(self, ranks: int, vocabulary: bool) -> Shape:
+        """What a tensor-parallel rank has of it."""
+        return replace(self, intermediate=self.intermediate // ranks, heads=self.heads // ranks,
+                       key_heads=self.key_heads // ranks,
+                       vocabulary=self.vocabulary // ranks if vocabulary else self.vocabulary)
+
     def linears(self) -> dict[str, tuple[int, int, bool]]:
         """Outputs, inputs and whether there is a bias, of every matrix of a layer."""
         c, i = self.hidden, self.intermediate
@@ -54,9 +60,10 @@ class Shape:
 
 @dataclass(eq=False)
 class Linear:
-    """A matrix, its bias, and the two narrow ones of LoRA beside it."""
+    """A matrix, its bias, and the two narrow ones of LoRA beside it; tensor parallelism cuts it by rows or columns."""
 
     weight: Parameter
+    by_rows: bool
     bias: Parameter | None = None
     down: Parameter | None = None
     up: Parameter | None = None
@@ -86,17 +93,21 @@ class Model:
         compute: bytes a number of what matrices are multiplied in.
         autocast: matrices and their operands are cast to it one by one.
         gathered: all weights of a layer are, before it runs (FSDP2).
+        cut: the matrices are pieces of a tensor-parallel rank, and so is the vocabulary where `cut_vocabulary`.
     """
 
-    def __init__(self, shape: Shape, kept: int, compute: int, *, autocast: bool, gathered: bool, trained: bool = True,
-                 rank: int = 0, targets: Callable[[str], bool] = lambda _: False):
+    def __init__(self, shape: Shape, kept: int, compute: int, *, autocast: bool, gathered: bool, cut: bool,
+                 cut_vocabulary: bool, trained: bool, rank: int, targets: Callable[[str], bool]):
+        """The matrices of the `targets` have LoRA's of that `rank` beside them."""
         self.shape, self.compute, self.autocast = shape, compute, autocast
+        self.cut, self.cut_vocabulary = cut, cut_vocabulary
 
         def parameter(*sizes: int) -> Parameter:
             return Parameter(sizes, compute if gathered else kept, kept, trained)
 
         def linear(name: str, outputs: int, inputs: int, bias: bool) -> Linear:
-            made = Linear(parameter(outputs, inputs), parameter(outputs) if bias else None)
+            made = Linear(parameter(outputs, inputs), name in ("o_proj", "down_proj"))
+            made.bias = parameter(outputs) if bias else None
             if targets(name):  # peft keeps adapters in fp32
                 made.down, made.up = (Parameter(sizes, compute if gathered else 4, 4)
                                       for sizes in ((rank, inputs), (outputs, rank)))
@@ -121,11 +132,13 @@ class Model:
 
 
 class Forward:
-    """One forward pass: `run` gives the loss. `sharded` gathers the weights before they are used."""
+    """One forward pass: `run` gives the loss. `sharded` gathers the weights before they are used; `drawn`:
+    the labels are.
+    """
 
     def __init__(self, model: Model, tape: Tape, documents: int, length: int, *, recompute: bool,
-                 sharded: Sharded | None = None):
-        self._sharded = sharded
+                 sharded: Sharded | None = None, drawn: bool = False):
+        self._sharded, self._drawn = sharded, drawn
         self._model, self._tape, self._documents, self._tokens = model, tape, documents, documents * length
         self._recompute = recompute
         self._memory: Memory = tape.memory
@@ -185,8 +198,16 @@ class Forward:
         self._memory.moment = "embedding"
         weight, tape = self._model.embedding, self._tape
         count = self._tokens * self._model.shape.hidden
-        out = Value(count, weight.width, tape.new(count, weight.width))
-        return tape.record(out, [weight.value], lambda _: [tape.new(weight.count, weight.width)])
+        # With a piece of the vocabulary: which tokens are in it, and where.
+        kept = [tape.new(self._tokens, 1), tape.new(self._tokens, 8)] if self._model.cut_vocabulary else []
+
+        def run(_: Storage, kept: object = kept) -> list[Storage]:
+            return [tape.new(weight.count, weight.width)]
+
+        out = tape.record(Value(count, weight.width, tape.new(count, weight.width)), [weight.value], run)
+        if self._model.cut_vocabulary:  # the other tokens' rows are zero, and the ranks' are summed
+            out = tape.copy(tape.scale(out))
+        return out
 
     def angles(self, width: int) -> tuple[Value, Value]:
         """Cosine and sine of every position, made in fp32."""
@@ -314,7 +335,11 @@ class Forward:
 
     def linear(self, x: Value, linear: Linear) -> Value:
         """x·Wᵀ + b, and LoRA's share."""
+        if self._model.cut and not linear.by_rows:  # the ranks' gradients of x are summed, in a new tensor
+            x = self._tape.piece(x)
         out = self.product(x, linear.weight)
+        if self._model.cut and linear.by_rows:  # the ranks' results are
+            out = self._tape.copy(out)
         if linear.bias is not None:
             bias = linear.bias
             out = self._tape.record(out, [Value(out.count, out.width, None, out.origin), bias.value], lambda gradient: [
@@ -340,15 +365,20 @@ class Forward:
         return tape.matmul(x, operand, self._tokens)
 
     def loss(self, hidden: Value) -> Value:
-        """Cross-entropy in chunks of tokens, with the gradients of hidden states and head; see `training.loss`."""
+        """Cross-entropy in chunks of tokens, with the gradients of hidden states and head; see `training.loss`.
+
+        Of labels that the model draws, probabilities and their sums are needed too, and a graph.
+        """
         tape, memory, model = self._tape, self._memory, self._model
         tokens, vocabulary, c = self._tokens - self._documents, model.shape.vocabulary, model.shape.hidden
         head, width, compute = model.head.value, hidden.width, model.compute
-        whole = hidden.size
+        if model.cut_vocabulary:
+            hidden = tape.piece(hidden)
+        unpicked = hidden.size
         picked_size = tokens * c * width
 
         def spread(_: Storage) -> list[Storage]:  # zeros, into a copy of which the gradients are added
-            return [memory.beside(whole, size=whole)]
+            return [memory.beside(unpicked, size=unpicked)]
 
         picked = tape.record(Value(tokens * c, width, memory.new(picked_size)), [hidden], spread)
         with memory.as_role("loss"):
@@ -363,9 +393,15 @@ class Forward:
                 narrow = tape.new(rows * vocabulary, compute)
                 logits = narrow if compute == 4 else tape.new(rows * vocabulary, 4)
                 del narrow
-                with memory.as_role("temporaries"):
-                    tape.new(rows * vocabulary, 4)  # of the logarithm of the sum, inside
-                gradient = logits if compute == 4 else tape.new(rows * vocabulary, compute)
+                whole = rows * vocabulary * 4
+                if self._drawn:  # the logarithms of the probabilities, their gradient and that of the logits
+                    gradient = memory.beside(whole, whole, size=whole)
+                else:
+                    if not model.cut_vocabulary:
+                        with memory.as_role("temporaries"):
+                            memory.new(whole)  # of the logarithm of the sum, inside
+                    gradient = logits
+                gradient = gradient if compute == 4 else tape.new(rows * vocabulary, compute)
                 if of_hidden is not None:
                     tape.new(rows * c, compute)
                 if of_head is not None and compute != 4:

@@ -6,6 +6,7 @@ Each patch stands for one thing that torch cannot do without values, or does beh
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -16,18 +17,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from typing_extensions import override
 
-from collie_lab.cells import Model
+from collie_lab.cells import Experiment, Model
 from collie_lab.optim.engine import Eager, Formula
 from collie_lab.optim.rounding import Weight
 from collie_lab.optim.rule import Gradient, Scalars, States
+from collie_lab.parallel.sharding import blocks
 from collie_lab.planning._ledger import Ledger
 from collie_lab.planning._roles import Role
 from collie_lab.planning._work import Work
-from collie_lab.training.weights import materialise
+from collie_lab.training.probe import Path, find_path
+from collie_lab.training.weights import blueprint, materialise
 
-__all__ = ["patched"]
+__all__ = ["patched", "probe_once"]
 
 
 class _DryEngine(Eager):
@@ -91,8 +95,10 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
             for parameter in root.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(ledger.mark_gradient)
+            ledger.watch(blocks(root))
             ledger.role = "optimizer"
 
+        put(model, "find_path", _find_path_once(find_path))
         put(model, "fill", fill)
         put(model, "set_first_values", lambda *_: None)
         put(optimizer, "choose_engine", lambda _, device: _DryEngine(ledger.work, device))
@@ -108,6 +114,27 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
         if hasattr(_PipelineSchedule, "_warmup_p2p"):
             put(_PipelineSchedule, "_warmup_p2p", _static)
         yield
+
+
+_paths: dict[str, Path] = {}
+
+
+def probe_once(experiment: Experiment) -> None:
+    """Find the way to a model's loss, for all dry runs of this configuration at any depth."""
+    _find_path_once(find_path)(blueprint(experiment.model), experiment.data.packing)
+
+
+def _find_path_once(find: Callable[[PreTrainedModel, bool], Path]) -> Callable[[PreTrainedModel, bool], Path]:
+    def call(model: PreTrainedModel, packing: bool) -> Path:
+        fields = {name: sorted(set(map(str, value))) if isinstance(value, list) else value  # of layers that are alike
+                  for name, value in model.config.to_dict().items()}
+        fields.pop(model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers"), None)
+        key = json.dumps([fields, packing], sort_keys=True, default=str)
+        if key not in _paths:
+            _paths[key] = find(model, packing)
+        return _paths[key]
+
+    return call
 
 
 def _fake_storage(fake: FakeTensorMode, ledger: Ledger, device: torch.device, dtype: torch.dtype

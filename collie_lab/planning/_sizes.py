@@ -7,24 +7,20 @@ then, as torch's do. Python's own reference counts free a storage at the moment 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from collie_lab.planning._roles import ROLES, Role
+from collie_lab.planning._moments import Peak
+from collie_lab.planning._roles import ROLES, Role, Roles
 
 __all__ = ["Memory", "Parameter", "Storage", "Tape", "Value"]
 
-Peak = tuple[int, dict[Role, int]]
-
-
-class Memory:
+class Memory(Roles):
     """Live bytes by what they are for, and the most there were in every moment of a step.
 
     Attributes:
         moment: the name under which the most is kept now.
-        role: what appears now is for this.
         peaks: of each moment, the most bytes, and what they were made of.
     """
 
@@ -33,7 +29,6 @@ class Memory:
         self.live: dict[Role, int] = dict.fromkeys(ROLES, 0)
         self.total = 0
         self.moment = ""
-        self.role: Role = "weights"
         self.peaks: dict[str, Peak] = {}
         self._granule = granule
 
@@ -54,15 +49,6 @@ class Memory:
         self.total += size
         if size > 0 and self.total > self.peaks.get(self.moment, (0,))[0]:
             self.peaks[self.moment] = self.total, dict(self.live)
-
-    @contextlib.contextmanager
-    def as_role(self, role: Role) -> Iterator[None]:
-        """Within it, what appears is for this."""
-        before, self.role = self.role, role
-        try:
-            yield
-        finally:
-            self.role = before
 
 
 class Storage:

@@ -6,15 +6,17 @@ A request is a line of JSON on standard input, an answer a line on standard outp
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import os
 import select
-import signal
 import sys
+import threading
 import warnings
-from typing import Any, TextIO
+from typing import Any
 
-from collie_lab.rank import die_with_parent
+from collie_lab.planning._apart import DryRunError, apart
 
 __all__ = ["main"]
 
@@ -22,6 +24,7 @@ __all__ = ["main"]
 def main() -> None:
     """Answer requests until standard input ends; `argv[1]` is added to the niceness."""
     os.nice(int(sys.argv[1]))
+    threading.Thread(target=_end_with_kernel, daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
     warnings.simplefilter("ignore")
@@ -31,38 +34,28 @@ def main() -> None:
     import collie_lab.planning.summary  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what is imported is no garbage: every later collection would look through it
     for line in sys.stdin:
-        _apart(json.loads(line), answers)
-
-
-def _apart(request: dict[str, Any], answers: TextIO) -> None:
-    """Answer in a process of its own: torch keeps the meshes of one layout, and takes them for those of the next."""
-    child = os.fork()
-    if not child:
-        die_with_parent()
-        answers.write(json.dumps(_answer(request)) + "\n")
-        answers.flush()
-        os._exit(0)
-    if status := _waited(child):
-        answers.write(json.dumps({"error": f"torch ended the process of the dry run ({status}): one of the model's "
-                                  "operators has no fake version"}) + "\n")
+        request = json.loads(line)
+        try:
+            # Torch keeps the meshes of one layout, and takes them for those of the next.
+            answer, = apart([functools.partial(_answer, request)])
+        except DryRunError as error:
+            answer = {"error": str(error)}
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def _waited(child: int) -> int:
-    """The status of the child at its end. Ends with it, should the kernel go meanwhile.
+def _end_with_kernel() -> None:
+    """Wait for the end of standard input, whatever is under way, and end with it.
 
-    The system's signal at a parent's death would come when the *thread* ends that asked first.
+    The system's signal at a parent's death would come when the *thread* ends that started this process.
     """
     kernel = select.poll()
     kernel.register(0, 0)  # of its end alone
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return status
-        if kernel.poll(5):
-            os.kill(child, signal.SIGKILL)
-            sys.exit()
+    kernel.poll()
+    os._exit(0)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -70,12 +63,10 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     from collie_lab.folder import RunFolder
     from collie_lab.planning.summary import forecast
 
-    try:
-        os.chdir(request.pop("cwd"))  # a model may be a folder there
-        experiment = load_experiment(RunFolder(request.pop("folder")))
-        return forecast(experiment, **request).to_json()
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+    os.chdir(request["cwd"])  # a model may be a folder there
+    experiment = load_experiment(RunFolder(request["folder"]))
+    ranks = [functools.partial(forecast, experiment, **options) for options in request["ranks"]]
+    return {"summaries": [each.to_json() for each in (apart(ranks) if len(ranks) > 1 else [ranks[0]()])]}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ give every moment of a step at any depth, and the peak is the largest of these m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -24,12 +24,14 @@ from collie_lab.cells import (
     Problem,
     QLoRA,
     RuleCell,
+    Sophia,
 )
 from collie_lab.data.hub import model_config
 from collie_lab.planning._fsdp import Sharded
 from collie_lab.planning._llama import Forward, Model, Shape
-from collie_lab.planning._roles import ROLES, Role
-from collie_lab.planning._sizes import Memory, Parameter, Peak, Storage, Tape
+from collie_lab.planning._moments import Peak, at_the_ends, deepened
+from collie_lab.planning._roles import Role
+from collie_lab.planning._sizes import Memory, Parameter, Storage, Tape
 from collie_lab.planning.gpus import GPU, find_gpu
 from collie_lab.planning.plan import CONTEXT, GRANULE, check_plan, longest_document
 
@@ -38,11 +40,13 @@ __all__ = ["FAMILIES", "Estimate", "estimate"]
 #: The families whose layers are written down in `_llama.py`.
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 
-#: Depths that are run: in the larger one there is a layer that is neither near the first nor near the last.
-_DEPTHS: Final = (4, 5)
+#: Depths that are run: the least that have a layer between the first and the last.
+_DEPTHS: Final = (3, 4)
 
 #: fp32 numbers that a rule keeps of each parameter; `optim.rules`.
-_STATES: Final[dict[type[RuleCell], int]] = {AdamW: 2, Lion: 1, Adan: 4, Lomo: 0, AdaLomo: 0}
+_STATES: Final[dict[type[RuleCell], int]] = {AdamW: 2, Lion: 1, Adan: 4, Sophia: 2, Lomo: 0, AdaLomo: 0}
+#: Of a message of averaged gradients; `parallel.sharding`.
+_BUCKET_BYTES: Final = 25 * 2**20
 #: Bytes beside a bf16 weight.
 _BESIDE: Final = {"master": 4, "kahan": 2, "stochastic": 0}
 
@@ -102,47 +106,30 @@ def estimate(experiment: Experiment, gpu: GPU | str | None = None) -> Estimate:
     config = model_config(cells.model)
     if refused := list(_refused(cells, config, length)):
         raise CellError(refused)
-    total, components, moment = _deepened(cells, _shape(config), length, GRANULE if chosen else 1)
+    total, components, moment = _peak(cells, _shape(config), length, GRANULE if chosen else 1)
     named = {str(role): size for role, size in components.items()}
     if chosen:
         named["workspace"] = chosen.workspace
     return Estimate(experiment, chosen, length, total + named.get("workspace", 0), named, moment)
 
 
-def _deepened(cells: Experiment, shape: Shape, length: int, granule: int) -> tuple[int, dict[Role, int], str]:
+def _peak(cells: Experiment, shape: Shape, length: int, granule: int) -> tuple[int, dict[Role, int], str]:
     """The peak of a model as deep as it is, from models of two small depths."""
-    if shape.layers <= _DEPTHS[1]:
+    peaks: dict[str, Peak] | None = None
+    if shape.layers > max(_DEPTHS):
+        shallow = [_moments(cells, replace(shape, layers=depth), length, granule) for depth in _DEPTHS]
+        peaks = deepened(shallow, shape.layers - max(_DEPTHS))
+    if peaks is None:
         peaks = _moments(cells, shape, length, granule)
-    else:
-        less, more = (_moments(cells, replace(shape, layers=depth), length, granule) for depth in _DEPTHS)
-        peaks = {moment: _extended(less[moment], more[moment], shape.layers - _DEPTHS[0])
-                 for moment in less.keys() & more.keys()}
     moment = max(peaks, key=lambda name: peaks[name][0])
     return *peaks[moment], moment
 
 
-def _extended(less: Peak, more: Peak, times: int) -> Peak:
-    def extend(before: int, after: int) -> int:
-        return before + times * (after - before)
-
-    return extend(less[0], more[0]), {role: extend(less[1][role], more[1][role]) for role in ROLES}
-
-
 def _moments(cells: Experiment, shape: Shape, length: int, granule: int) -> dict[str, Peak]:
-    """The most bytes of every moment of a step. Layers are named by their distance from the nearer end."""
+    """The most bytes of every moment of a step."""
     step = _Step(cells, shape, length, granule)
     step.run()
-    return {_from_the_ends(moment, shape.layers): peak for moment, peak in step.memory.peaks.items() if moment}
-
-
-def _from_the_ends(moment: str, layers: int) -> str:
-    """`layer 79` of 80 as `last layer`."""
-    before, layer, number = moment.rpartition("layer ")
-    if not layer:
-        return moment
-    index = int(number)
-    names = {0: "first", 1: "second", layers - 2: "last but one", layers - 1: "last"}
-    return f"{before}{names.get(index, f'{index + 1}th')} layer"
+    return at_the_ends({moment: peak for moment, peak in step.memory.peaks.items() if moment}, shape.layers)
 
 
 class _Step:
@@ -157,12 +144,15 @@ class _Step:
         compute = 2 if training.precision == "bf16" else kept
         adapter = cells.adapter if isinstance(cells.adapter, LoRA) else None
         names = set(adapter.targets or shape.linears()) if adapter else set()
+        tp, divides = self._parallel.tp, shape.vocabulary % self._parallel.tp == 0
         self.model = Model(
-            shape, kept, compute, autocast=training.precision == "bf16" and not sharded, gathered=sharded,
-            trained=adapter is None, rank=adapter.r if adapter else 0, targets=names.__contains__)
+            shape.cut(tp, divides), kept, compute, autocast=training.precision == "bf16" and not sharded,
+            gathered=sharded, cut=tp > 1, cut_vocabulary=tp > 1 and divides, trained=adapter is None,
+            rank=adapter.r if adapter else 0, targets=names.__contains__)
         share = max(1, training.batch_size // self._parallel.dp)
         micro = self._parallel.micro_batch_size(training.batch_size, training.micro_batch_size)
         self._batches = [micro] * (share // micro) + ([share % micro] if share % micro else [])
+        self._steps = training.steps
         self._holds = self._optimizer.in_backward and getattr(self._optimizer, "accumulate", None) == "hold"
         self._updates = self._optimizer.in_backward
         ranks = (self._parallel.shard or self._parallel.dp) if sharded else 1
@@ -170,34 +160,54 @@ class _Step:
         trained = [each for each in self.model.parameters() if each.trained]
         self._states = [self.memory.new(_state_bytes(self._optimizer, each) // ranks, "optimizer")
                         for each in trained]
-        self._replicated = self._parallel.dp > 1 and not sharded and not self._optimizer.in_backward
+        replicated = self._parallel.dp > 1 and not sharded and not self._optimizer.in_backward
+        self._by_hand = replicated and tp > 1  # else by torch's DistributedDataParallel, in buckets
         self._buckets = [self.memory.new(each.count * each.width, "gradients") for each in trained] \
-            if self._replicated else []
+            if replicated and tp == 1 else []
         self._sharded = Sharded(
             self.memory, self.model.outer(), [block.parameters() for block in self.model.blocks], ranks=ranks,
             kept=kept, width=compute, reduced=4 if training.precision == "bf16" else kept,
             reshard=self._parallel.zero == 3, in_backward=self._optimizer.in_backward) if sharded else None
 
     def run(self) -> None:
-        """Forward and backward of the micro-batches. An update makes nothing that counts."""
-        for number, documents in enumerate(self._batches[:1] + self._batches[-1:] if len(self._batches) > 1
-                                           else self._batches):
-            self._updates = self._optimizer.in_backward and (not self._holds or number > 0 or len(self._batches) == 1)
-            tape = Tape(self.memory, self._take)
-            with self.memory.as_role("activations"):
-                loss = Forward(self.model, tape, documents, self._length, recompute=self._recompute,
-                               sharded=self._sharded).run()
-            with self.memory.as_role("temporaries"):
-                tape.backward(loss, self.memory.new(loss.size))
-                if self._sharded is not None:
-                    self._sharded.finish()
+        """Forward and backward of the first micro-batch, and of one on top of its gradients. An update makes nothing
+        that counts.
+        """
+        several = len(self._batches) > 1
+        for number, documents in enumerate(self._batches[:2]):
+            self._updates = self._optimizer.in_backward and not (self._holds and several and number == 0)
+            self._pass(documents)
+        if self._by_hand:
+            self.memory.moment = "exchange"
+            self.memory.new(_largest_bucket(self.model.parameters()), "communication")
+        if isinstance(self._optimizer, Sophia) and self._optimizer.hessian_every <= self._steps:
+            self._refresh()
+
+    def _pass(self, documents: int, drawn: bool = False) -> None:
+        tape = Tape(self.memory, self._take)
+        with self.memory.as_role("activations"):
+            loss = Forward(self.model, tape, documents, self._length, recompute=self._recompute,
+                           sharded=self._sharded, drawn=drawn).run()
+        with self.memory.as_role("temporaries"):
+            tape.backward(loss, self.memory.new(loss.size))
+            if self._sharded is not None:
+                self._sharded.finish()
+
+    def _refresh(self) -> None:
+        """Sophia's Hessian: a pass of its own, each of whose gradients is used and freed."""
+        for parameter in self.model.parameters():
+            parameter.gradient = None
+        before, self.memory.peaks = self.memory.peaks, {}
+        self._updates = True
+        self._pass(self._batches[0], drawn=True)
+        self.memory.peaks = before | {f"Hessian: {moment}": peak for moment, peak in self.memory.peaks.items()}
 
     def _take(self, parameter: Parameter, gradient: Storage) -> None:
         """A gradient is complete."""
         if self._sharded is not None:
             parameter.gradient = gradient
             return
-        if self._replicated:  # copied into its bucket
+        if self._buckets:  # copied into it
             return
         gradient.mark("gradients")
         if self._updates:
@@ -215,6 +225,18 @@ def _state_bytes(cell: Any, parameter: Parameter) -> int:
     if isinstance(cell, AdaLomo):
         return beside + 4 * sum(parameter.shape)  # of a matrix a row and a column, of a vector all of it
     return beside + 4 * _STATES[type(cell)] * parameter.count
+
+
+def _largest_bucket(parameters: Sequence[Parameter]) -> int:
+    """Bytes of the largest message in which several gradients are averaged; see `parallel.sharding.average_all`."""
+    largest = size = count = 0
+    for each in (parameter.count * parameter.width for parameter in parameters if parameter.trained):
+        if count and size + each > _BUCKET_BYTES:
+            size = count = 0
+        size, count = size + each, count + 1
+        if count > 1:
+            largest = max(largest, size)
+    return largest
 
 
 def _shape(config: dict[str, Any]) -> Shape:
@@ -255,8 +277,14 @@ def _refused(cells: Experiment, config: dict[str, Any], length: int) -> Iterator
     if config.get("attention_dropout"):
         yield Problem("Model", "config", "attention dropout draws masks", plan)
     sharded = parallel.zero > 0 and parallel.dp > 1
-    if parallel.tp * parallel.pp > 1:
-        yield Problem("Parallel", "tp" if parallel.tp > 1 else "pp", "no formula for it yet", plan)
+    if sharded and isinstance(cells.optimizer, Sophia):
+        yield Problem("Experiment", "optimizer", "no formula for Sophia's Hessian under FSDP2", plan)
+    if parallel.pp > 1:
+        yield Problem("Parallel", "pp", "no formula for pipelines", plan)
+    if parallel.sequence_parallel:
+        yield Problem("Parallel", "sequence_parallel", "no formula for pieces of the sequence", plan)
+    if parallel.tp > 1 and (cells.adapter is not None or config.get("attention_bias") or config.get("mlp_bias")):
+        yield Problem("Parallel", "tp", "no formula for adapters, or biases of the output's matrix, in pieces", plan)
     if parallel.shard is not None:
         yield Problem("Parallel", "shard", "no formula for replicas of shards", plan)
     if sharded and cells.training.micro_batch_size is not None \

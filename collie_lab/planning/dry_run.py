@@ -38,6 +38,7 @@ class Trace:
         updates: where in each the optimizer's step begins; in backward, its end.
         work: what the last step computes, moves and sends.
         flops: of the whole model's step, as MFU counts them: a token's, and those of a pair of tokens.
+        moments: where in `events` a moment of a step begins, and its name.
     """
 
     events: list[Event]
@@ -46,6 +47,7 @@ class Trace:
     updates: list[int]
     work: Work
     flops: tuple[int, int]
+    moments: list[tuple[int, str]]
 
 
 def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, steps: int = 2, round_to: int = 1) -> Trace:
@@ -69,18 +71,21 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
             for number, plan in zip(range(1, steps + 1), order.steps(), strict=False):
                 begins.append(len(ledger.events))
                 ledger.work.begin(counts=number == steps)
+                ledger.begin("embedding")
                 with ledger.as_role("activations"):
                     step.measure(documents, plan)
                     step.forward_backward(documents, plan)
                 updates.append(len(ledger.events))
                 ledger.work.phase = "optimizer"
+                ledger.begin("update")
                 step.update(number)
                 ledger.work.phase = "hessian"
                 with ledger.as_role("activations"):
                     step.refresh_hessian(documents, plan, number)
             events = list(ledger.events)  # not what taking it all apart adds
     flops = step.built.flops
-    return Trace(events, ledger.roles, begins, updates, ledger.work, (flops.per_token, flops.per_attended))
+    return Trace(events, ledger.roles, begins, updates, ledger.work, (flops.per_token, flops.per_attended),
+                 ledger.moments)
 
 
 def full_documents(count: int, length: int) -> Documents:

@@ -1,15 +1,19 @@
 """What a plan keeps of a trace: the peak and what it is made of, and the course of a step for a picture.
 
-Layers that are alike are counted once: from three small depths a deep model follows, where the three lie on a line.
+Layers that are alike are counted once: from three small depths a deep model follows; see `_moments`.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from collie_lab.cells import Experiment, Freeze
+from collie_lab.planning._apart import apart
+from collie_lab.planning._moments import Peak, at_the_ends, deepened
+from collie_lab.planning._patches import probe_once
 from collie_lab.planning._roles import ROLES, Role
 from collie_lab.planning._work import extended
 from collie_lab.planning.allocator import reserved_bytes
@@ -34,6 +38,7 @@ class Summary:
         peak: that of every later step.
         reserved: what a GPU's allocator then has from the driver.
         components: what the peak is made of.
+        moment: when it is.
         held: what is there when a later step's update begins: weights, gradients and states, whole.
         course: over a later step, by role, so many points; empty where layers were not all run.
         update: where in the course the optimizer steps, as a share of it.
@@ -47,6 +52,7 @@ class Summary:
     peak: int
     reserved: int
     components: dict[Role, int]
+    moment: str
     held: dict[Role, int] = field(default_factory=dict)
     course: dict[Role, list[int]] = field(default_factory=dict)
     update: float = 1.0
@@ -64,80 +70,111 @@ def forecast(experiment: Experiment, length: int, *, rank: int = 0, round_to: in
 
     With `course`, all layers are run, and the course of a step is kept.
     """
-    name, layers = _depth(experiment)
-    if course or name is None or layers <= max(_DEPTHS):
-        return _summarise(_trace(experiment, length, rank, round_to), rank, layers, course)
-    some = []
-    for depth in _DEPTHS:
-        config = {**experiment.model.config, name: depth}
-        small = experiment.replace(model=experiment.model.replace(config=config))
-        some.append(_summarise(_trace(small, length, rank, round_to), rank, depth, False))
-    if (extended := _extended(some, layers)) is not None:
-        return extended
+    layers, at_depth = _depths(experiment)
+    if not course and at_depth is not None and layers > max(_DEPTHS):
+        small = {depth: experiment.replace(model=experiment.model.replace(config=at_depth(depth))) for depth in _DEPTHS}
+        probe_once(small[_DEPTHS[0]])  # for all of them
+        some = apart([functools.partial(_follow, small[depth], length, rank, round_to) for depth in _DEPTHS[::-1]])
+        if (extended := _extended(some[::-1], rank, layers)) is not None:
+            return extended
     return _summarise(_trace(experiment, length, rank, round_to), rank, layers, course)
+
+
+def _follow(experiment: Experiment, length: int, rank: int, round_to: int) -> _Course:
+    return _Course(_trace(experiment, length, rank, round_to))
 
 
 def _trace(experiment: Experiment, length: int, rank: int, round_to: int) -> Trace:
     return dry_run(experiment, full_documents(experiment.training.batch_size, length), rank=rank, round_to=round_to)
 
 
-def _depth(experiment: Experiment) -> tuple[str | None, int]:
-    """The configuration's field for the number of layers, None where depth is not all that layers differ in."""
+def _depths(experiment: Experiment) -> tuple[int, Callable[[int], dict[str, Any]] | None]:
+    """How many layers there are, and the configuration of so many; None where depth is not all that they differ in."""
     config = configuration(experiment.model)
     text = config.get_text_config()
     layers = int(text.num_hidden_layers)
-    lists = any(isinstance(value, list) and len(value) == layers for value in vars(text).values())
-    if lists or text is not config or experiment.parallel.pp > 1 or isinstance(experiment.adapter, Freeze):
-        return None, layers
-    return config.attribute_map.get("num_hidden_layers", "num_hidden_layers"), layers
+    lists = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == layers}
+    kinds = any(value != value[:1] * layers for value in lists.values())
+    if kinds or text is not config or experiment.parallel.pp > 1 or isinstance(experiment.adapter, Freeze):
+        return layers, None
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+
+    def at_depth(depth: int) -> dict[str, Any]:
+        fewer = {field: value[:depth] for field, value in lists.items()}
+        return {**experiment.model.config, name: depth, **fewer}
+
+    return layers, at_depth
 
 
-def _extended(some: list[Summary], layers: int) -> Summary | None:
-    """The straight line through three depths; None where they do not lie on one."""
-    last, more = some[-1], layers - _DEPTHS[-1]
-
-    def extend(values: list[int]) -> int | None:
-        steps = {after - before for before, after in itertools.pairwise(values)}
-        return values[-1] + more * steps.pop() if len(steps) == 1 else None
-
-    first = extend([each.first for each in some])
-    peak = extend([each.peak for each in some])
-    reserved = extend([each.reserved for each in some])
-    components = {role: extend([each.components[role] for each in some]) for role in ROLES}
-    held = {role: extend([each.held[role] for each in some]) for role in some[0].held}
-    if first is None or peak is None or None in (*components.values(), *held.values()):
+def _extended(some: list[_Course], rank: int, layers: int) -> Summary | None:
+    """The summary of a deep model; None where three shallow ones do not lie on a line."""
+    more = layers - _DEPTHS[-1]
+    steps = [deepened([at_the_ends(each.peaks[step], depth) for each, depth in zip(some, _DEPTHS, strict=True)], more)
+             for step in range(2)]
+    if steps[0] is None or steps[1] is None or "last layer" not in steps[1]:  # of a family whose layers nobody names
         return None
-    if reserved is None:  # gaps between blocks follow no line: their trend
-        gaps = [each.reserved - each.peak for each in some]
-        reserved = peak + gaps[-1] + more * max(0, gaps[-1] - gaps[0]) // (len(gaps) - 1)
-    return Summary(last.rank, first, peak, reserved, components, held,  # type: ignore[arg-type]
+    moment, (peak, made_of) = _largest(steps[1])
+    # Gaps between blocks follow no line: their trend.
+    gaps = [each.reserved - _largest(each.peaks[1])[1][0] for each in some]
+    reserved = peak + gaps[-1] + more * max(0, gaps[-1] - gaps[0]) // (len(gaps) - 1)
+    held = {role: some[-1].held[role] + more * (some[-1].held[role] - some[-2].held[role]) for role in HELD}
+    return Summary(rank, _largest(steps[0])[1][0], peak, reserved, made_of, moment, held,
                    layers_run=(_DEPTHS[-1], layers), work=extended([each.work for each in some], more),
-                   flops=tuple(b + more * (b - a) for a, b in zip(some[-2].flops, last.flops, strict=True)))
+                   flops=tuple(b + more * (b - a) for a, b in zip(some[-2].flops, some[-1].flops, strict=True)))
 
 
 def _summarise(trace: Trace, rank: int, layers: int, course: bool) -> Summary:
-    live: dict[Role, int] = dict.fromkeys(ROLES, 0)
-    sizes: dict[int, int] = {}
-    total, peaks, made_of, held = 0, [0, 0], dict(live), dict(live)
-    begin, end = trace.steps[1], len(trace.events)
-    every = max(1, (end - begin) // _POINTS)
-    points: dict[Role, list[int]] = {role: [] for role in ROLES} if course else {}
-    for index, (storage, size) in enumerate(trace.events):
-        change = size - sizes.get(storage, 0)
-        if index == trace.updates[1]:
-            held = dict(live)
-        sizes[storage] = size
-        total += change
-        live[trace.roles[storage]] += change
-        step = int(index >= begin)
-        if total > peaks[step] and index >= trace.steps[0]:
-            peaks[step] = total
-            if step:
-                made_of = dict(live)
-        if course and step and not (index - begin) % every:
-            for role in ROLES:
-                points[role].append(live[role])
-    update = (trace.updates[1] - begin) / max(1, end - begin)
-    return Summary(rank, peaks[0], peaks[1], reserved_bytes(trace.events), made_of,
-                   {role: held[role] for role in HELD}, points, update, (layers, layers), trace.work.to_json(),
-                   trace.flops)
+    found = _Course(trace, _POINTS if course else 0)
+    moment, (peak, made_of) = _largest(found.peaks[1])
+    begin = trace.steps[1]
+    update = (trace.updates[1] - begin) / max(1, len(trace.events) - begin)
+    return Summary(rank, _largest(found.peaks[0])[1][0], peak, found.reserved, made_of, moment, found.held,
+                   found.points, update, (layers, layers), found.work, found.flops)
+
+
+def _largest(peaks: dict[str, Peak]) -> tuple[str, Peak]:
+    return max(peaks.items(), key=lambda item: item[1][0])
+
+
+class _Course:
+    """What was alive over the steps of a trace.
+
+    Attributes:
+        peaks: of the first step, and of the second: every moment's.
+        held: when the second step's update begins.
+        reserved: what a GPU's allocator has in the end.
+        points: bytes by role over the second step.
+        work, flops: as a `Summary` has them.
+    """
+
+    def __init__(self, trace: Trace, points: int = 0):
+        live: dict[Role, int] = dict.fromkeys(ROLES, 0)
+        sizes: dict[int, int] = {}
+        total, moment, moments = 0, "", iter([*trace.moments, (len(trace.events), "")])
+        at, name = next(moments)
+        begin = trace.steps[1]
+        every = max(1, (len(trace.events) - begin) // max(1, points))
+        self.peaks: tuple[dict[str, Peak], dict[str, Peak]] = ({}, {})
+        self.points: dict[Role, list[int]] = {role: [] for role in ROLES} if points else {}
+        self.held: dict[Role, int] = {}
+        self.reserved = reserved_bytes(trace.events)
+        self.work, self.flops = trace.work.to_json(), trace.flops
+        for index, (storage, size) in enumerate(trace.events):
+            while index >= at:
+                moment = name
+                at, name = next(moments)
+            if index == trace.updates[1]:
+                self.held = {role: live[role] for role in HELD}
+            change = size - sizes.get(storage, 0)
+            sizes[storage] = size
+            total += change
+            live[trace.roles[storage]] += change
+            if index < trace.steps[0]:
+                continue
+            peaks = self.peaks[index >= begin]
+            if moment not in peaks or total > peaks[moment][0]:
+                peaks[moment] = total, dict(live)
+            if points and index >= begin and not (index - begin) % every:
+                for role in ROLES:
+                    self.points[role].append(live[role])
+        self.held = self.held or {role: live[role] for role in HELD}  # an update that makes nothing ends the trace
