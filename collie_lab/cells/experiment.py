@@ -102,7 +102,7 @@ class Experiment(Cell):
         return find_size(self)
 
     def plan(self, gpu: GPU | str | None = None, **options: Any) -> Plan:
-        """Memory of a step, rank by rank, before anything runs; see `collie_lab.planning.plan`."""
+        """Memory and speed of a step, rank by rank, before anything runs; see `collie_lab.planning.plan`."""
         from collie_lab.planning import plan
 
         return plan(self, gpu, **options)

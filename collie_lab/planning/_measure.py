@@ -72,8 +72,10 @@ def _measure(device: torch.device, ranks: int) -> Rates:
         most = 8192 if gpu else 1024 if dtype == torch.float32 else 256
         curves[f"matmul {name}"] = _curve(_products(dtype, device, most), device)
         length = 4096 if gpu else 1024 if dtype == torch.float32 else 256
-        for kind, points in zip(("attention", "attention_backward"), _attention(dtype, device, length), strict=True):
-            curves[f"{kind} {name}"] = _curve(points, device)
+        for head in _HEADS:
+            for kind, points in zip(("attention", "attention_backward"), _attention(dtype, device, length, head),
+                                    strict=True):
+                curves[f"{kind} {name} {head}"] = _curve(points, device)
     links = {kind: _curve(_messages(kind, device, ranks, largest // 4), device, floor=False)
              for kind in _MESSAGES} if ranks > 1 else {}
     if links:
@@ -169,18 +171,23 @@ def _products(dtype: torch.dtype, device: torch.device, most: int) -> Points:
     return points
 
 
-def _attention(dtype: torch.dtype, device: torch.device, most: int) -> tuple[Points, Points]:
-    """Causal, with heads of 64: forward, and backward."""
+#: Sizes of a head: of small ones the softmax takes more than the products.
+_HEADS: Final = (16, 32, 64, 128)
+
+
+def _attention(dtype: torch.dtype, device: torch.device, most: int, head: int) -> tuple[Points, Points]:
+    """Causal: forward, and backward."""
     forward, backward, length, heads = Points(), Points(), 16, 16 if device.type == "cuda" else 4
     while length <= most:
-        q, k, v = (torch.randn(1, heads, length, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+        shape = 1, heads, length, head
+        q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
         call = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True)
-        products = heads * length**2 * 64  # FLOPs of one product of a half
+        products = heads * length**2 * head  # FLOPs of one product of a half
         forward.append((2 * products, _seconds(call, device)))
         out = call()
         back = functools.partial(torch.autograd.grad, out, (q, k, v), torch.ones_like(out), retain_graph=True)
         backward.append((5 * products, _seconds(back, device)))
-        length *= 2
+        length *= 4
     return forward, backward
 
 

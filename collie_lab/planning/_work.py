@@ -71,7 +71,7 @@ class Operation(NamedTuple):
         phase: of the step.
         kind: `matmul`, `attention`, `attention_backward`, `pointwise`, `math`, `reduce`, `view` (nothing on the
             device), `update` (a parameter by its optimizer), or a collective.
-        dtype: of its first tensor: `fp32`, `bf16`, ...
+        dtype: of its first tensor: `fp32`, `bf16`, ...; of attention with the size of a head: `fp32 64`.
         flops: of one.
         bytes: that one moves; of a collective, those of the whole tensor.
         ranks: of a collective: the first, how far apart, and how many.
@@ -126,7 +126,8 @@ class Work:
             kind = "view"
         elif "scaled_dot_product" in name or "flash_attention" in name:
             kind = "attention_backward" if "backward" in name else "attention"
-            flops = _attention_flops(name, _arguments(func, args, kwargs or {}))
+            given = _arguments(func, args, kwargs or {})
+            flops, dtype = _attention_flops(name, given), f"{dtype} {given['query'].shape[-1]}"
             moved = sum(map(_bytes, tensors + results))
         elif (count := _flop_formula(func, name)) is not None:
             kind, flops = "matmul", int(count(*args, **(kwargs or {}), out_val=out))

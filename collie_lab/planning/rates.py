@@ -49,7 +49,7 @@ class Rates:
     Attributes:
         source: where the figures come from.
         margin: how far off seconds made of them may be, as a share: what checks against measured steps showed.
-        device: by `kind dtype` (`matmul bf16`) or `kind` alone.
+        device: by `kind dtype` (`matmul bf16`, `attention bf16 64` with the size of a head) or `kind` alone.
         host: seconds that the host takes for an operation of the `forward` or `backward` phase, or a parameter's
             `update`.
         asynchronous: the host runs ahead of the device. Else one waits for the other.
@@ -69,8 +69,19 @@ class Rates:
 
     def seconds(self, kind: str, dtype: str, size: float) -> float | None:
         """Of one operation on the device; None where nothing is known of it."""
-        curve = self.device.get(f"{kind} {dtype}") or self.device.get(kind)
+        curve = self.device.get(f"{kind} {dtype}") or self._near(kind, dtype) or self.device.get(kind)
         return None if curve is None else curve(size)
+
+    def _near(self, kind: str, dtype: str) -> Curve | None:
+        """Of attention with heads of another size: the nearest that is known."""
+        plain, _, head = dtype.partition(" ")
+        if not head:
+            return None
+        known = {int(name.split()[2]): curve for name, curve in self.device.items()
+                 if name.startswith(f"{kind} {plain} ")}
+        if not known:
+            return self.device.get(f"{kind} {plain}")
+        return known[min(known, key=lambda each: abs(math.log(each / int(head))))]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -174,6 +174,10 @@ def test_a_curve_goes_through_its_points_and_on_in_proportion() -> None:
     curve = Curve((1e3, 1e6), (1e-6, 1e-4))
     assert [curve(size) for size in (0, 500, 1e3, 1e6, 2e6)] == pytest.approx([0, 5e-7, 1e-6, 1e-4, 2e-4])
     assert curve(10**4.5) == pytest.approx(1e-5)
+    known = {"attention fp32 16": Curve.at(1e9), "attention fp32 64": Curve.at(4e9), "attention bf16": Curve.at(8e9)}
+    rates = _ideal(lab.GPUS["H100"], device=known)
+    kinds = ("fp32 16", "fp32 24", "fp32 80", "bf16 80", "fp16 64")
+    assert [rates.seconds("attention", each, 8e9) for each in kinds] == pytest.approx([8.0, 8.0, 2.0, 1.0, None])
     assert Curve.at(1e9)(5e9) == pytest.approx(5.0)
 
 
