@@ -196,7 +196,7 @@ class Plan:
 
 
 def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool = False, quiet: bool = False) -> Plan:
-    """Run a step on tensors without values and count its memory, and its work: no GPU, no data, no weights.
+    """Run a step on tensors without values, count its memory byte by byte, and its work: no GPU, no data, no weights.
 
     The same code runs that a rank runs: model, adapter, layout, optimizer. Sequences have the longest length of the
     data cell. A few seconds; the first time also those of importing torch, in a process of its own.
