@@ -4,6 +4,7 @@
 # make browser  the notebooks in JupyterLab in a headless Chromium
 # make executors  a grid by a local Slurm (Debian's slurm-wlm and munge) and a local Ray
 # make lint     ruff and the type checker
+# make studies  the notebooks of the studies on this CPU; results in results/, tables and figures in out/
 # make bench    benchmarks against other libraries, side by side in one run
 # make gpu      what a machine with an NVIDIA GPU runs, with the Python that is there: make gpu PYTHON=python3
 
@@ -13,7 +14,7 @@ STAMP := .venv/.installed
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo test suite signals browser executors lint bench gpu
+.PHONY: venv demo test suite signals browser executors lint studies bench gpu
 
 venv: $(STAMP)
 
@@ -53,6 +54,12 @@ executors: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The second measures times: it runs last.
+studies: $(STAMP)
+	@mkdir -p out
+	for name in 01_memory_vs_model_size 03_optimizers_and_peft 04_pretraining 02_throughput; do \
+		CUDA_VISIBLE_DEVICES= $(BIN)/papermill --cwd . notebooks/$$name.ipynb out/$$name.ipynb -p profile cpu || exit 1; done
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_training.py

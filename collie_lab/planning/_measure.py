@@ -38,7 +38,7 @@ Points = list[tuple[float, float]]
 
 _ROUNDS: Final = 7
 _ROUND_SECONDS: Final = 0.004
-#: How far plans made of a calibration were off (docs/plans.md).
+#: Not measured on an idle machine yet (docs/plans.md): a guess.
 _MARGIN: Final = 0.2
 
 

@@ -150,9 +150,13 @@ class Tape:
         """A storage for so many numbers."""
         return self.memory.new(count * width, role)
 
-    def record(self, out: Value, inputs: Sequence[Value], run: Callable[[Storage], Sequence[Storage | None]]) -> Value:
-        """Note that `out` was made of `inputs`; `run` makes their gradients, each of its input's size."""
-        if self.recording and any(each.needs for each in inputs):
+    def record(self, out: Value, inputs: Sequence[Value], run: Callable[[Storage], Sequence[Storage | None]],
+               inside: bool = False) -> Value:
+        """Note that `out` was made of `inputs`; `run` makes their gradients, each of its input's size.
+
+        `inside`: it is to be run even where no input wants a gradient.
+        """
+        if self.recording and (inside or any(each.needs for each in inputs)):
             targets = tuple(each.origin if each.needs else None for each in inputs)
             out.origin = Node(run, targets, self.memory.moment)
             self.nodes.append(out.origin)

@@ -1,7 +1,7 @@
 """A plan in an instant: the memory of a step by arithmetic alone, for models of the Llama kind.
 
 Neither torch nor a process is needed. What a rank keeps follows from the shapes of its parameters; what a step makes
-and frees, from the sizes of its operations, one after the other (`_llama.py`). Layers are alike, so two small depths
+and frees, from the sizes of its operations, one after the other (`_forward.py`). Layers are alike, so two small depths
 give every moment of a step at any depth, and the peak is the largest of these moments.
 """
 
@@ -27,17 +27,18 @@ from collie_lab.cells import (
     Sophia,
 )
 from collie_lab.data.hub import model_config
+from collie_lab.planning._forward import Forward
 from collie_lab.planning._fsdp import Sharded
-from collie_lab.planning._llama import Forward, Model, Shape
+from collie_lab.planning._llama import Model, Shape
 from collie_lab.planning._moments import Peak, at_the_ends, deepened
 from collie_lab.planning._roles import Role
 from collie_lab.planning._sizes import Memory, Parameter, Storage, Tape
 from collie_lab.planning.gpus import GPU, find_gpu
-from collie_lab.planning.plan import CONTEXT, GRANULE, check_plan, longest_document
+from collie_lab.planning.plan import CONTEXT, GRANULE, check_plan, in_words, longest_document
 
 __all__ = ["FAMILIES", "Estimate", "estimate"]
 
-#: The families whose layers are written down in `_llama.py`.
+#: The families whose layers are written down in `_forward.py`.
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 
 #: Depths that are run: the least that have a layer between the first and the last.
@@ -82,12 +83,7 @@ class Estimate:
         return None if self.gpu is None or self.process_bytes is None else self.process_bytes <= self.gpu.memory
 
     def __repr__(self) -> str:
-        from collie_lab.view.units import bytes_text
-
-        parts = ", ".join(f"{role} {bytes_text(size)}" for role, size in self.components.items() if size)
-        verdict = "" if self.gpu is None else f", {'fits' if self.fits else 'does not fit'} on {self.gpu.name} " \
-            f"({bytes_text(self.gpu.memory)})"
-        return f"peak {bytes_text(self.peak_bytes)} a rank{verdict}, in the {self.moment}: {parts}"
+        return in_words(self.peak_bytes, self.gpu, self.fits, self.components, f", in the {self.moment}")
 
 
 def estimate(experiment: Experiment, gpu: GPU | str | None = None) -> Estimate:
@@ -138,7 +134,7 @@ class _Step:
     def __init__(self, cells: Experiment, shape: Shape, length: int, granule: int):
         training, self._parallel, self._optimizer = cells.training, cells.parallel, cells.optimizer
         self.memory = Memory(granule)
-        self._length, self._recompute = length, training.recompute == "full"
+        self._length, self._steps, self._recompute = length, training.steps, training.recompute == "full"
         kept = 2 if training.weights == "bf16" else 4
         sharded = self._parallel.zero > 0 and self._parallel.dp > 1
         compute = 2 if training.precision == "bf16" else kept
@@ -152,10 +148,9 @@ class _Step:
         share = max(1, training.batch_size // self._parallel.dp)
         micro = self._parallel.micro_batch_size(training.batch_size, training.micro_batch_size)
         self._batches = [micro] * (share // micro) + ([share % micro] if share % micro else [])
-        self._steps = training.steps
         self._holds = self._optimizer.in_backward and getattr(self._optimizer, "accumulate", None) == "hold"
         self._updates = self._optimizer.in_backward
-        ranks = (self._parallel.shard or self._parallel.dp) if sharded else 1
+        ranks = self._parallel.dp if sharded else 1
         self._kept = [self.memory.new(each.count * each.kept // ranks) for each in self.model.parameters()]
         trained = [each for each in self.model.parameters() if each.trained]
         self._states = [self.memory.new(_state_bytes(self._optimizer, each) // ranks, "optimizer")
@@ -245,11 +240,13 @@ def _shape(config: dict[str, Any]) -> Shape:
     Raises:
         CellError: one is missing.
     """
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
+    needed = ["hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "num_attention_heads"]
+    if config["model_type"] != "llama":  # the others have defaults that are not the number of heads
+        needed.append("num_key_value_heads")
     if missing := [name for name in needed if not isinstance(config.get(name), int)]:
         raise CellError([Problem("Model", "config", f"the configuration does not say {', '.join(missing)}",
                                  "give them with Model(..., config={...}); exp.plan() knows a family's defaults")])
-    hidden, intermediate, layers, vocabulary, heads = (config[name] for name in needed)
+    hidden, intermediate, layers, vocabulary, heads = (config[name] for name in needed[:5])
     family, bias = config["model_type"], bool(config.get("attention_bias"))
     biases = (True, True, True, False) if family == "qwen2" else (bias,) * 4
     return Shape(hidden, intermediate, layers, vocabulary, heads, config.get("num_key_value_heads") or heads,
@@ -267,12 +264,17 @@ def _refused(cells: Experiment, config: dict[str, Any], length: int) -> Iterator
     if cells.adapter is not None and (not isinstance(cells.adapter, LoRA) or isinstance(cells.adapter, QLoRA)
                                       or cells.adapter.dora):
         yield Problem("Experiment", "adapter", f"no formula for {type(cells.adapter).__name__}, but for LoRA", plan)
+    elif isinstance(cells.adapter, LoRA):
+        if cells.adapter.dropout:
+            yield Problem("LoRA", "dropout", "no formula for the masks of dropout", plan)
+        if strange := set(cells.adapter.targets or ()) - set(Shape.LINEARS):
+            yield Problem("LoRA", "targets", f"no formula for {sorted(strange)[0]!r} beside a Llama's matrices", plan)
     if not isinstance(cells.optimizer, (*_STATES, SGD)):
         yield Problem("Experiment", "optimizer", f"no formula for {type(cells.optimizer).__name__}", plan)
     if cells.training.loss is not None:
         yield Problem("Training", "loss", "what a loss of one's own takes is not known", plan)
-    if isinstance(window := config.get("sliding_window"), int) and window < length \
-            and config.get("use_sliding_window", True):
+    window = config.get("sliding_window", 4096 if family == "mistral" else None)
+    if window is not None and window < length and config.get("use_sliding_window", True):
         yield Problem("Model", "config", f"attention in a window of {window} of {length} tokens makes masks", plan)
     if config.get("attention_dropout"):
         yield Problem("Model", "config", "attention dropout draws masks", plan)

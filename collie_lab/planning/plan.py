@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from collie_lab.planning.comparison import PlanComparison
 
-__all__ = ["CONTEXT", "GRANULE", "Plan", "check_plan", "longest_document", "plan"]
+__all__ = ["CONTEXT", "GRANULE", "Plan", "check_plan", "in_words", "longest_document", "plan"]
 
 #: CUDA's context in bytes: 804 MB on an H200 (driver 580, torch 2.11), the same for nine methods.
 CONTEXT: Final = 804_061_184
@@ -170,12 +170,7 @@ class Plan:
         return draw(worst, self.gpu)
 
     def __repr__(self) -> str:
-        from collie_lab.view.units import bytes_text
-
-        parts = ", ".join(f"{role} {bytes_text(size)}" for role, size in self.worst["components"].items() if size)
-        verdict = "" if self.gpu is None else f", {'fits' if self.fits else 'does not fit'} on {self.gpu.name} " \
-            f"({bytes_text(self.gpu.memory)})"
-        return f"peak {bytes_text(self.peak_bytes)} a rank{verdict}: {parts}{self._pace}"
+        return in_words(self.peak_bytes, self.gpu, self.fits, self.worst["components"]) + self._pace
 
     @property
     def _pace(self) -> str:
@@ -196,7 +191,7 @@ class Plan:
 
 
 def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool = False, quiet: bool = False) -> Plan:
-    """Run a step on tensors without values and count its memory, and its work: no GPU, no data, no weights.
+    """Run a step on tensors without values, count its memory byte by byte, and its work: no GPU, no data, no weights.
 
     The same code runs that a rank runs: model, adapter, layout, optimizer. Sequences have the longest length of the
     data cell. A few seconds; the first time also those of importing torch, in a process of its own.
@@ -223,6 +218,15 @@ def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool =
 
 def _peak(summary: dict[str, Any]) -> int:
     return max(int(summary["first"]), int(summary["peak"]))
+
+
+def in_words(peak: int, gpu: GPU | None, fits: bool | None, components: Mapping[str, int], when: str = "") -> str:
+    """A line that says how much, whether it fits, and what it is made of."""
+    from collie_lab.view.units import bytes_text
+
+    parts = ", ".join(f"{role} {bytes_text(size)}" for role, size in components.items() if size)
+    verdict = "" if gpu is None else f", {'fits' if fits else 'does not fit'} on {gpu.name} ({bytes_text(gpu.memory)})"
+    return f"peak {bytes_text(peak)} a rank{verdict}{when}: {parts}"
 
 
 def check_plan(experiment: Experiment) -> Experiment:
