@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Final, Literal
 
 from collie_lab.cells import CellError, Experiment, Parallel
 from collie_lab.check import check_cells
 from collie_lab.planning._client import PlanError
-from collie_lab.planning._rough import Shape, rough_bytes, rough_seconds
+from collie_lab.planning._rough import GAPS, Shape, rough_bytes, rough_seconds
 from collie_lab.planning._texts import batches_text, layout_text
 from collie_lab.planning.closed_form import estimate
 from collie_lab.planning.gpus import GPU
@@ -24,7 +24,9 @@ __all__ = ["Goal", "Option", "Refusal", "Search"]
 Goal = Literal["throughput", "memory"]
 
 #: A rough figure is trusted to be within so much: what needs more than this share of the memory is not tried.
-_WORTH_TRYING = 1.15
+_WORTH_TRYING: Final = 1.15
+#: What is so much too large by the rough figure is not weighed by the closed form, which takes milliseconds.
+_HOPELESS: Final = 2.0
 
 
 @dataclass
@@ -188,13 +190,13 @@ class Search:
 
     def _process_bytes(self, experiment: Experiment) -> tuple[float, float]:
         """By arithmetic, and how much more than the memory it may say of what fits."""
+        rough = rough_bytes(experiment, self.shape, self.gpu, self.length) + CONTEXT
+        if rough > _HOPELESS * self.gpu.memory:
+            return rough, 1.0
         try:
-            exact = estimate(experiment, self.gpu).process_bytes
+            return GAPS * estimate(experiment, self.gpu).peak_bytes + CONTEXT, 1.0
         except CellError:  # no formula
-            exact = None
-        if exact is not None:
-            return exact, 1.0
-        return rough_bytes(experiment, self.shape, self.gpu, self.length) + CONTEXT, _WORTH_TRYING
+            return rough, _WORTH_TRYING
 
     def try_out(self, option: Option) -> str:
         """Make the dry run; why the option does not do after all, if so."""

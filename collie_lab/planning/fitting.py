@@ -163,7 +163,8 @@ def fit(model: Model | str | Path | Experiment, gpus: int = 8, gpu: GPU | str = 
     chosen = find_gpu(gpu)
     _check(gpus, goal, batch_size, confirm)
     base = _base(model, chosen, gpus, data, length, batch_size)
-    named = _methods(base, methods, chosen)
+    named = {type(base.adapter or base.optimizer).__name__: base} if methods is None and isinstance(model, Experiment) \
+        else _methods(base, METHODS if methods is None else methods, chosen)
     config = model_config(base.model)
     search = Search(Shape.of(base.model, config), chosen, gpus, longest_document(base),
                     find_rates(chosen, gpus) or published(chosen), goal)
@@ -249,13 +250,11 @@ def _base(model: Model | str | Path | Experiment, gpu: GPU, gpus: int, data: Dat
                       training=Training(batch_size=batch, precision=precision))
 
 
-def _methods(base: Experiment, methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None, gpu: GPU
+def _methods(base: Experiment, methods: Sequence[str] | Mapping[str, Mapping[str, Any]], gpu: GPU
              ) -> dict[str, Experiment]:
     """The experiment of each method, without a layout yet."""
-    if methods is None and base.name != "fit":
-        return {type(base.adapter or base.optimizer).__name__: base}
     groups: dict[str, Mapping[str, Any]] = {}
-    for name in METHODS if methods is None else methods:
+    for name in methods:
         given = methods[name] if isinstance(methods, Mapping) else METHODS.get(name)
         if given is None:
             raise CellError([Problem("fit", "methods", f"no method {name!r}", "there are: " + ", ".join(METHODS)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import collie_lab as lab
 from collie_lab.cli import app
 from collie_lab.folder import RunFolder
-from collie_lab.planning import kept
+from collie_lab.planning import _client, kept
 from tests.ranks import run_here
 
 EXPERIMENT = lab.Experiment(
@@ -63,6 +63,19 @@ def test_a_run_that_trained_is_planned_to_the_byte() -> None:
     assert row["gpu"] is None
     assert repr(found).startswith("peak memory of 1 run: median error 0.0")
     assert folder.read("plan.json")["peak_bytes"] == row["planned"]  # kept for the next time
+
+
+def test_dry_runs_outlive_the_thread_that_asked_first() -> None:
+    _client.rest(quiet=False)
+    thread = threading.Thread(target=EXPERIMENT.plan)
+    thread.start()
+    thread.join()
+    process = _client._WORKERS[False].process
+    assert EXPERIMENT.plan().peak_bytes > 0
+    assert process is _client._WORKERS[False].process  # a death signal of Linux would have come with the thread's end
+    assert process.stdin is not None
+    process.stdin.close()  # the kernel is gone
+    assert process.wait(timeout=60) == 0
 
 
 def test_residuals_over_runs_say_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
