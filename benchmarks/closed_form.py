@@ -20,13 +20,13 @@ from _results import keep
 import collie_lab as lab
 
 BASE = lab.Experiment(
-    model=lab.Model("llama-1m", init="random", config={"num_hidden_layers": 6}), data=lab.RandomTokens(length=256),
+    model=lab.Model("llama-1m", init="random"), data=lab.RandomTokens(length=256),
     optimizer=lab.AdamW(lr=1e-3), training=lab.Training(steps=3, batch_size=4, export=False))
 AUTOCAST = BASE.training.replace(precision="bf16")
 PURE = BASE.training.replace(precision="bf16", weights="bf16")
 FULL = BASE.training.replace(recompute="full")
 ZERO3, ZERO2 = lab.Parallel(dp=4, zero=3), lab.Parallel(dp=4, zero=2)
-WIDE = {"num_hidden_layers": 6, "vocab_size": 8192, "tie_word_embeddings": False}
+WIDE = {"vocab_size": 8192, "tie_word_embeddings": False}
 
 CASES: dict[str, lab.Experiment] = {
     "AdamW": BASE,
@@ -90,7 +90,7 @@ def families(folder: Path) -> dict[str, lab.Experiment]:
     found = {}
     for name, fields in FAMILIES.items():
         (folder / name).mkdir()
-        whole = {"model_type": name, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6,
+        whole = {"model_type": name, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 5,
                  "num_attention_heads": 8, "vocab_size": 512, "max_position_embeddings": 512,
                  "tie_word_embeddings": False, **fields}
         (folder / name / "config.json").write_text(json.dumps(whole), encoding="utf-8")

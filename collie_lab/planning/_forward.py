@@ -21,12 +21,13 @@ _SMALLEST_CHUNK = 1024
 class Forward:
     """One forward pass for some documents of `length` tokens each: `run` gives the loss.
 
-    `sharded` gathers the weights before they are used. With `drawn`, the model draws the labels itself.
+    `sharded` gathers the weights before they are used. With `drawn`, the model draws the labels itself. `again`: a
+    block is recomputed, which ends with the last operation that keeps something, before it makes its result.
     """
 
-    def __init__(self, model: Model, tape: Tape, documents: int, length: int, *, recompute: bool,
-                 sharded: Sharded | None = None, drawn: bool = False):
-        self._sharded, self._drawn = sharded, drawn
+    def __init__(self, model: Model, tape: Tape, documents: int, length: int, *, recompute: bool = False,
+                 sharded: Sharded | None = None, drawn: bool = False, again: bool = False):
+        self._sharded, self._drawn, self._again = sharded, drawn, again
         self._model, self._tape, self._documents, self._tokens = model, tape, documents, documents * length
         self._recompute = recompute
         self._memory: Memory = tape.memory
@@ -129,8 +130,9 @@ class Forward:
                 found.append(each) if parameter is leaf else tape.take(parameter, each)))
             memory.moment = name
             with memory.as_role("activations"):
-                inner = Forward(self._model, again, self._documents, self._tokens // self._documents, recompute=False)
+                inner = Forward(self._model, again, self._documents, self._tokens // self._documents, again=True)
                 out = inner.block(Value(kept.count, kept.width, kept.storage, leaf), angles, block)
+            memory.muted = False
             del inner
             out.storage = None
             again.backward(out, gradient)
@@ -206,7 +208,7 @@ class Forward:
         """down(silu(gate(x)) · up(x))."""
         tape, linears = self._tape, block.linears
         return self.linear(tape.mul(self.activate(self.linear(x, linears["gate_proj"])),
-                                    self.linear(x, linears["up_proj"])), linears["down_proj"])
+                                    self.linear(x, linears["up_proj"])), linears["down_proj"], last=self._again)
 
     def activate(self, x: Value) -> Value:
         """An activation keeps its input."""
@@ -217,11 +219,11 @@ class Forward:
 
         return tape.record(Value(x.count, x.width, tape.memory.new(size)), [x], run)
 
-    def linear(self, x: Value, linear: Linear) -> Value:
-        """x·Wᵀ + b, and LoRA's share."""
+    def linear(self, x: Value, linear: Linear, last: bool = False) -> Value:
+        """x·Wᵀ + b, and LoRA's share. `last`: nothing counts after what is kept last."""
         if self._model.cut and not linear.by_rows:  # the ranks' gradients of x are summed, in a new tensor
             x = self._tape.piece(x)
-        out = self.product(x, linear.weight)
+        out = self.product(x, linear.weight, last and linear.up is None)
         if self._model.cut and linear.by_rows:  # the ranks' results are
             out = self._tape.copy(out)
         if linear.bias is not None:
@@ -231,9 +233,11 @@ class Forward:
         if linear.down is None or linear.up is None:
             return out
         wide = self._tape.cast(x, linear.down.width)
-        return self._tape.add(out, self._tape.scale(self.product(self.product(wide, linear.down), linear.up)))
+        narrow = self.product(self.product(wide, linear.down), linear.up)
+        self._memory.muted = last  # the number that it is scaled by is kept too
+        return self._tape.add(out, self._tape.scale(narrow))
 
-    def product(self, x: Value, weight: Parameter) -> Value:
+    def product(self, x: Value, weight: Parameter, last: bool = False) -> Value:
         """A matrix product in the type of the computation. Autocast keeps its copies of trained weights."""
         tape, model = self._tape, self._model
         operand = weight.value
@@ -246,6 +250,7 @@ class Forward:
                                   lambda _: [tape.memory.new(back)])
         if model.autocast:
             x = tape.cast(x, model.compute)
+        self._memory.muted = last
         return tape.matmul(x, operand, self._tokens)
 
     def loss(self, hidden: Value) -> Value:

@@ -7,11 +7,12 @@ let go when the next group's is there; in the backward pass the next group is ga
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from collie_lab.planning._sizes import Memory, Parameter, Storage
 
-__all__ = ["Group", "Sharded"]
+__all__ = ["Group", "Sharded", "shard"]
 
 
 class Group:
@@ -23,15 +24,14 @@ class Group:
         self.buffer: Storage | None = None
         self.gradients: Storage | None = None  # this rank's piece of them
 
-    @property
-    def count(self) -> int:
-        """Numbers of all of them."""
-        return sum(each.count for each in self.parameters)
+    def piece(self, ranks: int, trained: bool = False) -> int:
+        """Numbers of a rank's piece of all of them, or of those that get a gradient."""
+        return sum(shard(each, ranks) for each in self.parameters if each.trained or not trained)
 
-    @property
-    def trained(self) -> int:
-        """Numbers of those that get a gradient."""
-        return sum(each.count for each in self.parameters if each.trained)
+
+def shard(parameter: Parameter, ranks: int) -> int:
+    """Numbers of the largest piece of a parameter, which is cut by its first dimension. All are padded to it."""
+    return -(-parameter.shape[0] // ranks) * math.prod(parameter.shape[1:])
 
 
 class Sharded:
@@ -83,15 +83,15 @@ class Sharded:
         """Send its gradients, and keep this rank's piece of the sum."""
         group.gathered = []
         self._sent = None
-        if not group.trained:
+        memory, count = self._memory, group.piece(self._ranks, trained=True)
+        if not count:
             return
-        memory, count = self._memory, group.trained
-        self._sent = memory.new(count * self._reduced, "communication")
+        self._sent = memory.new(count * self._ranks * self._reduced, "communication")
         for parameter in group.parameters:
             parameter.gradient = None
-        pieces: Storage | None = memory.new(count // self._ranks * self._reduced, "gradients")
+        pieces: Storage | None = memory.new(count * self._reduced, "gradients")
         if self._kept != self._reduced:
-            pieces = memory.new(count // self._ranks * self._kept, "gradients")
+            pieces = memory.new(count * self._kept, "gradients")
         if not self._in_backward:
             group.gradients = pieces
 
@@ -104,8 +104,9 @@ class Sharded:
 
     def _gather(self, group: Group) -> None:
         with self._memory.as_role("communication"):
-            piece = None if self._kept == self._width else self._memory.new(group.count // self._ranks * self._width)
-            group.buffer = self._memory.new(group.count * self._width)
+            count = group.piece(self._ranks) * self._width
+            piece = None if self._kept == self._width else self._memory.new(count)
+            group.buffer = self._memory.new(count * self._ranks)
             del piece
 
     def _cut(self, group: Group) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 from unittest import mock
 
 import numpy as np
@@ -31,7 +31,7 @@ from collie_lab.planning._work import Work
 from collie_lab.training.probe import Path, find_path
 from collie_lab.training.weights import blueprint, materialise
 
-__all__ = ["patched", "probe_once"]
+__all__ = ["KNOWN_PATHS", "patched", "probe_once"]
 
 
 class _DryEngine(Eager):
@@ -116,7 +116,8 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
         yield
 
 
-_paths: dict[str, Path] = {}
+#: The way to the loss of models that were tried, by their configurations.
+KNOWN_PATHS: Final[dict[str, Path]] = {}
 
 
 def probe_once(experiment: Experiment) -> None:
@@ -130,9 +131,9 @@ def _find_path_once(find: Callable[[PreTrainedModel, bool], Path]) -> Callable[[
                   for name, value in model.config.to_dict().items()}
         fields.pop(model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers"), None)
         key = json.dumps([fields, packing], sort_keys=True, default=str)
-        if key not in _paths:
-            _paths[key] = find(model, packing)
-        return _paths[key]
+        if key not in KNOWN_PATHS:
+            KNOWN_PATHS[key] = find(model, packing)
+        return KNOWN_PATHS[key]
 
     return call
 

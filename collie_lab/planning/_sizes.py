@@ -22,6 +22,7 @@ class Memory(Roles):
     Attributes:
         moment: the name under which the most is kept now.
         peaks: of each moment, the most bytes, and what they were made of.
+        muted: what appears now takes nothing.
     """
 
     def __init__(self, granule: int = 1):
@@ -30,11 +31,12 @@ class Memory(Roles):
         self.total = 0
         self.moment = ""
         self.peaks: dict[str, Peak] = {}
+        self.muted = False
         self._granule = granule
 
     def new(self, size: int, role: Role | None = None) -> Storage:
         """A storage of so many bytes."""
-        return Storage(self, -(-size // self._granule) * self._granule, role or self.role)
+        return Storage(self, 0 if self.muted else -(-size // self._granule) * self._granule, role or self.role)
 
     def beside(self, *others: int, size: int) -> Storage:
         """A storage of `size` bytes, for which others are needed that are gone when it is there."""

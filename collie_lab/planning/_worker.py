@@ -14,9 +14,12 @@ import select
 import sys
 import threading
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from collie_lab.planning._apart import DryRunError, apart
+
+if TYPE_CHECKING:
+    from collie_lab.training.probe import Path
 
 __all__ = ["main"]
 
@@ -32,6 +35,7 @@ def main() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import collie_lab.planning.summary  # noqa: F401
+    from collie_lab.planning._patches import KNOWN_PATHS
 
     torch.set_num_threads(1)
     gc.collect()
@@ -40,7 +44,8 @@ def main() -> None:
         request = json.loads(line)
         try:
             # Torch keeps the meshes of one layout, and takes them for those of the next.
-            answer, = apart([functools.partial(_answer, request)])
+            (answer, paths), = apart([functools.partial(_answer, request)])
+            KNOWN_PATHS.update(paths)
         except DryRunError as error:
             answer = {"error": str(error)}
         answers.write(json.dumps(answer) + "\n")
@@ -58,15 +63,18 @@ def _end_with_kernel() -> None:
     os._exit(0)
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
+def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The summaries, and what was found out on the way that later requests need not."""
     from collie_lab.code import load_experiment
     from collie_lab.folder import RunFolder
+    from collie_lab.planning._patches import KNOWN_PATHS
     from collie_lab.planning.summary import forecast
 
     os.chdir(request["cwd"])  # a model may be a folder there
     experiment = load_experiment(RunFolder(request["folder"]))
     ranks = [functools.partial(forecast, experiment, **options) for options in request["ranks"]]
-    return {"summaries": [each.to_json() for each in (apart(ranks) if len(ranks) > 1 else [ranks[0]()])]}
+    summaries = apart(ranks) if len(ranks) > 1 else [ranks[0]()]
+    return {"summaries": [each.to_json() for each in summaries]}, KNOWN_PATHS
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ give every moment of a step at any depth, and the peak is the largest of these m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -28,7 +29,7 @@ from collie_lab.cells import (
 )
 from collie_lab.data.hub import model_config
 from collie_lab.planning._forward import Forward
-from collie_lab.planning._fsdp import Sharded
+from collie_lab.planning._fsdp import Sharded, shard
 from collie_lab.planning._llama import Model, Shape
 from collie_lab.planning._moments import Peak, at_the_ends, deepened
 from collie_lab.planning._roles import Role
@@ -151,9 +152,9 @@ class _Step:
         self._holds = self._optimizer.in_backward and getattr(self._optimizer, "accumulate", None) == "hold"
         self._updates = self._optimizer.in_backward
         ranks = self._parallel.dp if sharded else 1
-        self._kept = [self.memory.new(each.count * each.kept // ranks) for each in self.model.parameters()]
+        self._kept = [self.memory.new(shard(each, ranks) * each.kept) for each in self.model.parameters()]
         trained = [each for each in self.model.parameters() if each.trained]
-        self._states = [self.memory.new(_state_bytes(self._optimizer, each) // ranks, "optimizer")
+        self._states = [self.memory.new(_state_bytes(self._optimizer, each, shard(each, ranks)), "optimizer")
                         for each in trained]
         replicated = self._parallel.dp > 1 and not sharded and not self._optimizer.in_backward
         self._by_hand = replicated and tp > 1  # else by torch's DistributedDataParallel, in buckets
@@ -211,15 +212,15 @@ class _Step:
             parameter.gradient = gradient
 
 
-def _state_bytes(cell: Any, parameter: Parameter) -> int:
-    """What the optimizer keeps of a parameter, with what keeps small updates of a bf16 weight."""
+def _state_bytes(cell: Any, parameter: Parameter, count: int) -> int:
+    """What the optimizer keeps of `count` numbers of a parameter, with what keeps small updates of a bf16 weight."""
     rounding = cell.rounding or ("stochastic" if isinstance(cell, AdaLomo) else "master")
-    beside = _BESIDE[rounding] * parameter.count if parameter.kept == 2 else 0
+    beside = _BESIDE[rounding] * count if parameter.kept == 2 else 0
     if isinstance(cell, SGD):
-        return beside + 4 * parameter.count * bool(cell.momentum)
-    if isinstance(cell, AdaLomo):
-        return beside + 4 * sum(parameter.shape)  # of a matrix a row and a column, of a vector all of it
-    return beside + 4 * _STATES[type(cell)] * parameter.count
+        return beside + 4 * count * bool(cell.momentum)
+    if isinstance(cell, AdaLomo):  # of a matrix a row and a column, of a vector all of it
+        return beside + 4 * (count // math.prod(parameter.shape[1:]) + sum(parameter.shape[1:]))
+    return beside + 4 * _STATES[type(cell)] * count
 
 
 def _largest_bucket(parameters: Sequence[Parameter]) -> int:
