@@ -66,8 +66,9 @@ def planned_columns(plan: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _without_luck(experiment: Experiment) -> Experiment:
-    """The experiment without what no plan depends on."""
-    return experiment.replace(name="plan", training=experiment.training.replace(seed=0))
+    """The experiment without what no plan depends on: the seed, and the learning rate, which tuning varies."""
+    return experiment.replace(name="plan", training=experiment.training.replace(seed=0),
+                              optimizer=experiment.optimizer.replace(lr=1e-3))
 
 
 def _plan(experiment: Experiment, gpu: str | None) -> dict[str, Any]:

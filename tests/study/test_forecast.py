@@ -31,6 +31,9 @@ def test_forecast_is_made_once_and_corrected(tmp_path: Path) -> None:
         assert planned.call_count == 4  # seeds are alike
         study.forecast("H200")
         assert planned.call_count == 4
+        rates = toy_grid([0], product={"optimizer.lr": [1e-3, 1e-2]})
+        lab.Study(rates, results=tmp_path / "rates").forecast()
+        assert planned.call_count == 5  # and so are learning rates
         assert frame.loc["batch_size=2, adamw, seed=0", ["planned_bytes", "fits", "seconds"]].tolist() == [
             2000, True, pytest.approx(50 * 2 * 16 / 100)]
         assert not frame.loc["batch_size=4, adamw, seed=1", "fits"]
