@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,5 +39,6 @@ def test_on_generated_data() -> None:
 
 @pytest.mark.ranks
 def test_on_a_trained_model_and_real_data(shared: Path) -> None:
-    _check(_execute(model=str(shared / "models/stories260k"), data=str(shared / "data/clinc150/data_full.json"),
-                    steps=6, batch_size=8, answers=8))
+    splits = json.loads((shared / "data/clinc150/data_full.json").read_text(encoding="utf-8"))
+    Path("some.json").write_text(json.dumps({name: rows[::20] for name, rows in splits.items()}), encoding="utf-8")
+    _check(_execute(model=str(shared / "models/stories260k"), data="some.json", steps=6, batch_size=8, answers=8))

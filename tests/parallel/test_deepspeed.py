@@ -18,7 +18,7 @@ from collie_lab.folder import RunFolder
 from collie_lab.parallel import build_strategy
 from tests.ranks import losses, run_here, run_ranks
 
-STEPS = 10
+STEPS, HALF = 6, 3
 BASE = Experiment(
     model=Model("llama-tiny", init="random"),
     # An odd number of documents, one a batch: one rank has more to answer than the other.
@@ -28,10 +28,10 @@ BASE = Experiment(
 )
 ADAMW = BASE.replace(optimizer=AdamW(lr=3e-3, weight_decay=0.1))
 EXPERIMENTS = {
-    "adamw": ADAMW.with_("training.export", True).with_("training.checkpoint_every", 5),
+    "adamw": ADAMW.with_("training.export", True).with_("training.checkpoint_every", HALF),
     "lion": BASE.replace(optimizer=Lion(lr=1e-3, weight_decay=0.1)),
     "lora": BASE.replace(optimizer=AdamW(lr=1e-2), adapter=LoRA(r=4)).with_("training.export", True)
-    .with_("training.checkpoint_every", 5),
+    .with_("training.checkpoint_every", HALF),
     "adan": BASE.replace(optimizer=Adan(lr=1e-3, restart_every=4)).replace(
         training=BASE.training.replace(clip_grad_norm=None, clip_grad_value=0.5)),
     "best": BASE.replace(optimizer=Lion(lr=0.02), evaluate=[lab.Perplexity(every=2), BASE.evaluate[1]],
@@ -52,7 +52,7 @@ class Arm:
     experiment: str
     parallel: Parallel
     resume: str | None = None
-    """The run whose checkpoint of step 5 it goes on from."""
+    """The run whose checkpoint of step `HALF` it goes on from."""
     tolerance: float = 1e-5
 
 
@@ -97,7 +97,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _train_all(folder: str) -> None:
     for name, arm in ARMS.items():
         check = functools.partial(_assert_layout, parallel=arm.parallel)
-        resume = Path(folder) / arm.resume / "checkpoints" / "step-000005" if arm.resume else None
+        resume = Path(folder) / arm.resume / "checkpoints" / f"step-{HALF:06d}" if arm.resume else None
         experiment = EXPERIMENTS[arm.experiment]
         run_here(experiment.replace(parallel=arm.parallel, callbacks=[*experiment.callbacks, check]),
                  Path(folder) / name, resume)
@@ -143,7 +143,7 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ARMS)
 def test_two_ranks_give_the_curve_of_one(name: str, runs: Path) -> None:
     expected, found = RunFolder(runs / ARMS[name].experiment), RunFolder(runs / name)
-    curve = losses(expected)[5 if ARMS[name].resume else 0:]
+    curve = losses(expected)[HALF if ARMS[name].resume else 0:]
     tolerance = ARMS[name].tolerance
     assert losses(found) == pytest.approx(curve, abs=tolerance)
     expected_result, result = expected.read("result.json"), found.read("result.json")
@@ -186,8 +186,8 @@ def test_an_exported_adapter_is_that_of_one_process(runs: Path) -> None:
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", ["adamw-1", "adamw-3-offload"])
 def test_one_process_goes_on_from_its_checkpoint(name: str, runs: Path, tmp_path: Path) -> None:
-    resumed = run_here(EXPERIMENTS["adamw"], tmp_path / "run", runs / name / "checkpoints" / "step-000005")
-    assert losses(resumed) == pytest.approx(losses(RunFolder(runs / "adamw"))[5:], abs=1e-5)
+    resumed = run_here(EXPERIMENTS["adamw"], tmp_path / "run", runs / name / "checkpoints" / f"step-{HALF:06d}")
+    assert losses(resumed) == pytest.approx(losses(RunFolder(runs / "adamw"))[HALF:], abs=1e-5)
 
 
 def test_offload_on_one_rank_by_the_launcher(tmp_path: Path) -> None:
