@@ -99,6 +99,21 @@ def test_a_tuned_axis_shows_its_best_over_the_seeds_that_all_values_have() -> No
     assert table.numbers.loc["a", "perplexity"] == 5.0
 
 
+def test_settings_of_which_none_is_the_best_yet_have_no_figure() -> None:
+    made = Fabricated("method", "lr", "seed", tuned={"lr": "perplexity"})
+    for lr in (0.1, 0.2):
+        made.add("a", lr, 0, loss=lr)
+    made.add("b", 0.1, 0, loss=5.0)  # one setting is no choice
+    assert made.table(["loss"]).text["Loss"].to_dict() == {"a": "–", "b": "5.000"}
+
+
+def test_axes_that_were_tuned_together_are_chosen_together() -> None:
+    made = Fabricated("method", "lr", "decay", "seed", tuned={"lr": "loss", "decay": "loss"})
+    for lr, decay, loss in ((0.1, 0.0, 1.0), (0.1, 0.5, 9.0), (0.2, 0.0, 3.0), (0.2, 0.5, 2.0)):
+        made.add("a", lr, decay, 0, loss=loss)
+    assert made.table(["loss"]).numbers.loc["a", "loss"] == 1.0
+
+
 def test_welch_and_paired_tests_agree_with_their_formulas() -> None:
     from scipy.special import stdtr  # Student's distribution
 
