@@ -267,14 +267,14 @@ class Study(Presentation):
         folder = self._folder(arm)
         state: dict[str, Any] = folder.state if folder is not None else {"status": "pending"}
         run = folder.run if folder is not None else None
-        figures = {} if run is None else run_figures(run)
+        figures, labels = {} if run is None else run_figures(run), self._labels(arm)
         return {
-            "id": arm.id, **self._labels(arm), SEED: arm.seed,
+            "id": arm.id, **labels, SEED: arm.seed,
             "status": state["status"], "reason": state.get("reason", ""),
             "attempts": state.get("attempts", 0), "run": None if run is None else str(run.folder.path),
-            "runner": arm.runner, "code": code_version(state.get("provenance", {})),
+            "runner": labels.get("runner", arm.runner), "code": code_version(state.get("provenance", {})),
             "arm_seconds": state.get("seconds"),
-            **{key: value for key, value in figures.items() if key not in ("status", "detail")},
+            **{key: value for key, value in figures.items() if key not in ("status", "detail", *labels)},
         }
 
     def _outcome(self, arm: Arm) -> tuple[str, dict[str, Any]]:

@@ -78,3 +78,13 @@ def test_a_study_without_axes_is_one_row_over_its_seeds(tmp_path: Path) -> None:
     alone = lab.Study({key: value for key, value in toy_grid([]).items() if key != "seeds"}, results=tmp_path / "alone")
     assert alone.axes == ["study"]
     assert list(alone.table(["loss"]).loc["toy"]) == ["pending"]
+
+
+def test_an_axis_keeps_its_labels_where_a_figure_has_its_name(tmp_path: Path) -> None:
+    steps = {"short": {"training.steps": 2}, "long": {"training.steps": 3}}
+    study = lab.Study(toy_grid([0], product={"steps": steps}), results=tmp_path)
+    for arm in study.arms:
+        shutil.move(made_run().folder.path, study._made(arm).runs)
+        study._made(arm).write_status({"status": "ok"})
+    assert study.frame["steps"].tolist() == ["short", "long"]
+    assert study.table(["loss"]).rows == [("short",), ("long",)]
