@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from collie_lab.launch._verdict import how_it_ended
 from collie_lab.study.store import FINAL
 
-__all__ = ["Facts", "Outcome", "judge"]
+__all__ = ["Facts", "Outcome", "judge", "judge_program"]
 
-#: Signals by which a kernel ends of its own doing.
+#: Signals by which a process ends of its own doing.
 _CRASHES = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL)
+#: Those that ask an arm to stop; they end one that has not come as far as to heed them.
+_REQUESTS = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,20 @@ def _judge_kernel(code: int, oom_kills: int) -> Outcome:
     if code in _CRASHES or code >= 0:
         return Outcome("error", f"the kernel: {how_it_ended(code)}")
     return Outcome("lost", f"the kernel was {how_it_ended(code)}")
+
+
+def judge_program(code: int, words: str) -> Outcome:
+    """The verdict on an attempt whose program has ended without one of its own: it failed before it could begin.
+
+    `words`: what it wrote to its log.
+    """
+    if code in _REQUESTS:
+        return Outcome("stopped", f"stopped before it began ({how_it_ended(code)})")
+    if code < 0 and code not in _CRASHES:
+        return Outcome("lost", f"the arm's program was {how_it_ended(code)}")
+    last = next((line.strip() for line in reversed(words.splitlines()) if line.strip()), "")
+    return Outcome("error", f"the arm's program: {how_it_ended(code)}" + (f"; its last words: {last}" if last else ""),
+                   words)
 
 
 def _raised(facts: Facts) -> str:

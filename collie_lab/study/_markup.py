@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from collie_lab.study.groups import label_text
@@ -75,6 +76,12 @@ def _tex_sup(marks: str) -> str:
     return rf"\textsuperscript{{{','.join(marks)}}}" if marks else ""
 
 
+#: Points of a line in LaTeX's `article` at 10 pt. A table that may be wider is made to fit the line that it stands on.
+_TEX_WIDTH: Final = 345
+#: Scales down what follows up to the closing brace, where it is wider than the line; else leaves it as it is.
+_TEX_FIT: Final = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+
+
 def latex(table: Table, siunitx: bool, label: str) -> str:
     """A booktabs table."""
     left, headings = len(table.row_axes), _headings(table)
@@ -92,7 +99,21 @@ def latex(table: Table, siunitx: bool, label: str) -> str:
         labels[-1] += _tex_sup(table.row_marks.get(row, ""))
         lines.append(" & ".join([*labels, *(_tex_cell(cell, siunitx) for cell in _cells(table, row))]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
+    if _tex_width(table, headings) > _TEX_WIDTH:
+        lines = [f"{lines[0]}, graphicx", _TEX_FIT, *lines[1:], "}"]
     return "\n".join(_floating(table, lines, label) if table.caption or table.notes else lines) + "\n"
+
+
+def _tex_width(table: Table, headings: list[tuple[str, ...]]) -> float:
+    """Points that the table takes at 10 pt, about: 5.4 a character, which is between figures and bold letters, and the
+    space on both sides of a column. A heading that spans several columns counts with its share."""
+    spans = Counter(heading[:level] for heading in headings for level in range(1, len(heading) + 1))
+    widest: list[float] = [max(len(axis), *(len(label_text(row[place])) for row in table.rows))
+                           for place, axis in enumerate(table.row_axes)]
+    for place, heading in enumerate(headings):
+        shares = [len(part) / spans[heading[:level]] for level, part in enumerate(heading, 1)]
+        widest.append(max(*shares, *(len(table.cells[row, place].text) for row in table.rows)))
+    return sum(5.4 * width + 12 for width in widest)
 
 
 def _tex_head(table: Table, headings: list[tuple[str, ...]], siunitx: bool) -> list[str]:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,20 @@ class ArmJob:
         self._arm: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
-        """Run the arm; its exit code."""
+        """Run the arm; its exit code. Where it could not begin, its status is written here: Slurm knows no reason."""
         signal.signal(signal.SIGTERM, lambda *_: self._stop())  # instead of submitit's, which only notes it
         threads = int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // self._ranks  # the node has more, for other jobs
         env = {"OMP_NUM_THREADS": str(max(1, threads)), **os.environ}
+        since = time.time()
         with self._log.open("ab") as log:
             self._arm = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
         _wait(self._arm)
-        return self._arm.wait()
+        code = self._arm.wait()
+        if code:
+            from collie_lab.study.executor import conclude  # what a job need not hold while its arm runs
+
+            conclude(self._log.parent, code, since)
+        return code
 
     def checkpoint(self) -> DelayedSubmission:
         """Stop the arm, which leaves a checkpoint; the job that goes on from it."""

@@ -15,6 +15,9 @@ _ENDED: Final = frozenset({
     "", "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
     "REVOKED", "TIMEOUT"})
 
+#: States in which a job has no node yet, or none any more until its next turn.
+_WAITING: Final = frozenset({"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"})
+
 #: Seconds that one of Slurm's programs gets to answer.
 _PATIENCE: Final = 60
 
@@ -38,6 +41,11 @@ class Job:
     def alive(self) -> bool:
         """Whether it waits, runs, or is about to be queued again."""
         return self.state not in _ENDED
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has no node yet."""
+        return self.state in _WAITING
 
     @property
     def number(self) -> int:

@@ -26,14 +26,12 @@ from collie_lab.provenance import provenance
 from collie_lab.study._judge import Facts, Outcome, judge
 from collie_lab.study._watch import Watch
 from collie_lab.study.arms import Arm, read_arm
-from collie_lab.study.store import FINAL, ArmFolder, HeldError
+from collie_lab.study.store import FINAL, HELD, ArmFolder, HeldError
 
-__all__ = ["HELD", "NOTEBOOK", "main", "run_arm"]
+__all__ = ["NOTEBOOK", "main", "run_arm"]
 
 #: The notebook that every arm executes.
 NOTEBOOK: Final = Path(__file__).with_name("arm.ipynb")
-#: Exit code where another process runs the arm already (sysexits' EX_TEMPFAIL).
-HELD: Final = 75
 #: Seconds that a kernel gets to start, on a machine where many start at once.
 _START: Final = 300
 #: Seconds that the run of an attempt gets to end when its kernel has.

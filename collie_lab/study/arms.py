@@ -178,11 +178,16 @@ def _slug(name: str) -> str:
 
 
 def _check_distinct(arms: Iterable[Arm]) -> None:
+    """No two arms are the same experiment; none has another's name, by which frames and tables know it."""
     seen: dict[str, Arm] = {}
+    names: dict[str, Arm] = {}
     for arm in arms:
         if (other := seen.setdefault(arm.id, arm)) is not arm:
             raise CellError([Problem("Grid", "", f"{other.name!r} and {arm.name!r} are the same experiment",
                                      "an axis that changes nothing for one of them? `exclude` the other")])
+        if names.setdefault(arm.name, arm) is not arm:
+            raise CellError([Problem("Grid", "include", f"two arms that are not the same are called {arm.name!r}",
+                                     "an arm that is included has a label of its own on some axis")])
 
 
 def _check_budgets(grid: Grid, arms: Iterable[Arm]) -> None:

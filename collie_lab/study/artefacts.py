@@ -77,7 +77,7 @@ def origins(outcomes: Outcomes) -> dict[str, dict[str, list[str]]]:
     found: dict[str, dict[str, list[str]]] = {}
     for name, run in outcomes.runs.items():
         conditions = Conditions(run)
-        for aspect in (each for each in ASPECTS if each.name in ("commit", "hardware", "versions")):
+        for aspect in (each for each in ASPECTS if each.name in ("commit", "hardware", "ranks", "versions")):
             if (value := aspect.read(conditions)) is not None:
                 found.setdefault(aspect.name, {}).setdefault(str(value), []).append(name)
         if host := conditions.environment.get("host"):

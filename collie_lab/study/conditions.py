@@ -79,9 +79,10 @@ class Aspect:
     tolerance: float = 0.0
 
     def is_compared_by(self, axis: str) -> bool:
-        """Whether arms that differ on this axis are meant to differ here."""
-        return axis == self.name or any(
-            axis == field or field.startswith(f"{axis}.") or axis.startswith(f"{field}.") for field in self.fields)
+        """Whether arms that differ on this axis are meant to differ here. By a whole cell (`optimizer`) they are where
+        it decides first of all: not in the precision, of which an optimizer decides the rounding alone."""
+        return axis == self.name or any(axis == field or axis.startswith(f"{field}.") for field in self.fields) \
+            or any(field.startswith(f"{axis}.") for field in self.fields[:1])
 
     def equal(self, one: Any, two: Any) -> bool:
         """Whether two values are the same condition."""
@@ -154,8 +155,12 @@ def _hardware(run: Conditions) -> str | None:
     known = run.environment
     if not known:
         return None
-    each = known.get("gpu") or f"CPU ({known.get('threads')} of {known.get('cores')} cores)"
-    return f"{run.ranks} × {each}" if run.ranks else str(each)
+    return str(known.get("gpu") or f"CPU ({known.get('cores')} cores)")
+
+
+def _ranks(run: Conditions) -> str | None:
+    """How many there are, and the threads of each."""
+    return f"{run.ranks}, {run.environment.get('threads')} threads each" if run.environment and run.ranks else None
 
 
 def _versions(run: Conditions) -> str | None:
@@ -187,6 +192,7 @@ def _schedule(run: Conditions) -> str | None:
     training = run.cell("training")
     words = [f"{training['schedule']}"] if "schedule" in training else []
     words += [f"{key} {training[key]}" for key in ("warmup", "final_lr") if training.get(key)]
+    words += [f"decay {training['decay']}"] if training.get("schedule") == "wsd" and "decay" in training else []
     return ", ".join(words) or None
 
 
@@ -201,10 +207,13 @@ ASPECTS: Final = (
     Aspect("training data", ("data", "model"), lambda run: run.data.get("fingerprint")),
     Aspect("data order", ("data",), _order),
     Aspect("seed", ("training.seed",), lambda run: run.cell("training").get("seed")),
+    Aspect("recomputation", ("training.recompute",), lambda run: run.cell("training").get("recompute")),
     Aspect("precision", ("training.precision", "training.weights", "optimizer.rounding"), _precision),
-    Aspect("learning-rate schedule", ("training.schedule", "training.warmup", "training.final_lr"), _schedule),
+    Aspect("learning-rate schedule", ("training.schedule", "training.warmup", "training.decay",
+                                      "training.final_lr"), _schedule),
     Aspect("evaluation set", ("evaluate", "data"), _evaluation, _evaluation_text),
-    Aspect("hardware", ("parallel",), _hardware),
+    Aspect("hardware", (), _hardware),
+    Aspect("ranks", ("parallel",), _ranks),
     Aspect("versions", (), _versions),
     Aspect("commit", (), _commit),
 )

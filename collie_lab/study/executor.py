@@ -16,12 +16,18 @@ from typing import Any, Final, Protocol
 import psutil
 
 from collie_lab.cells import CellError, Problem
+from collie_lab.logs import read_log
 from collie_lab.machine import visible_gpus
 from collie_lab.rank import die_with_parent
+from collie_lab.study._judge import judge_program
 from collie_lab.study.arms import Arm
 from collie_lab.study.cluster import Cluster
+from collie_lab.study.store import HELD, ArmFolder
 
-__all__ = ["Executor", "Job", "LocalExecutor", "cluster", "command", "make_executor"]
+__all__ = ["Executor", "Job", "LocalExecutor", "cluster", "command", "conclude", "make_executor"]
+
+#: Lines of its log that are kept of an arm whose program could not begin.
+_LAST_WORDS: Final = 50
 
 
 class Job(Protocol):
@@ -29,7 +35,12 @@ class Job(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether it waits for its turn or runs. What became of the arm is in the arm's folder."""
+        """Whether it waits for its turn or runs. What became of the arm is in the arm's folder: where it is not alive,
+        and its program has left no status, the job has written one."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for its turn, as far as one can tell: its program has not been started."""
 
     def stop(self) -> None:
         """Have the arm stop after its step with a checkpoint (SIGTERM to its program), and not start if it waits;
@@ -61,6 +72,17 @@ class Executor(Protocol):
 def command(folder: Path) -> list[str]:
     """What runs the arm of a folder."""
     return [sys.executable, "-m", "collie_lab.study.arm", str(folder)]
+
+
+def conclude(folder: Path, code: int, since: float) -> None:
+    """See to it that an arm whose program has ended has a status. It writes its own, unless it cannot begin (a library
+    does not load) or is killed: that its exit code tells, to whoever has started it at the time `since`."""
+    if code in (0, HELD):
+        return
+    log = folder / "arm.log"  # of all attempts: the last words in it may be an earlier one's
+    written = log.exists() and log.stat().st_mtime >= since
+    outcome = judge_program(code, read_log(log, _LAST_WORDS) if written else "")
+    ArmFolder(folder).conclude(outcome.status, outcome.reason, since, outcome.traceback)
 
 
 def make_executor(executor: str | Cluster | Executor, slots: int | None = None) -> Executor:
@@ -130,11 +152,11 @@ class LocalExecutor:
             env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (self._slots * gpus))), **os.environ}
             if self._gpus:
                 env["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
-            tie = die_with_parent if sys.platform == "linux" else None
+            tie, since = die_with_parent if sys.platform == "linux" else None, time.time()
             with (folder / "arm.log").open("ab") as log:
                 process = subprocess.Popen(command(folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                            start_new_session=True, preexec_fn=tie, env=env)
-            job = _LocalJob(process, stack.pop_all())
+            job = _LocalJob(folder, process, since, stack.pop_all())
         self._jobs.append(job)
         return job
 
@@ -158,14 +180,21 @@ class LocalExecutor:
 
 
 class _LocalJob:
-    def __init__(self, process: subprocess.Popen[bytes], gpus: contextlib.ExitStack):
-        self._process, self._gpus = process, gpus
+    waits = False
+
+    def __init__(self, arm: Path, process: subprocess.Popen[bytes], since: float, gpus: contextlib.ExitStack):
+        self._arm, self._process, self._since, self._gpus = arm, process, since, gpus
+        self._concluded = False
 
     @property
     def alive(self) -> bool:
-        if self._process.poll() is None:
+        code = self._process.poll()
+        if code is None:
             return True
-        self._gpus.close()
+        if not self._concluded:
+            self._concluded = True
+            self._gpus.close()
+            conclude(self._arm, code, self._since)
         return False
 
     def stop(self) -> None:

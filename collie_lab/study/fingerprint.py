@@ -15,7 +15,7 @@ from collie_lab.cells import SHAPES, Experiment
 __all__ = ["Identity", "identify"]
 
 #: Fields of cells that name files or folders, where they name any.
-_FIELDS: Final = ("source", "tokenizer", "load")
+_FIELDS: Final = ("source", "tokenizer", "load", "path", "include_path")
 _SUFFIXES: Final = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz")
 #: Bytes at either end of a file in a folder that count; a model's files are large.
 _SAMPLE: Final = 1 << 16

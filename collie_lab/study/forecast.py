@@ -85,10 +85,10 @@ def _plan(experiment: Experiment, gpu: str | None) -> dict[str, Any]:
 
 
 def _measured(results: Path, arm: Arm) -> float | None:
-    """Seconds that an arm took, where it has come to its end."""
+    """Seconds that an arm took, all attempts together, where it has come to its end."""
     folder = ArmFolder.find(results, arm.id)
-    state = folder.state if folder is not None else {"status": "pending"}
-    return float(state["seconds"]) if state["status"] == "ok" else None
+    state: dict[str, Any] = folder.state if folder is not None else {"status": "pending"}
+    return float(state["seconds"] + state.get("seconds_before", 0.0)) if state["status"] == "ok" else None
 
 
 def _corrected(planned: pd.Series[float], measured: pd.Series[float]) -> pd.Series[float]:

@@ -34,6 +34,8 @@ DEFAULT_RUNNER: Final = "collie_lab"
 
 _BYTES: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
                  "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+#: Columns of a study's frame, which no axis of one's own can be called.
+_COLUMNS: Final = ("arm", "id", "status", "reason", "attempts", "run", "code", "arm_seconds")
 #: Top-level keys that a profile cannot have.
 _FIXED: Final = ("name", "profiles")
 
@@ -307,6 +309,8 @@ def _choices(name: str, content: Any) -> list[Choice]:
     """
     if name == "seed":
         raise _error(name, "seeds are no axis", "`seeds: [0, 1, 2]`")
+    if name in _COLUMNS:
+        raise _error(name, "every study's frame has a column of this name", "another name for the axis")
     if not isinstance(content, (list, Mapping)) or not content:
         raise _error(name, "an axis has a list of values, or a mapping from labels to values or changes, "
                      f"got {content!r:.60}")

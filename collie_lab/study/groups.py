@@ -60,6 +60,8 @@ class Group:
 
     labels: Mapping[str, Any]
     arms: pd.DataFrame
+    decided: bool = True
+    """Whether they are of one setting: of several that were tried, and none of them the best yet, no figure counts."""
 
     @property
     def names(self) -> list[str]:
@@ -71,7 +73,7 @@ class Group:
         statuses = self.arms["status"]
         failed = Counter(str(status) for status in statuses if status not in FINISHED)
         samples: dict[Any, float] = {}
-        if key in self.arms:
+        if key in self.arms and self.decided:
             seeds = self.arms.get(SEED, self.arms.index)
             for seed, status, number in zip(seeds, statuses, self.arms[key], strict=True):
                 if status in FINISHED and number is not None and math.isfinite(number):
@@ -142,10 +144,9 @@ def group_arms(
     for key in ordered(keys):
         labels = dict(zip(by, key, strict=True))
         members = arms[[each == key for each in keys]]
-        for axis, metric in (tuned or {}).items():
-            if axis in axes and axis not in by:
-                members = _best_of(members, axis, metric)
-        groups.append(Group(labels, members))
+        chosen = {axis: metric for axis, metric in (tuned or {}).items() if axis in axes and axis not in by}
+        members = _best_of(members, chosen)
+        groups.append(Group(labels, members, len(ordered(_settings(members, chosen))) == 1))
         for axis in seedless(axes):
             if axis not in [*by, *free, *(tuned or {})] and len(ordered(members[axis])) > 1:
                 raise ValueError(
@@ -154,17 +155,28 @@ def group_arms(
     return groups
 
 
-def _best_of(arms: pd.DataFrame, axis: str, metric: str | Column) -> pd.DataFrame:
-    """The arms at the value of a tuned axis that has the best metric, over the seeds with which all were tried."""
-    shown = column(metric)
-    if shown.better is None:
-        raise ValueError(f"tuned: is less or more of {shown.key!r} better? A Column in its place can say so")
-    tried: dict[Any, pd.DataFrame] = {value: arms[arms[axis] == value] for value in ordered(arms[axis])}
-    samples = {value: Group({}, members).value(shown.key).samples for value, members in tried.items()}
-    samples = {value: each for value, each in samples.items() if each}
-    if not samples:
-        return arms  # none of them has the metric: all words, none of them the best
-    common = set.intersection(*(set(each) for each in samples.values()))
-    sign = 1 if shown.better == "min" else -1
-    scores = {value: sign * statistics.fmean(each[seed] for seed in common or each) for value, each in samples.items()}
-    return tried[min(scores, key=lambda value: scores[value])]
+def _settings(arms: pd.DataFrame, tuned: Collection[str]) -> list[tuple[Any, ...]]:
+    """Of each arm its labels on the axes that were tuned."""
+    return list(zip(*(arms[axis] for axis in tuned), strict=True)) if tuned else [()] * len(arms)
+
+
+def _best_of(arms: pd.DataFrame, tuned: Mapping[str, str | Column]) -> pd.DataFrame:
+    """The arms of the setting that has the best metric, over the seeds with which all were tried. Of several axes each
+    takes its value from the best setting, by its own metric, of those that the axes before it have left."""
+    for place, metric in enumerate(tuned.values()):
+        shown = column(metric)
+        if shown.better is None:
+            raise ValueError(f"tuned: is less or more of {shown.key!r} better? A Column in its place can say so")
+        settings = _settings(arms, tuned)
+        tried = {setting: Group({}, arms[[each == setting for each in settings]]) for setting in ordered(settings)}
+        samples = {setting: group.value(shown.key).samples for setting, group in tried.items()}
+        samples = {setting: each for setting, each in samples.items() if each}
+        if not samples:
+            continue  # none of them has the metric: none is the best
+        common = set.intersection(*(set(each) for each in samples.values()))
+        sign = 1 if shown.better == "min" else -1
+        scores = {setting: sign * statistics.fmean(each[seed] for seed in common or each)
+                  for setting, each in samples.items()}
+        best = min(scores, key=lambda setting: scores[setting])
+        arms = arms[[each[place] == best[place] for each in settings]]
+    return arms

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from collie_lab.study.store import FINAL, summary_text
+from collie_lab.study.store import FINAL, QUEUED, summary_text
 from collie_lab.view.style import STATUS_COLORS
 from collie_lab.view.units import duration_text
 
@@ -110,7 +110,7 @@ class _Notebook:
         counts = Counter(arms.values())
         parts = "".join(
             f"<div title='{status}' style='width:{100 * number / count:.2f}%;background:{STATUS_COLORS[status]}'></div>"
-            for status, number in counts.items() if status != "pending")
+            for status, number in counts.items() if status not in ("pending", QUEUED))
         bar = f"<div style='display:flex;height:8px;border-radius:4px;overflow:hidden;background:#8884'>{parts}</div>"
         under_way = ", ".join(name for name, status in arms.items() if status == "running")
         words = html.escape(text) + (f"<br><span style='opacity:.65'>{html.escape(under_way)}</span>" if under_way

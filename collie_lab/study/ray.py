@@ -18,7 +18,7 @@ from collie_lab.cells import CellError, Problem
 from collie_lab.launch._supervise import module_paths
 from collie_lab.study.arms import Arm, read_arm
 from collie_lab.study.cluster import Cluster
-from collie_lab.study.executor import command
+from collie_lab.study.executor import command, conclude
 from collie_lab.study.store import ArmFolder
 
 __all__ = ["Ray", "RayExecutor", "RayJob"]
@@ -111,10 +111,15 @@ class RayJob:
             return True
         task, self._task = self._task, None
         try:
-            ray.get(task)
+            conclude(self.arm, ray.get(task), self._since)
         except ray.exceptions.RayError as error:
             ArmFolder(self.arm).conclude(*_ending(error), self._since)
         return False
+
+    @property
+    def waits(self) -> bool:
+        """Ray does not say; until its arm begins, a task waits."""
+        return not ArmFolder(self.arm).held
 
     def stop(self) -> None:
         """Have the arm stop after its step, or not start."""

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from collie_lab.study.arms import Arm
 from collie_lab.study.executor import Executor, Job
-from collie_lab.study.store import FINAL, ArmFolder
+from collie_lab.study.store import FINAL, QUEUED, ArmFolder
 
 __all__ = ["Observer", "Runner"]
 
@@ -26,7 +26,7 @@ class Observer(Protocol):
     """Who is told how things go."""
 
     def update(self, arms: Mapping[str, str]) -> None:
-        """The status of every arm by its name; called again and again."""
+        """The status of every arm by its name, `queued` among them; called again and again."""
 
 
 @dataclass
@@ -95,9 +95,13 @@ class Runner:
 
     def _tell(self, arms: list[Arm], states: Mapping[str, str]) -> None:
         if self.observer is not None:
-            shown = {arm.name: "running" if arm.id in self._jobs and states[arm.id] not in FINAL else states[arm.id]
-                     for arm in arms}
-            self.observer.update(shown)
+            self.observer.update({arm.name: self._shown(arm.id, states[arm.id]) for arm in arms})
+
+    def _shown(self, arm: str, state: str) -> str:
+        """An arm that was given away is queued until its turn comes, and runs from then on, also while it starts."""
+        if state in FINAL or state == "running" or arm not in self._jobs:
+            return state
+        return QUEUED if self._jobs[arm].waits else "running"
 
     def _stop(self) -> None:
         for job in self._jobs.values():

@@ -177,6 +177,11 @@ class SlurmJob:
         self._conclude(self._queued)
         return False
 
+    @property
+    def waits(self) -> bool:
+        """Whether it is in the queue, or not even there yet."""
+        return self._queued is None or self._queued.waits
+
     def stop(self) -> None:
         """Have the arm stop after its step, or not start."""
         self._end(("--state=PENDING",), ("--batch", "--signal=TERM"))

@@ -27,7 +27,7 @@ from collie_lab.folder import checkpoints_in, read_json, write_json
 from collie_lab.launch import Run, runs
 from collie_lab.study.arms import Arm
 
-__all__ = ["ARM_STATUSES", "FINAL", "ArmFolder", "HeldError", "summary_text"]
+__all__ = ["ARM_STATUSES", "FINAL", "HELD", "QUEUED", "ArmFolder", "HeldError", "summary_text"]
 
 #: Every state of an arm: those of runs, and `pending`.
 ARM_STATUSES: Final = (
@@ -35,6 +35,10 @@ ARM_STATUSES: Final = (
 )
 #: States in which an arm has a result, if only that it has none; in the others it is run, or gone on with.
 FINAL: Final = ("ok", "cuda_oom", "host_oom", "diverged", "timeout", "error")
+#: What a runner calls an arm that waits for its turn elsewhere. No state of the folder: only the runner knows it.
+QUEUED: Final = "queued"
+#: Exit code of an arm's program where another process runs the arm already (sysexits' EX_TEMPFAIL).
+HELD: Final = 75
 
 #: Seconds for which a lock that is held is asked for again: who only looks holds it for a moment.
 _PATIENCE: Final = 0.5
@@ -43,7 +47,8 @@ _PATIENCE: Final = 0.5
 def summary_text(statuses: Iterable[str]) -> str:
     """How many arms there are of each status: `12 arms: 10 ok, 1 host oom, 1 pending`."""
     counts = Counter(statuses)
-    parts = [f"{counts[status]} {status.replace('_', ' ')}" for status in ARM_STATUSES if counts[status]]
+    order = (ARM_STATUSES[0], QUEUED, *ARM_STATUSES[1:])
+    parts = [f"{counts[status]} {status.replace('_', ' ')}" for status in order if counts[status]]
     return f"{counts.total()} arms: {', '.join(parts)}"
 
 
@@ -151,14 +156,20 @@ class ArmFolder:
         """Write `status.json`; for who holds the arm."""
         write_json(self.path / "status.json", status)
 
-    def conclude(self, status: str, reason: str, since: float) -> None:
+    def conclude(self, status: str, reason: str, since: float, traceback: str = "") -> None:
         """Write what became of an arm that was given to somebody at the time `since`, and whose program was ended, or
-        never began, without a word. Nothing where it has said something since, or runs."""
+        never began, without a word. Nothing where it has a result, has said something since, or runs."""
         with suppress(HeldError), self.hold():
             state, now = self.state_when_held, time.time()
-            if state["status"] in ("pending", "lost") or (state.get("ended") or now) < since:
-                self.write_status({**state, "status": status, "reason": reason, "ended": now,
-                                   "seconds": now - state.get("started", now)})
+            silent = state["status"] in ("pending", "lost") or (state.get("ended") or now) < since
+            if state["status"] in FINAL or not silent:
+                return
+            began = state.get("started", now)
+            if began < since:  # the state is an earlier attempt's, and so is its time
+                state["seconds_before"] = state.get("seconds_before", 0.0) + state.get("seconds", 0.0)
+                began = now
+            self.write_status({**state, "status": status, "reason": reason, "traceback": traceback, "ended": now,
+                               "seconds": now - began})
 
     def put_aside(self) -> None:
         """Keep the status and the notebook of an attempt before the next one; for who holds the arm."""

@@ -83,8 +83,9 @@ class Study(Presentation):
 
     @property
     def axes(self) -> list[str]:
-        """The axes of the grid, and `seed` where there are several."""
-        axes = dict.fromkeys(axis for arm in self.arms for axis in arm.labels)
+        """The axes of the grid, and `seed` where there are several. A grid without axes has one, `study`, with its name
+        as the one label: so its table has a row, and its figures have something to show it by."""
+        axes = dict.fromkeys(axis for arm in self.arms for axis in self._labels(arm))
         return [*axes, *([SEED] if len({arm.seed for arm in self.arms}) > 1 else [])]
 
     @property
@@ -259,17 +260,21 @@ class Study(Presentation):
 
     # --- inside
 
+    def _labels(self, arm: Arm) -> dict[str, Any]:
+        return arm.labels or {"study": self.name}
+
     def _row(self, arm: Arm) -> dict[str, Any]:
         folder = self._folder(arm)
         state: dict[str, Any] = folder.state if folder is not None else {"status": "pending"}
         run = folder.run if folder is not None else None
-        figures = {} if run is None else run_figures(run)
+        figures, labels = {} if run is None else run_figures(run), self._labels(arm)
         return {
-            "id": arm.id, **arm.labels, SEED: arm.seed, "status": state["status"], "reason": state.get("reason", ""),
+            "id": arm.id, **labels, SEED: arm.seed,
+            "status": state["status"], "reason": state.get("reason", ""),
             "attempts": state.get("attempts", 0), "run": None if run is None else str(run.folder.path),
-            "runner": arm.runner, "code": code_version(state.get("provenance", {})),
+            "runner": labels.get("runner", arm.runner), "code": code_version(state.get("provenance", {})),
             "arm_seconds": state.get("seconds"),
-            **{key: value for key, value in figures.items() if key not in ("status", "detail")},
+            **{key: value for key, value in figures.items() if key not in ("status", "detail", *labels)},
         }
 
     def _outcome(self, arm: Arm) -> tuple[str, dict[str, Any]]:

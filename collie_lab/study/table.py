@@ -118,7 +118,8 @@ class Table:
         return _markup.markdown(self)
 
     def to_latex(self, *, siunitx: bool = False, label: str = "") -> str:
-        """A booktabs table. With a caption or notes it is a `table` environment, else the `tabular` alone.
+        """A booktabs table. With a caption or notes it is a `table` environment, else the `tabular` alone. One that may
+        be wider than a line of `article` is scaled down where it is wider than the line it stands on (by graphicx).
 
         With `siunitx` (version 3 of the package), figures stand in `S` columns, aligned at the decimal marker.
         """

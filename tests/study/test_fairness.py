@@ -77,13 +77,29 @@ def test_other_seeds() -> None:
     ("data order", {"experiment": BASE.with_("data.shuffle", False)}),
     ("data order", {"experiment": BASE.with_("data.packing", False)}),
     ("learning-rate schedule", {"experiment": BASE.with_("training.schedule", "cosine")}),
+    ("recomputation", {"experiment": BASE.with_("training.recompute", "full")}),
     ("evaluation set", {"experiment": BASE.replace(evaluate=(lab.Perplexity(limit=50),))}),
     ("hardware", {"environment": {"gpu": "NVIDIA H200"}}),
+    ("ranks", {"environment": {"threads": 2}}),
     ("versions", {"environment": {"packages": {"torch": "2.11.0"}}}),
     ("commit", {"environment": {"collie_lab_git": {"commit": "1a7fb8003a3cdc98", "diff": "abc"}}}),
 ])
 def test_each_condition_is_looked_at(aspect: str, other: dict[str, Any]) -> None:
     assert _aspects(_compared(made_run(), made_run(**other))) == [aspect]
+
+
+def test_how_long_a_schedule_falls_counts_where_it_falls_at_the_end() -> None:
+    for schedule, found in (("wsd", ["learning-rate schedule"]), ("linear", [])):
+        runs = [made_run(BASE.with_("training.schedule", schedule).with_("training.decay", decay))
+                for decay in (0.1, 0.5)]
+        assert _aspects(_compared(*runs)) == found
+
+
+def test_what_an_axis_does_not_set_is_a_difference_along_it_too() -> None:
+    layouts = made_run(), made_run(BASE.with_("parallel.dp", 2), environment={"gpu": "NVIDIA H200", "threads": 2})
+    assert _aspects(_compared(*layouts, axis="parallel")) == ["hardware"]
+    optimizers = made_run(), made_run(BASE.replace(optimizer=lab.Lomo()).with_("training.precision", "bf16"))
+    assert _aspects(_compared(*optimizers, axis="optimizer")) == ["precision"]
 
 
 def test_how_often_one_evaluates_is_no_difference() -> None:

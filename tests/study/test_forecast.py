@@ -39,7 +39,7 @@ def test_forecast_is_made_once_and_corrected(tmp_path: Path) -> None:
         assert not frame.loc["batch_size=4, adamw, seed=1", "fits"]
         assert frame.loc["batch_size=2, lomo, seed=0", "note"] == "Experiment.optimizer: no plan of this"
         arm = next(arm for arm in study.arms if arm.name == "batch_size=2, adamw, seed=0")
-        study._made(arm).write_status({"status": "ok", "seconds": 32.0})
+        study._made(arm).write_status({"status": "ok", "seconds": 20.0, "seconds_before": 12.0})
         frame = study.forecast("H200")
     assert frame.loc["batch_size=2, adamw, seed=1", "seconds"] == pytest.approx(32.0)  # twice what was planned
     assert frame.loc["batch_size=4, adamw, seed=0", "seconds"] == pytest.approx(64.0)

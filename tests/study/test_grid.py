@@ -114,6 +114,19 @@ def test_an_id_follows_what_decides_on_the_result(tmp_path: Path) -> None:
     assert first != id_of(elsewhere / "data.jsonl")
 
 
+def test_the_bytes_of_a_benchmark_decide_and_its_place_does_not(tmp_path: Path) -> None:
+    def id_of(place: Path) -> str:
+        return arms(base={**BASE, "evaluate": [{"kind": "mmlu", "path": str(place)}]})[0].id
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "questions.csv").write_text("1+1,2")
+    first = id_of(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert id_of(tmp_path / "b") == first
+    (tmp_path / "b" / "questions.csv").write_text("1+1,3")
+    assert id_of(tmp_path / "b") != first
+
+
 def test_results_are_found_where_their_data_are_not(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
@@ -142,6 +155,10 @@ def test_limits_in_words() -> None:
     ({"product": {"model": []}}, "an axis has a list of values"),
     ({"product": {"model": ["llama-tiny", "llama-tiny"]}}, "two of its values are called 'llama-tiny'"),
     ({"product": {"seed": [1, 2]}}, "seeds are no axis"),
+    ({"product": {"status": {"x": {"training.steps": 1}}}}, "a column of this name"),
+    ({"product": {"method": METHODS}, "include": [{"method": "LOMO", "training.steps": 9}]},
+     "two arms that are not the same are called 'LOMO'"),
+    ({"include": [{"training.steps": 9}]}, "two arms that are not the same are called 'toy'"),
     ({"zip": {"model": ["llama-tiny"], "training.steps": [1, 2]}}, "different lengths"),
     ({"product": {"model": ["llama-tiny"]}, "zip": {"model": ["llama-1m"]}}, "stands in `product` too"),
     ({"product": {"a": {"x": {"training.steps": 1}}, "b": {"y": {"training.steps": 2}}}}, "sets `training.steps` too"),

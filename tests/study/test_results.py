@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,8 @@ import pytest
 
 import collie_lab as lab
 from collie_lab.folder import JsonLines, RunFolder
+from tests.study.fabricate import made_run
+from tests.study.grids import toy_grid
 
 
 def _run(name: str, status: str = "ok", **result: float) -> lab.Run:
@@ -57,3 +60,31 @@ def test_export_writes_every_format_and_where_it_comes_from(results: lab.Results
     arms = json.loads((tmp_path / "out" / "arms.json").read_text(encoding="utf-8"))
     assert arms["LOMO"]["status"] == "cuda_oom"
     assert arms["AdamW & co"]["run"] == results.runs["AdamW & co"].id
+
+
+def test_a_study_without_axes_is_one_row_over_its_seeds(tmp_path: Path) -> None:
+    study = lab.Study(toy_grid([0, 1, 2]), results=tmp_path / "results")
+    for arm, loss in zip(study.arms, (1.0, 2.0, 3.0), strict=True):
+        folder = study._made(arm)
+        shutil.move(made_run(loss=lambda step, loss=loss: loss, peak_bytes=1e9).folder.path, folder.runs)
+        folder.write_status({"status": "ok"})
+    table = study.table(["loss"])
+    assert table.text.to_dict() == {"Loss": {"toy": "2.000 ± 1.000"}}
+    assert table.arms == ["seed=0", "seed=1", "seed=2"]
+    assert "2.000 ± 1.000" in table.to_latex().replace(r"$\pm$", "±")
+    assert study.figure("bars", metric="loss").data["n"].tolist() == [3]
+    assert study.figure("curves").data["loss_std"].tolist() == pytest.approx([1.0] * 30)
+    assert not study.fairness()
+    alone = lab.Study({key: value for key, value in toy_grid([]).items() if key != "seeds"}, results=tmp_path / "alone")
+    assert alone.axes == ["study"]
+    assert list(alone.table(["loss"]).loc["toy"]) == ["pending"]
+
+
+def test_an_axis_keeps_its_labels_where_a_figure_has_its_name(tmp_path: Path) -> None:
+    steps = {"short": {"training.steps": 2}, "long": {"training.steps": 3}}
+    study = lab.Study(toy_grid([0], product={"steps": steps}), results=tmp_path)
+    for arm in study.arms:
+        shutil.move(made_run().folder.path, study._made(arm).runs)
+        study._made(arm).write_status({"status": "ok"})
+    assert study.frame["steps"].tolist() == ["short", "long"]
+    assert study.table(["loss"]).rows == [("short",), ("long",)]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import typer
 
 import collie_lab as lab
+from collie_lab.study.commands import _leave
+from collie_lab.study.progress import Progress
+from collie_lab.study.runner import Runner
 from collie_lab.study.store import ArmFolder
 from tests.processes import assert_gone, marked, wait_until
 from tests.study.grids import diary, fake_command, start, toy_grid
@@ -92,6 +98,64 @@ def test_an_arm_that_fails_keeps_no_other_from_running(tmp_path: Path, fake: Non
     told = capfd.readouterr().err
     assert re.search(r"seed=99: error +\(\d of 3", told)
     assert "3 of 3" in told
+
+
+def test_programs_that_end_before_they_begin(tmp_path: Path) -> None:
+    """What their exit code tells is the arm's status, the last words of their log the reason; none is begun again."""
+    programs = ["import no_such_module", "import os; os.abort()", "import os; os.kill(os.getpid(), 9)",
+                "import os; os.kill(os.getpid(), 15)"]
+    begun: list[str] = []
+
+    def command(folder: Path) -> list[str]:
+        begun.append(folder.name)
+        seed = json.loads((folder / "arm.json").read_text())["seed"]
+        return fake_command(folder) if seed == 4 else [sys.executable, "-I", "-S", "-c", programs[seed]]
+
+    study = lab.Study(toy_grid(range(5)), results=tmp_path / "results")
+    with mock.patch("collie_lab.study.executor.command", command):
+        study.run(progress=False)
+    assert len(begun) == len(set(begun)) == 5
+    assert [*study.statuses().values()] == ["error", "error", "lost", "stopped", "ok"]
+    assert [*study.reasons().values()] == [
+        "the arm's program: exit code 1; its last words: ModuleNotFoundError: No module named 'no_such_module'",
+        "the arm's program: aborted (SIGABRT)", "the arm's program was killed (SIGKILL)",
+        "stopped before it began (ended (SIGTERM))"]
+    assert study._folder(study.arms[0]).state["traceback"].startswith("Traceback")
+    for seeds, code in (([0, 1, 4], 1), ([2, 4], 3)):
+        with pytest.raises(typer.Exit) as left:
+            _leave(lab.Study(toy_grid(seeds), results=study.results))
+        assert left.value.exit_code == code
+
+
+def test_what_is_said_of_an_arm_is_not_said_of_its_earlier_attempts(tmp_path: Path) -> None:
+    folder = ArmFolder(tmp_path)
+    folder.write_status({"status": "ok", "ended": 1.0})
+    folder.conclude("error", "a library is missing", since=2.0)
+    assert folder.state == {"status": "ok", "ended": 1.0}  # by another runner, a moment ago
+    folder.write_status({"status": "stopped", "started": 10.0, "ended": 40.0, "seconds": 30.0, "seconds_before": 5.0})
+    folder.conclude("lost", "killed", since=30.0)
+    assert folder.status == "stopped"
+    folder.conclude("lost", "killed", since=50.0)
+    state = folder.state
+    assert (state["status"], state["seconds"], state["seconds_before"]) == ("lost", 0.0, 35.0)
+
+
+def test_what_waits_elsewhere_is_queued(tmp_path: Path) -> None:
+    class Job:
+        alive, waits = True, True
+
+    shown, job = [], Job()
+    study = lab.Study(toy_grid([0, 1, 2]), results=tmp_path / "results")
+    executor = mock.Mock(has_room=mock.Mock(side_effect=[True, True, False, False]), submit=mock.Mock(return_value=job))
+    runner = Runner(lambda: study.arms, study._made, executor, mock.Mock(update=shown.append))
+    runner._step()
+    job.waits = False
+    runner._step()
+    assert [[*each.values()] for each in shown] == [["queued", "queued", "pending"], ["running", "running", "pending"]]
+    progress = Progress(3, list)
+    progress.update(shown[0])
+    progress.close()
+    assert "1 pending, 2 queued" in progress._text()
 
 
 def test_finished_arms_are_skipped_and_new_ones_added(tmp_path: Path, fake: None) -> None:

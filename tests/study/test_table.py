@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from io import StringIO
@@ -98,6 +99,21 @@ def test_a_tuned_axis_shows_its_best_over_the_seeds_that_all_values_have() -> No
     assert table.numbers.loc["a", "perplexity"] == 5.0
 
 
+def test_settings_of_which_none_is_the_best_yet_have_no_figure() -> None:
+    made = Fabricated("method", "lr", "seed", tuned={"lr": "perplexity"})
+    for lr in (0.1, 0.2):
+        made.add("a", lr, 0, loss=lr)
+    made.add("b", 0.1, 0, loss=5.0)  # one setting is no choice
+    assert made.table(["loss"]).text["Loss"].to_dict() == {"a": "–", "b": "5.000"}
+
+
+def test_axes_that_were_tuned_together_are_chosen_together() -> None:
+    made = Fabricated("method", "lr", "decay", "seed", tuned={"lr": "loss", "decay": "loss"})
+    for lr, decay, loss in ((0.1, 0.0, 1.0), (0.1, 0.5, 9.0), (0.2, 0.0, 3.0), (0.2, 0.5, 2.0)):
+        made.add("a", lr, decay, 0, loss=loss)
+    assert made.table(["loss"]).numbers.loc["a", "loss"] == 1.0
+
+
 def test_welch_and_paired_tests_agree_with_their_formulas() -> None:
     from scipy.special import stdtr  # Student's distribution
 
@@ -152,13 +168,26 @@ def test_markdown_reads_back_as_the_same_cells(quality: Fabricated) -> None:
 def test_latex_compiles(quality: Fabricated, tmp_path: Path, siunitx: bool) -> None:
     quality.add("AdamW & co", "1m", 3, status="diverged")
     quality.add(r"100% #_{x} ~^\ ≥ <|>", "1m", 0, perplexity=9.0)
-    table = quality.table(["perplexity", "peak_bytes"], columns=["model"], caption="A & B ± 3%", test="paired")
+    table = quality.table(["perplexity", "peak_bytes", "steps"], columns=["model"], caption="A & B ± 3%", test="paired")
     (tmp_path / "t.tex").write_text(
-        r"\documentclass{article}\usepackage{booktabs,siunitx}\begin{document}" + "\n"
+        r"\documentclass{article}\usepackage{booktabs,siunitx,graphicx}\begin{document}" + "\n"
         + table.to_latex(siunitx=siunitx, label="tab:t") + r"\end{document}", encoding="utf-8")
     done = subprocess.run(["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "t.tex"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull" not in done.stdout  # wider than the page, and made to fit it
+
+
+def test_only_a_wide_table_is_made_to_fit(quality: Fabricated) -> None:
+    narrow, wide = (quality.table(metrics, best=False).to_latex()
+                    for metrics in (["perplexity"], ["perplexity", "peak_bytes", "steps", "perplexity"]))
+    assert narrow.startswith("% needs booktabs\n")
+    assert "resizebox" not in narrow
+    assert wide.startswith("% needs booktabs, graphicx\n")
+    head, body, rest = re.split(r"\\resizebox.*\{%\n|\n\}\n", wide)
+    assert body.startswith(r"\begin{tabular}")
+    assert body.endswith(r"\end{tabular}")
+    assert "tabular" not in head + rest
 
 
 def test_save_writes_every_format_and_which_arms(quality: Fabricated, tmp_path: Path) -> None:
