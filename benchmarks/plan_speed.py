@@ -49,9 +49,10 @@ def timed(layout: lab.Parallel, batch_size: int) -> dict[str, Any]:
 
 def _processor_seconds() -> float:
     """Of the process of the dry runs and of those that it has ended."""
-    if _client._process is None:
+    process = _client._WORKERS[False].process
+    if process is None:
         return 0.0
-    times = psutil.Process(_client._process.pid).cpu_times()
+    times = psutil.Process(process.pid).cpu_times()
     return float(times.user + times.system + times.children_user + times.children_system)
 
 

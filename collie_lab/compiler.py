@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from collie_lab.machine import user_cache
 
 __all__ = ["build", "find_compiler"]
 
@@ -33,7 +34,7 @@ def build(source: str, flags: Sequence[str]) -> ctypes.CDLL:
     assert compiler is not None
     flags = [*flags, "-shared", "-fPIC"]
     key = hashlib.sha256("\n".join([source, *flags, compiler, _version(compiler), _processor()]).encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collie_lab" / "kernels"
+    folder = user_cache("kernels")
     library = folder / f"{key.hexdigest()[:32]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,4 +1,4 @@
-"""What this machine has, known without torch."""
+"""What this machine has, and where it keeps things; known without torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-__all__ = ["gpu_model", "visible_gpus"]
+__all__ = ["gpu_model", "user_cache", "visible_gpus"]
 
 #: A folder for each GPU, of NVIDIA's driver.
 _DRIVER: Final = Path("/proc/driver/nvidia/gpus")
@@ -29,3 +29,9 @@ def gpu_model() -> str:
             if line.startswith("Model:"):
                 return line.partition(":")[2].strip()
     return ""
+
+
+def user_cache(kind: str) -> Path:
+    """The user's folder for what was found or made once and would be the same again: `~/.cache/collie_lab`, or beneath
+    `XDG_CACHE_HOME`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collie_lab" / kind

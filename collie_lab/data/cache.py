@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from collie_lab.data.documents import Documents
 from collie_lab.folder import write_json
+from collie_lab.machine import user_cache
 
 __all__ = ["DamagedEntryError", "cache_folder", "find", "key_of", "keep", "scratch"]
 
@@ -52,7 +53,7 @@ def cache_folder() -> Path | None:
     named = os.environ.get("COLLIE_LAB_DATA_CACHE")
     if named:
         return None if named == "off" else Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collie_lab" / "data"
+    return user_cache("data")
 
 
 def key_of(*facts: Any) -> str:

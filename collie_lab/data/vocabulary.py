@@ -7,7 +7,6 @@ that variants of an experiment share it.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from collie_lab.data.hub import model_config, vocabulary_size
 from collie_lab.data.records import read_documents
 from collie_lab.data.tokenizer import Tokenizer, save_own, save_tokenizer
 from collie_lab.folder import read_json, write_json
+from collie_lab.machine import user_cache
 
 __all__ = ["Extension", "MadeTokenizer", "expected_extension", "make_tokenizer"]
 
@@ -137,7 +137,7 @@ def _remembered(cell: TrainTokenizer | ExtendTokenizer, base: str, texts: Texts,
     digest = hashlib.sha256(repr((tokenizers.__version__, cell, base)).encode())
     for text in texts():
         digest.update(len(text).to_bytes(8, "big") + text.encode("utf-8", "surrogatepass"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collie_lab" / "tokenizers"
+    cache = user_cache("tokenizers")
     file = cache / f"{digest.hexdigest()[:32]}.json"
     if not file.is_file():
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -53,6 +53,7 @@ class Ledger(Roles, TorchDispatchMode):
         self._paused = 0
         self._held: dict[int, tuple[int, int]] = {}  # by address: the number of the storage, and its bytes
         self._count = 0
+        self._sum: tuple[int, Event] | None = None  # of gradients, and the number of the first
 
     def begin(self, moment: str) -> None:
         """From here on it is another moment of the step."""
@@ -85,13 +86,16 @@ class Ledger(Roles, TorchDispatchMode):
             weakref.finalize(storage, self._drop, key)
         if number and size != before:
             self._held[key] = number, size
-            self.events.append(Event(number, size))
+            self._note(Event(number, size))
 
     def ignore(self, tensor: Tensor) -> None:
-        """Never count a tensor's storage."""
+        """Never count a tensor's storage; what was counted of it goes."""
         storage = tensor.untyped_storage()
+        if storage._cdata in self._held:
+            self._drop(storage._cdata)
+        else:
+            weakref.finalize(storage, self._drop, storage._cdata)
         self._held[storage._cdata] = 0, storage.nbytes()
-        weakref.finalize(storage, self._held.pop, storage._cdata, None)
 
     def mark(self, tensor: Tensor, role: Role) -> None:
         """Say what a tensor's storage is for after all."""
@@ -108,7 +112,8 @@ class Ledger(Roles, TorchDispatchMode):
         """Bytes that an operator takes and gives back while it runs."""
         self._count += 1
         self.roles[self._count] = "temporaries"
-        self.events += [Event(self._count, self._rounded(size)), Event(self._count, 0)]
+        self._note(Event(self._count, self._rounded(size)))
+        self._note(Event(self._count, 0))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -127,6 +132,9 @@ class Ledger(Roles, TorchDispatchMode):
         self.work.note(func, args, kwargs, out, loss=self.role == "loss")
         if scratch := _scratch(func, args):
             self.scratch(scratch)
+        if func is torch.ops.aten.add.Tensor and isinstance(out, FakeTensor) and _in_backward():
+            self._take_sum(out, args[0])
+            return out
         with self.as_role("communication") if func.namespace in _COLLECTIVES else contextlib.nullcontext():
             for value in tree_iter(out):
                 if isinstance(value, (FakeTensor, DTensor)):  # of a DTensor's own operators only the result is seen
@@ -134,17 +142,38 @@ class Ledger(Roles, TorchDispatchMode):
         return out
 
     def _drop(self, key: int) -> None:
-        if (held := self._held.pop(key, None)) is not None:
-            self.events.append(Event(held[0], 0))
+        number, _ = self._held.pop(key, (0, 0))
+        if number:
+            self._note(Event(number, 0))
+
+    def _take_sum(self, out: Tensor, first: Tensor) -> None:
+        """Autograd adds gradients up in place where nobody else holds the first of them, but fake ones never. So the
+        sum waits for what happens next: where the first goes, it takes its place."""
+        self.take(out)
+        number, _ = self._held.get(first.untyped_storage()._cdata, (0, 0))
+        self._sum = number, self.events.pop()
+
+    def _note(self, event: Event) -> None:
+        waiting, self._sum = self._sum, None
+        if waiting is None:
+            self.events.append(event)
+        else:
+            first, made = waiting
+            self.events += [event, made] if event == Event(first, 0) else [made, event]
 
     def _rounded(self, size: int) -> int:
         return -(-size // self._round) * self._round
 
     def _role_now(self) -> Role:
-        """In a backward pass only what is computed again is an activation: it alone records a graph."""
-        if self.role == "activations" and torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
+        """In a backward pass only what is computed again is an activation."""
+        if self.role == "activations" and _in_backward():
             return "temporaries"
         return self.role
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass is under way, and nothing is computed again: that alone records a graph."""
+    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
 def _scratch(func: Any, args: Any) -> int:

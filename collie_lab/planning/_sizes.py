@@ -188,15 +188,15 @@ class Tape:
                 del each
 
     def _give(self, target: Node | Parameter, gradient: Storage) -> None:
-        """Add a gradient to what has come already: torch makes a new tensor for the sum."""
+        """Add a gradient to what has come already: in its place where nobody else holds it, else in a new tensor."""
         if isinstance(target, Parameter):
             target.uses -= 1
             before, target._pending = target._pending, None
         else:
             before = self._pending.pop(target, None)
         if before is not None:
-            gradient = self.memory.new(gradient.size)
             del before
+            gradient = self.memory.new(gradient.size)
         if isinstance(target, Node):
             self._pending[target] = gradient
         elif target.uses:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from collie_lab.planning._ledger import Event
+from collie_lab.planning.plan import GRANULE
 
 __all__ = ["reserved_bytes"]
 
@@ -20,7 +21,6 @@ _SMALL: Final = 1 * _MIB  # the largest request that shares small segments, and 
 _SMALL_SEGMENT: Final = 2 * _MIB
 _MIDDLE_SEGMENT: Final = 20 * _MIB
 _LARGE: Final = 10 * _MIB  # from here on requests have segments of their own
-_GRANULE: Final = 512
 
 
 @dataclass(eq=False, slots=True)
@@ -72,7 +72,7 @@ def reserved_bytes(events: Iterable[Event]) -> int:
             _release(block, pools[block.small])
         if not size:
             continue
-        wanted = -(-size // _GRANULE) * _GRANULE
+        wanted = -(-size // GRANULE) * GRANULE
         small = wanted <= _SMALL
         found = pools[small].take(wanted)
         if found is None:
@@ -81,7 +81,7 @@ def reserved_bytes(events: Iterable[Event]) -> int:
             reserved += segment
             found = _Block(segment, small)
         rest = found.size - wanted
-        if rest >= _GRANULE if small else rest > _SMALL:
+        if rest >= GRANULE if small else rest > _SMALL:
             found.size = wanted
             other = _Block(rest, small, free=True, before=found, after=found.after)
             if found.after is not None:

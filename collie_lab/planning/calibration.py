@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from collie_lab.folder import write_json
+from collie_lab.machine import user_cache
 from collie_lab.planning._client import PlanError
-from collie_lab.planning.gpus import GPU, GPUS
+from collie_lab.planning.gpus import GPU, gpu_of_device
 from collie_lab.planning.rates import Rates, published
 
-__all__ = ["calibrate", "calibration_folder", "find_rates", "processor"]
+__all__ = ["calibrate", "find_rates", "processor"]
 
 _TIMEOUT: Final = 600.0
 
@@ -51,7 +52,8 @@ def calibrate(ranks: int | Sequence[int] = 1) -> dict[int, Rates]:
         device, rates = _measured(number)
         rates = dataclasses.replace(rates, source=f"calibration of {device or _cpu()}, {number} "
                                     f"rank{'s' if number > 1 else ''}, {time.strftime('%Y-%m-%d')}")
-        _keep(_catalogue_name(device) if device else _cpu(), _threads(number, device), number, rates)
+        known = gpu_of_device(device or "")
+        _keep(known.name if known else device or _cpu(), _threads(number, device), number, rates)
         found[number] = rates
     return found
 
@@ -70,11 +72,6 @@ def find_rates(gpu: GPU | None, ranks: int) -> Rates | None:
     most = max(kept, key=lambda key: int(key.split()[0]))
     rates = Rates.from_json(kept[most])
     return dataclasses.replace(rates, links=rates.links or known.links, network=known.network)
-
-
-def calibration_folder() -> Path:
-    """Where calibrations are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collie_lab" / "calibration"
 
 
 def processor() -> str:
@@ -117,13 +114,6 @@ def _measured(ranks: int) -> tuple[str | None, Rates]:
         return values["device"], Rates.from_json(values["rates"])
 
 
-def _catalogue_name(device: str) -> str:
-    """`NVIDIA H100 PCIe` is the catalogue's `H100 PCIe`; an unknown device keeps its name."""
-    words = device.split()
-    fitting = [name for name in GPUS if set(name.split()) <= set(words)]
-    return max(fitting, key=len, default=device)
-
-
 def _threads(ranks: int, device: str | None) -> int:
     """How many a rank on this machine's CPU has."""
     if device:
@@ -133,7 +123,7 @@ def _threads(ranks: int, device: str | None) -> int:
 
 def _file(hardware: str) -> Path:
     plain = "".join(character if character.isalnum() else "-" for character in hardware)
-    return calibration_folder() / f"{plain}-torch-{importlib.metadata.version('torch')}.json"
+    return user_cache("calibration") / f"{plain}-torch-{importlib.metadata.version('torch')}.json"
 
 
 def _kept(hardware: str) -> dict[str, Any]:

@@ -47,6 +47,8 @@ _DEPTHS: Final = (3, 4)
 
 #: fp32 numbers that a rule keeps of each parameter; `optim.rules`.
 _STATES: Final[dict[type[RuleCell], int]] = {AdamW: 2, Lion: 1, Adan: 4, Sophia: 2, Lomo: 0, AdaLomo: 0}
+#: Bytes that count the steps of a parameter, and those before a restart; `optim.slot`.
+_COUNTS: Final = 16
 #: Of a message of averaged gradients; `parallel.sharding`.
 _BUCKET_BYTES: Final = 25 * 2**20
 #: Bytes beside a bf16 weight.
@@ -103,28 +105,28 @@ def estimate(experiment: Experiment, gpu: GPU | str | None = None) -> Estimate:
     config = model_config(cells.model)
     if refused := list(_refused(cells, config, length)):
         raise CellError(refused)
-    total, components, moment = _peak(cells, _shape(config), length, GRANULE if chosen else 1)
+    total, components, moment = _peak(cells, _shape(config), length, chosen is not None)
     named = {str(role): size for role, size in components.items()}
     if chosen:
         named["workspace"] = chosen.workspace
     return Estimate(experiment, chosen, length, total + named.get("workspace", 0), named, moment)
 
 
-def _peak(cells: Experiment, shape: Shape, length: int, granule: int) -> tuple[int, dict[Role, int], str]:
+def _peak(cells: Experiment, shape: Shape, length: int, on_gpu: bool) -> tuple[int, dict[Role, int], str]:
     """The peak of a model as deep as it is, from models of two small depths."""
     peaks: dict[str, Peak] | None = None
     if shape.layers > max(_DEPTHS):
-        shallow = [_moments(cells, replace(shape, layers=depth), length, granule) for depth in _DEPTHS]
+        shallow = [_moments(cells, replace(shape, layers=depth), length, on_gpu) for depth in _DEPTHS]
         peaks = deepened(shallow, shape.layers - max(_DEPTHS))
     if peaks is None:
-        peaks = _moments(cells, shape, length, granule)
+        peaks = _moments(cells, shape, length, on_gpu)
     moment = max(peaks, key=lambda name: peaks[name][0])
     return *peaks[moment], moment
 
 
-def _moments(cells: Experiment, shape: Shape, length: int, granule: int) -> dict[str, Peak]:
+def _moments(cells: Experiment, shape: Shape, length: int, on_gpu: bool) -> dict[str, Peak]:
     """The most bytes of every moment of a step."""
-    step = _Step(cells, shape, length, granule)
+    step = _Step(cells, shape, length, on_gpu)
     step.run()
     return at_the_ends({moment: peak for moment, peak in step.memory.peaks.items() if moment}, shape.layers)
 
@@ -132,9 +134,9 @@ def _moments(cells: Experiment, shape: Shape, length: int, granule: int) -> dict
 class _Step:
     """What a rank holds, and one step of it."""
 
-    def __init__(self, cells: Experiment, shape: Shape, length: int, granule: int):
+    def __init__(self, cells: Experiment, shape: Shape, length: int, on_gpu: bool):
         training, self._parallel, self._optimizer = cells.training, cells.parallel, cells.optimizer
-        self.memory = Memory(granule)
+        self.memory = Memory(GRANULE if on_gpu else 1)
         self._length, self._steps, self._recompute = length, training.steps, training.recompute == "full"
         kept = 2 if training.weights == "bf16" else 4
         sharded = self._parallel.zero > 0 and self._parallel.dp > 1
@@ -153,9 +155,14 @@ class _Step:
         self._updates = self._optimizer.in_backward
         ranks = self._parallel.dp if sharded else 1
         self._kept = [self.memory.new(shard(each, ranks) * each.kept) for each in self.model.parameters()]
+        # The angles of positions: two buffers, of a number for every two of a head.
+        self._kept += [self.memory.new(2 * shape.head_size, "weights") for _ in range(2)]
         trained = [each for each in self.model.parameters() if each.trained]
         self._states = [self.memory.new(_state_bytes(self._optimizer, each, shard(each, ranks)), "optimizer")
                         for each in trained]
+        self._states.append(self.memory.new(4, "optimizer"))  # the gradient's norm
+        if not on_gpu:  # whose steps are counted in the host's memory
+            self._states.append(self.memory.new(_COUNTS * len(trained), "optimizer"))
         replicated = self._parallel.dp > 1 and not sharded and not self._optimizer.in_backward
         self._by_hand = replicated and tp > 1  # else by torch's DistributedDataParallel, in buckets
         self._buckets = [self.memory.new(each.count * each.width, "gradients") for each in trained] \

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_iter
 
 from collie_lab.cells import Experiment
 from collie_lab.data import Documents, Order
@@ -22,6 +24,7 @@ from collie_lab.planning._ledger import Event, Ledger
 from collie_lab.planning._patches import patched
 from collie_lab.planning._roles import Role
 from collie_lab.planning._work import Work
+from collie_lab.planning.plan import GRANULE
 from collie_lab.training.step import TrainingStep
 
 __all__ = ["Trace", "dry_run", "full_documents"]
@@ -50,16 +53,17 @@ class Trace:
     moments: list[tuple[int, str]]
 
 
-def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, steps: int = 2, round_to: int = 1) -> Trace:
+def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, steps: int = 2, on_gpu: bool = False
+            ) -> Trace:
     """The memory of `rank` over the first steps on these documents.
 
     Args:
         documents: their lengths alone matter.
         steps: the first makes what the optimizer keeps; from the second on they are alike.
-        round_to: the allocator's granularity in bytes: 512 on a GPU.
+        on_gpu: as a GPU's allocator counts: not what lies in the host's memory, and the rest in its granules.
     """
     training, parallel, device = experiment.training, experiment.parallel, torch.device("cpu")
-    ledger, begins, updates = Ledger(round_to), [], []
+    ledger, begins, updates = Ledger(GRANULE if on_gpu else 1), [], []
     with _pretended_ranks(rank, parallel.world_size):
         strategy = build_strategy(parallel, device, training.precision)
         order = Order(documents, batch_size=training.batch_size, shuffle=False, dp_rank=strategy.place.dp,
@@ -69,6 +73,8 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
         with patched(FakeTensorMode(allow_non_fake_inputs=True), ledger):
             step = TrainingStep(experiment, device, strategy)
             for number, plan in zip(range(1, steps + 1), order.steps(), strict=False):
+                if on_gpu:
+                    _leave_to_host(ledger, step.optimizer)
                 begins.append(len(ledger.events))
                 ledger.work.begin(counts=number == steps)
                 ledger.begin("embedding")
@@ -86,6 +92,13 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
     flops = step.built.flops
     return Trace(events, ledger.roles, begins, updates, ledger.work, (flops.per_token, flops.per_attended),
                  ledger.moments)
+
+
+def _leave_to_host(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
+    """Counts of steps stay in the host's memory, also those of torch's own optimizers."""
+    for value in tree_iter(list(optimizer.state.values())):
+        if isinstance(value, Tensor) and not value.ndim:
+            ledger.ignore(value)
 
 
 def full_documents(count: int, length: int) -> Documents:

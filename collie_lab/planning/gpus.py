@@ -11,7 +11,7 @@ from typing import Any, Final
 from collie_lab.cells import CellError, Problem
 from collie_lab.machine import gpu_model
 
-__all__ = ["GPU", "GPUS", "find_gpu", "on_machine"]
+__all__ = ["GPU", "GPUS", "find_gpu", "gpu_of_device", "on_machine"]
 
 _GIB: Final = 2**30
 
@@ -107,10 +107,18 @@ def on_machine(env: Mapping[str, Any]) -> GPU | None:
 
     None for a CPU, and for a GPU that is not in the catalogue.
     """
-    name = str(env["gpu"] or "") if env else gpu_model()
-    words = set(re.findall(r"\w+", name.upper()))
-    found = [gpu for gpu in GPUS.values() if set(re.findall(r"\w+", gpu.name.upper())) <= words]
+    return gpu_of_device(str(env["gpu"] or "") if env else gpu_model())
+
+
+def gpu_of_device(name: str) -> GPU | None:
+    """The entry of what the driver calls `NVIDIA A100-SXM4-40GB`; None for one that is not in the catalogue."""
+    words = _words(name)
+    found = [gpu for gpu in GPUS.values() if _words(gpu.name) <= words]
     return max(found, key=lambda gpu: len(gpu.name), default=None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"\w+", name.upper()))
 
 
 def _plain(name: str) -> str:

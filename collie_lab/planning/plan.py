@@ -164,7 +164,7 @@ class Plan:
 
         worst = self.worst
         if not worst["course"]:
-            request = {"length": self.length, "rank": worst["rank"], "round_to": GRANULE if self.gpu else 1}
+            request = {"length": self.length, "rank": worst["rank"], "on_gpu": self.gpu is not None}
             bare = _bare(self.experiment.replace(evaluate=(), callbacks=()), self.length)
             worst, = ask(bare, [{**request, "course": True}])
         return draw(worst, self.gpu)
@@ -211,7 +211,7 @@ def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool =
     length = longest_document(experiment)
     bare, parallel = _bare(cells, length), experiment.parallel
     ranks = [stage * parallel.dp * parallel.tp for stage in range(parallel.pp)]
-    requests = [{"length": length, "rank": rank, "round_to": GRANULE if chosen else 1, "course": course}
+    requests = [{"length": length, "rank": rank, "on_gpu": chosen is not None, "course": course}
                 for rank in ranks]
     return Plan(experiment, chosen, length, tuple(ask(bare, requests, quiet)))
 

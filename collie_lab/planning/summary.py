@@ -65,7 +65,8 @@ class Summary:
         return asdict(self)
 
 
-def forecast(experiment: Experiment, length: int, *, rank: int = 0, round_to: int = 1, course: bool = False) -> Summary:
+def forecast(experiment: Experiment, length: int, *, rank: int = 0, on_gpu: bool = False, course: bool = False
+             ) -> Summary:
     """The memory of a rank, for batches of full documents of `length` tokens.
 
     With `course`, all layers are run, and the course of a step is kept.
@@ -74,18 +75,18 @@ def forecast(experiment: Experiment, length: int, *, rank: int = 0, round_to: in
     if not course and at_depth is not None and layers > max(_DEPTHS):
         small = {depth: experiment.replace(model=experiment.model.replace(config=at_depth(depth))) for depth in _DEPTHS}
         probe_once(small[_DEPTHS[0]])  # for all of them
-        some = apart([functools.partial(_follow, small[depth], length, rank, round_to) for depth in _DEPTHS[::-1]])
+        some = apart([functools.partial(_follow, small[depth], length, rank, on_gpu) for depth in _DEPTHS[::-1]])
         if (extended := _extended(some[::-1], rank, layers)) is not None:
             return extended
-    return _summarise(_trace(experiment, length, rank, round_to), rank, layers, course)
+    return _summarise(_trace(experiment, length, rank, on_gpu), rank, layers, course)
 
 
-def _follow(experiment: Experiment, length: int, rank: int, round_to: int) -> _Course:
-    return _Course(_trace(experiment, length, rank, round_to))
+def _follow(experiment: Experiment, length: int, rank: int, on_gpu: bool) -> _Course:
+    return _Course(_trace(experiment, length, rank, on_gpu))
 
 
-def _trace(experiment: Experiment, length: int, rank: int, round_to: int) -> Trace:
-    return dry_run(experiment, full_documents(experiment.training.batch_size, length), rank=rank, round_to=round_to)
+def _trace(experiment: Experiment, length: int, rank: int, on_gpu: bool) -> Trace:
+    return dry_run(experiment, full_documents(experiment.training.batch_size, length), rank=rank, on_gpu=on_gpu)
 
 
 def _depths(experiment: Experiment) -> tuple[int, Callable[[int], dict[str, Any]] | None]:

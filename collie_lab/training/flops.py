@@ -7,21 +7,16 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-__all__ = ["PEAK_FLOPS", "StepFlops", "peak_flops"]
-
-#: Dense bf16 tensor-core peaks, FLOP/s, by a part of the device name (vendor data sheets).
-PEAK_FLOPS: dict[str, float] = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12,
-}
-
+__all__ = ["StepFlops", "peak_flops"]
 
 def peak_flops(device: torch.device) -> float | None:
-    """The bf16 peak of a known GPU; None for others and for CPUs, whose MFU is not guessed."""
+    """The 16-bit peak of a GPU of the catalogue; None for others and for CPUs, whose MFU is not guessed."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    from collie_lab.planning.gpus import gpu_of_device  # a rank on a CPU needs nothing of plans
+
+    found = gpu_of_device(torch.cuda.get_device_name(device))
+    return None if found is None else found.flops
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.pipelining import schedules
 
 import collie_lab as lab
+from collie_lab import machine
 from collie_lab.planning import Plan, Rates, calibration
 from collie_lab.planning._patches import _DryEngine
 from collie_lab.planning._work import Work
@@ -271,7 +272,7 @@ def test_a_calibration_is_used_by_later_plans(monkeypatch: pytest.MonkeyPatch, t
     other = calibration.find_rates(lab.GPUS["H100 PCIe"], 1)
     assert other is not None
     assert "published" in other.source
-    for file in calibration.calibration_folder().iterdir():
+    for file in machine.user_cache("calibration").iterdir():
         json.loads(file.read_text())
 
 
@@ -287,7 +288,9 @@ def test_peaks_by_type(name: str, dtype: str, peak: float | None) -> None:
     assert lab.GPUS[name].peak(dtype) == peak
 
 
-def test_the_peaks_of_plans_and_of_runs_are_the_same() -> None:
-    from collie_lab.training.flops import PEAK_FLOPS
+def test_a_run_and_a_plan_go_by_the_same_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    from collie_lab.training.flops import peak_flops
 
-    assert {name: lab.GPUS[name].flops for name in PEAK_FLOPS} == PEAK_FLOPS
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 PCIe")
+    assert peak_flops(torch.device("cuda", 0)) == lab.GPUS["H100 PCIe"].flops == 756e12
+    assert peak_flops(torch.device("cpu")) is None
