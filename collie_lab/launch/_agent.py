@@ -10,7 +10,8 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Final, NamedTuple
 
 __all__ = ["Exit", "before_closing", "command", "exits", "started_closing"]
 
@@ -23,6 +24,7 @@ class Exit(NamedTuple):
     pid: int
 
 
+_TORCHRUN: Final = Path(__file__).with_name("_torchrun.py")
 _REPORT = re.compile(r"rank +: (\d+) \(local_rank: \d+\)\s+exitcode +: (-?\d+) \(pid: (\d+)\)")
 _CLOSING = re.compile(r"Sending process \d+ closing signal|failed \(exitcode: -?\d+\)")
 
@@ -30,7 +32,7 @@ _CLOSING = re.compile(r"Sending process \d+ closing signal|failed \(exitcode: -?
 def command(module: str, ranks: int, folder: str, rendezvous: Sequence[str] = ("--standalone",)) -> list[str]:
     """The command that runs `module` on so many ranks of this machine; `rendezvous` tells of the other machines."""
     # Ranks write their logs and errors to the run folder; a log directory of torchrun's own would be left in /tmp.
-    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks),
+    return [sys.executable, "-P", str(_TORCHRUN), *rendezvous, "--nproc-per-node", str(ranks),
             "--log-dir", os.devnull, "-m", module, folder]
 
 

@@ -35,7 +35,8 @@ EXPERIMENTS = {
     "adan": BASE.replace(optimizer=Adan(lr=1e-3, restart_every=4)).replace(
         training=BASE.training.replace(clip_grad_norm=None, clip_grad_value=0.5)),
     "best": BASE.replace(optimizer=Lion(lr=0.02), evaluate=[lab.Perplexity(every=2), BASE.evaluate[1]],
-                         callbacks=[lab.BestCheckpoint(restore=True)]).with_("training.export", True),
+                         callbacks=[lab.BestCheckpoint(restore=True)]).with_("training.export", True)
+    .with_("training.steps", 10),  # it is best before the end
     "accumulation": ADAMW.with_("training.micro_batch_size", 1),
     "recompute": ADAMW.with_("training.recompute", "full"),
     "autocast": ADAMW.with_("training.precision", "bf16"),
