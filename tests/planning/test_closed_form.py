@@ -15,11 +15,12 @@ from collie_lab.planning import plan
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 BASE = lab.Experiment(
-    model=lab.Model("llama-1m", init="random"), data=lab.RandomTokens(length=96),
+    model=lab.Model("llama-1m", init="random", config={"num_hidden_layers": 2}), data=lab.RandomTokens(length=96),
     optimizer=lab.AdamW(lr=1e-3), training=lab.Training(steps=3, batch_size=4, export=False))
 PURE = BASE.training.replace(precision="bf16", weights="bf16")
 CASES = {
     "fp32": BASE,
+    "deep": BASE.with_("model.config", {"num_hidden_layers": 7}),
     "autocast, recompute": BASE.replace(training=BASE.training.replace(precision="bf16", recompute="full")),
     "bf16 weights, Kahan": BASE.replace(training=PURE, optimizer=lab.AdamW(lr=1e-3, rounding="kahan")),
     "LOMO, one document": BASE.replace(optimizer=lab.Lomo(lr=0.1)).with_("training.batch_size", 1),

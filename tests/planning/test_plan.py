@@ -18,8 +18,9 @@ from collie_lab.planning.summary import forecast
 from tests.ranks import run_here, run_ranks
 
 ROOT = Path(__file__).parents[2]
+MODEL = lab.Model("llama-1m", init="random", config={"num_hidden_layers": 2})
 BASE = lab.Experiment(
-    model=lab.Model("llama-1m", init="random"), data=lab.RandomTokens(length=192, documents=32),
+    model=MODEL, data=lab.RandomTokens(length=192, documents=32),
     optimizer=lab.AdamW(lr=1e-3), training=lab.Training(steps=3, batch_size=4, export=False))
 ALONE = {
     "adamw": BASE,
@@ -60,7 +61,7 @@ def test_the_pass_for_sophias_hessian_counts(tmp_path: Path) -> None:
 
 def test_other_machines_and_tokenizers_that_do_not_exist_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("collie_lab.check._gpus", lambda _: iter([lab.Problem("Parallel", "dp", "no GPUs")]))
-    model = lab.Model("llama-1m", init="random", tokenizer=lab.TrainTokenizer(vocab_size=640))
+    model = MODEL.replace(tokenizer=lab.TrainTokenizer(vocab_size=640))
     found = plan(BASE.replace(model=model, data=lab.Skills(max_length=192), parallel=lab.Parallel(dp=4, zero=3)))
     smaller = plan(BASE.replace(parallel=lab.Parallel(dp=4, zero=3)))
     assert found.components["weights"].max() - smaller.components["weights"].max() == 320 * 128 * 4 // 4
