@@ -267,7 +267,9 @@ class Study(Presentation):
         folder = self._folder(arm)
         state: dict[str, Any] = folder.state if folder is not None else {"status": "pending"}
         run = folder.run if folder is not None else None
-        figures, labels = {} if run is None else run_figures(run), self._labels(arm)
+        # What was stopped goes on: its figures are no result yet, and must not enter a mean, or win.
+        figures = {} if run is None or state["status"] == "stopped" else run_figures(run)
+        labels = self._labels(arm)
         return {
             "id": arm.id, **labels, SEED: arm.seed,
             "status": state["status"], "reason": state.get("reason", ""),
