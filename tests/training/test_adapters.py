@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -164,27 +163,28 @@ def test_freeze_keeps_ties_and_refuses_what_matches_nothing() -> None:
 
 # --- layouts --------------------------------------------------------------------------------------
 
-ALL = {**ADAPTERS, "pissa": MUTATED["pissa"], "freeze": lab.Freeze(("*.q_proj.*", "*norm*"))}
-if importlib.util.find_spec("bitsandbytes"):
-    ALL["qlora"] = lab.QLoRA(r=2)
+GROUPS = {"peft": {**ADAPTERS, "pissa": MUTATED["pissa"], "freeze": lab.Freeze(("*.q_proj.*", "*norm*"))},
+          "four bits": {"qlora": lab.QLoRA(r=2)}}
 ADALORA = BASE.replace(adapter=lab.AdaLoRA(init_r=3, target_r=2), training=BASE.training.replace(steps=10))
 LAYOUTS = {"dp": lab.Parallel(dp=2), "zero3": lab.Parallel(dp=2, zero=3), "pp": lab.Parallel(pp=2)}
 
 
-def _all_curves(folder: Path) -> None:
-    for name, adapter in ALL.items():
+def _curves(folder: Path, group: str) -> None:
+    for name, adapter in GROUPS[group].items():
         for layout, parallel in LAYOUTS.items():
             training = BASE.training.replace(export=layout == "zero3", micro_batch_size=1)
             experiment = BASE.replace(adapter=adapter, parallel=parallel, training=training)
             if experiment.check().ok:
                 run_here(experiment, folder / f"{name}-{layout}")
-    run_here(ADALORA.replace(parallel=lab.Parallel(dp=2)).with_("training.export", True), folder / "adalora-dp")
 
 
 @pytest.mark.ranks
-def test_two_ranks_give_the_curve_of_one(tmp_path: Path) -> None:
-    run_ranks(_all_curves, 2, tmp_path)
-    for name, adapter in ALL.items():
+@pytest.mark.parametrize("group", GROUPS)
+def test_two_ranks_give_the_curve_of_one(group: str, tmp_path: Path) -> None:
+    if group == "four bits":
+        pytest.importorskip("bitsandbytes")
+    run_ranks(_curves, 2, tmp_path, group)
+    for name, adapter in GROUPS[group].items():
         experiment = BASE.replace(adapter=adapter).with_("training.export", True)
         one = run_here(experiment, tmp_path / f"{name}-one")
         for layout in LAYOUTS:
@@ -193,5 +193,14 @@ def test_two_ranks_give_the_curve_of_one(tmp_path: Path) -> None:
                 assert not two.exists()
                 continue
             assert losses(RunFolder(two)) == pytest.approx(losses(one), abs=1e-5), (name, layout)
-    two = RunFolder(tmp_path / "adalora-dp")
-    assert losses(two) == pytest.approx(losses(run_here(ADALORA, tmp_path / "adalora-one")), abs=1e-5)
+
+
+def _adalora(folder: Path) -> None:
+    run_here(ADALORA.replace(parallel=lab.Parallel(dp=2)).with_("training.export", True), folder / "two")
+
+
+@pytest.mark.ranks
+def test_two_ranks_find_the_ranks_of_one(tmp_path: Path) -> None:
+    run_ranks(_adalora, 2, tmp_path)
+    one = run_here(ADALORA, tmp_path / "one")
+    assert losses(RunFolder(tmp_path / "two")) == pytest.approx(losses(one), abs=1e-5)
