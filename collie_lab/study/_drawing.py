@@ -9,19 +9,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from collie_lab.study.columns import Column
 from collie_lab.study.groups import label_text
 from collie_lab.study.series import Band, Fit, Panel
 from collie_lab.view.style import COLORS, INK, MUTED
+from collie_lab.view.units import count_text
 
 if TYPE_CHECKING:
     from collie_lab.study._canvas import Canvas
 
 __all__ = ["Looks", "draw_bands", "draw_bars", "draw_pareto", "draw_size", "draw_stacks", "draw_sweep", "handles"]
 
-_MARKERS: Final = "osD^vPX"
+_MARKERS: Final = "osD^vPX<>"  # other ones in the next round through the colours
 _DASHES: Final = ("-", "--", ":", "-.")
 
 
@@ -94,6 +95,8 @@ def draw_size(
                       yerr=[_or_zero(point.value.std) * shown.factor for point in points], fmt=looks.marker(line.label),
                       color=color, markersize=4.5, capsize=2, elinewidth=1, zorder=3)
         for point in line.failed:
+            if point.x in forecast and point.value.word == "pending":
+                continue  # nobody has run it: what is planned is all there is
             if point.x in forecast:
                 _mark_failed(axes, point.x, forecast[point.x] * shown.factor, color, point.value.word or "")
             elif point.x == point.x:
@@ -107,7 +110,7 @@ def draw_size(
         axes.set_ylim(bottom=0)
         _plain_numbers(axes)
     _strip_of_failures(axes, nowhere)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
     if 0 < len(set(spans)) <= 6:
         axes.xaxis.set_major_locator(FixedLocator(_apart(sorted(set(spans)), log)))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -169,7 +172,18 @@ def draw_bars(
             if published is not None:
                 axes.plot([x - width * 0.46, x + width * 0.46], [published * shown.factor] * 2, color=INK,
                           linewidth=1.6, zorder=4, solid_capstyle="butt")
-    axes.set_xticks(range(len(places)), [label_text(place) for place in places])
+    _name_places(axes, places)
+
+
+def _name_places(axes: Axes, places: Sequence[Any]) -> None:
+    """A label below each group of bars, aslant where they would touch."""
+    texts = [label_text(place) for place in places]
+    room = axes.get_window_extent().width / axes.figure.dpi / len(places)
+    aslant = 0.075 * max(map(len, texts)) > room  # inches a letter of this size
+    axes.set_xticks(range(len(places)), texts)
+    if aslant:
+        for text in axes.get_xticklabels():
+            text.set(rotation=35, horizontalalignment="right", rotation_mode="anchor")
     _plain_numbers(axes)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(places) - 0.4)
@@ -194,10 +208,7 @@ def draw_stacks(
         elif label in words:
             axes.annotate(words[label], (place + 0.2, 0), xytext=(0, 3), textcoords="offset points", rotation=90,
                           ha="center", va="bottom", size=6.5, color=MUTED)
-    axes.set_xticks(range(len(labels)), [label_text(label) for label in labels])
-    _plain_numbers(axes)
-    axes.tick_params(axis="x", length=0)
-    axes.set_xlim(-0.6, len(labels) - 0.4)
+    _name_places(axes, labels)
 
 
 def draw_pareto(axes: Axes, points: Sequence[Any], x: Column, y: Column, looks: Looks) -> None:

@@ -61,7 +61,7 @@ class Column:
         return number_text(scaled) if self.decimals is None else f"{scaled:,.{self.decimals}f}"
 
 
-_BYTES: Final = ((1e9, "GB", 1e-9, 2), (1e11, "GB", 1e-9, 1), (1e13, "TB", 1e-12, 2))
+_BYTES: Final = ((2e9, "GB", 1e-9, 2), (1e11, "GB", 1e-9, 1), (1e13, "TB", 1e-12, 2))
 _COUNTS: Final = ((1e8, "M", 1e-6, 1), (1e10, "B", 1e-9, 2))
 _SECONDS: Final = ((600.0, "min", 1 / 60, 1), (36_000.0, "h", 1 / 3600, 1))
 

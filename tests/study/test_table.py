@@ -205,8 +205,8 @@ def test_columns_know_units_and_directions() -> None:
     assert column("whatever").better is None
     memory = column("peak_bytes")
     assert memory.fitted([49.5e6]).text(49.5e6) == "49.5"
-    assert memory.fitted([1.2e9, 4e6]).heading == "Peak memory (GB)"
-    assert memory.fitted([1.2e9]).text(1.234e9) == "1.23"
+    assert memory.fitted([2.2e9, 4e6]).heading == "Peak memory (GB)"
+    assert memory.fitted([2.2e9]).text(1.234e9) == "1.23"
     assert column(Column("x", "X")).text(float("nan")) == "–"
 
 
