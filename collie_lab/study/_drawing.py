@@ -222,10 +222,41 @@ def draw_pareto(axes: Axes, points: Sequence[Any], x: Column, y: Column, looks: 
                       yerr=_or_zero(point.y.std) * y.factor, color=color, elinewidth=0.9, capsize=2, zorder=2)
         axes.scatter(point.x.mean * x.factor, point.y.mean * y.factor, s=point.area, color=color, zorder=3,
                      marker=looks.marker(point.label), edgecolor="white", linewidth=0.7)
-        axes.annotate(label_text(point.name), (point.x.mean * x.factor, point.y.mean * y.factor),
-                      xytext=(3 + np.sqrt(point.area) / 2, 4), textcoords="offset points", size=8, color=INK,
-                      weight="bold" if point.best else "normal")
+    _log_if_wide(axes, [point.y.mean * y.factor for point in points])
     axes.margins(0.14)
+    _name_points(axes, points, x, y)
+
+
+def _name_points(axes: Axes, points: Sequence[Any], x: Column, y: Column) -> None:
+    """A name beside each point, where no other name is: the first place of some around it that is free."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # where things are is known from now on
+    taken: list[tuple[float, float, float, float]] = []
+    scale = figure.dpi / 72
+    for point in sorted(points, key=lambda point: point.x.mean):
+        text, shift = label_text(point.name), 3 + np.sqrt(point.area) / 2
+        at = axes.transData.transform((point.x.mean * x.factor, point.y.mean * y.factor)) / scale
+        width, height = 5.6 * len(text), 9.0  # points, of letters of this size
+        lifts = ((4, -11), (15, -22), (26, -33))
+        places = [(side * shift, lift) for near in lifts for side in (1, -1) for lift in near]
+        for across, up in places:
+            left, low = at[0] + across - (width if across < 0 else 0), at[1] + up
+            box = left, low, left + width, low + height
+            if all(box[2] < other[0] or box[0] > other[2] or box[3] < other[1] or box[1] > other[3] for other in taken):
+                break
+        taken.append(box)
+        axes.annotate(text, (point.x.mean * x.factor, point.y.mean * y.factor), xytext=(across, up),
+                      textcoords="offset points", size=8, color=INK, ha="left" if across > 0 else "right",
+                      weight="bold" if point.best else "normal")
+
+
+def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis for what spans more than a decade: else one far away hides how the others differ."""
+    known = [value for value in values if value == value]
+    if known and min(known) > 0 and max(known) > 10 * min(known):
+        axes.set_yscale("log")
+        _log_ticks(axes)
 
 
 def draw_bands(axes: Axes, bands: Sequence[Band], shown: Column, looks: Looks) -> None:
@@ -247,6 +278,7 @@ def draw_bands(axes: Axes, bands: Sequence[Band], shown: Column, looks: Looks) -
 def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, log: bool) -> None:
     """Points along a tuned axis, the best of each line ringed; crosses above: no figure."""
     failed: list[tuple[float, str, str]] = []
+    _log_if_wide(axes, [point.value.mean * shown.factor for line in panel.lines for point in line.measured])
     for line in panel.lines:
         color, points = looks.color(line.label), sorted(line.measured, key=lambda point: point.x)
         means = [point.value.mean * shown.factor for point in points]

@@ -176,7 +176,8 @@ def tabulate(
             table shows the arms at the best; default: those of the outcomes.
         best: set the best figure in bold, and all that show the same; with `test`, also all that are not
             significantly worse.
-        test: `welch` (independent seeds) or `paired` (the same seeds in all), each corrected after Holm.
+        test: `welch` (independent seeds) or `paired` (the same seeds in all); `tests` has p-values corrected after
+            Holm too.
         alpha: the level of the test.
         fair: look for other differences between the compared arms, mark and print them; names of aspects: these are
             meant to differ (`intended` of `fairness`).
@@ -288,7 +289,8 @@ def _mark_best(table: Table, compare: str, test: Test | None, alpha: float) -> N
         if test is not None:
             verdicts = against_best(chosen, values, test)
             table.verdicts.setdefault(shown.key, []).extend(verdicts)
-            bold |= {each.other for each in verdicts if each.adjusted is not None and each.adjusted >= alpha}
+            # Not corrected for many comparisons: that is the cautious side of calling a method worse, not of bold.
+            bold |= {each.other for each in verdicts if each.p is not None and each.p >= alpha}
         for label in bold:
             table.cells[members[label]] = replace(table.cells[members[label]], best=True)
     if sets:
@@ -315,7 +317,7 @@ def _test_note(table: Table, test: Test | None, alpha: float) -> str:
     if test is None:
         return ""
     untested = any(each.p is None for verdicts in table.verdicts.values() for each in verdicts)
-    return (f", and what is not significantly worse ({test_words(test)}, Holm's correction, p ≥ {alpha:g})"
+    return (f", and what is not significantly worse ({test_words(test)}, each by itself, p ≥ {alpha:g})"
             + ("; with fewer than two seeds nothing was tested" if untested else ""))
 
 
