@@ -194,7 +194,8 @@ def test_offload_on_one_rank_by_the_launcher(tmp_path: Path) -> None:
     run = experiment.launch(folder=tmp_path, show=False)
     expected = run_here(experiment.replace(parallel=Parallel()), tmp_path / "expected")
     assert run.metrics["loss"].tolist() == pytest.approx(losses(expected), abs=1e-5)
-    logs = "".join(run.folder.log(0, stream).read_text() for stream in ("out", "err"))
+    lines = [line for stream in ("out", "err") for line in run.folder.log(0, stream).read_text().splitlines()]
+    logs = "\n".join(line for line in lines if "torch/utils/_pytree.py" not in line)  # torchao's, where it is installed
     assert "[INFO]" not in logs
     assert "[WARNING]" not in logs
     assert "deprecated" not in logs
