@@ -12,7 +12,7 @@ from collie_lab.view.style import COLORS, INK, MUTED, style
 from collie_lab.view.units import bytes_text, percent_text
 
 if TYPE_CHECKING:
-    from collie_lab.planning.gpus import GPU
+    from collie_lab.gpus import GPU
     from collie_lab.planning.plan import Plan
     from collie_lab.planning.speed import Speed
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from collie_lab.cells import Adafactor, AdaLomo, Adan, Experiment, Freeze, Lion, Lomo, Model, Optimizer, Parallel
-from collie_lab.planning.gpus import GPU
+from collie_lab.gpus import GPU
 from collie_lab.planning.rates import Rates
 from collie_lab.planning.speed import bubble, wire_bytes
 from collie_lab.size import find_size

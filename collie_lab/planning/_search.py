@@ -10,11 +10,11 @@ from typing import Final, Literal
 
 from collie_lab.cells import CellError, Experiment, Parallel
 from collie_lab.check import check_cells
+from collie_lab.gpus import GPU
 from collie_lab.planning._client import PlanError
 from collie_lab.planning._rough import GAPS, Shape, rough_bytes, rough_seconds
 from collie_lab.planning._texts import batches_text, layout_text
 from collie_lab.planning.closed_form import estimate
-from collie_lab.planning.gpus import GPU
 from collie_lab.planning.plan import CONTEXT, Plan, plan
 from collie_lab.planning.rates import Rates
 from collie_lab.view.units import bytes_text

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from collie_lab.folder import write_json
+from collie_lab.gpus import GPU, gpu_of_device
 from collie_lab.machine import user_cache
 from collie_lab.planning._client import PlanError
-from collie_lab.planning.gpus import GPU, gpu_of_device
 from collie_lab.planning.rates import Rates, published
 
 __all__ = ["calibrate", "find_rates", "processor"]

@@ -28,13 +28,13 @@ from collie_lab.cells import (
     Sophia,
 )
 from collie_lab.data.hub import model_config
+from collie_lab.gpus import GPU, find_gpu
 from collie_lab.planning._forward import Forward
 from collie_lab.planning._fsdp import Sharded, shard
 from collie_lab.planning._llama import Model, Shape
 from collie_lab.planning._moments import Peak, at_the_ends, deepened
 from collie_lab.planning._roles import Role
 from collie_lab.planning._sizes import Memory, Parameter, Storage, Tape
-from collie_lab.planning.gpus import GPU, find_gpu
 from collie_lab.planning.plan import CONTEXT, GRANULE, check_plan, in_words, longest_document
 
 __all__ = ["FAMILIES", "Estimate", "estimate"]

@@ -24,10 +24,10 @@ from collie_lab.cells import (
     Training,
 )
 from collie_lab.data.hub import context_length, model_config
+from collie_lab.gpus import GPU, find_gpu
 from collie_lab.planning._rough import Shape
 from collie_lab.planning._search import Goal, Option, Refusal, Search
 from collie_lab.planning.calibration import find_rates
-from collie_lab.planning.gpus import GPU, find_gpu
 from collie_lab.planning.plan import longest_document
 from collie_lab.planning.rates import published
 from collie_lab.view.units import bytes_text, count_text, percent_text

@@ -15,8 +15,8 @@ import yaml
 
 from collie_lab.cells import CellError, Experiment, RandomTokens
 from collie_lab.folder import RunFolder
+from collie_lab.gpus import GPU, on_machine
 from collie_lab.planning._client import PlanError, rest
-from collie_lab.planning.gpus import GPU, on_machine
 from collie_lab.planning.plan import Plan, plan
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from collie_lab.cells import (
 from collie_lab.check import check_cells
 from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.prepare import room_for_documents, sequence_length
+from collie_lab.gpus import GPU, find_gpu
 from collie_lab.planning._client import ask
 from collie_lab.planning.calibration import find_rates
-from collie_lab.planning.gpus import GPU, find_gpu
 from collie_lab.planning.speed import Speed, forecast_speed
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
 
-from collie_lab.planning.gpus import GPU
+from collie_lab.gpus import GPU
 
 __all__ = ["Curve", "Rates", "published"]
 

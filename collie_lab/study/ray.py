@@ -205,6 +205,6 @@ def _connect(address: str | None) -> bool:
     except Exception as error:  # Ray raises plain ones where its daemons do not come up in time
         ray.shutdown()
         what, remedy = ("no Ray answers at " + address, "`ray status` on a machine of the cluster") if address else \
-            ("Ray does not start", "on an overloaded machine it gives up after a minute; /tmp/ray has its logs")
+            ("Ray does not start", "on an overloaded machine it gives up after a minute: `ray.init()` alone says more")
         raise CellError([Problem("Ray", "address", f"{what}: {error}", remedy)]) from None
     return True

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from collie_lab.gpus import gpu_of_device
+
 __all__ = ["StepFlops", "peak_flops"]
+
 
 def peak_flops(device: torch.device) -> float | None:
     """The 16-bit peak of a GPU of the catalogue; None for others and for CPUs, whose MFU is not guessed."""
     if device.type != "cuda":
         return None
-    from collie_lab.planning.gpus import gpu_of_device  # a rank on a CPU needs nothing of plans
-
     found = gpu_of_device(torch.cuda.get_device_name(device))
     return None if found is None else found.flops
 

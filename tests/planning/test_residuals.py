@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import collie_lab as lab
 from collie_lab.cli import app
 from collie_lab.folder import RunFolder
+from collie_lab.gpus import on_machine
 from collie_lab.planning import _client, kept
 from tests.ranks import run_here
 
@@ -147,5 +148,5 @@ def test_a_launch_keeps_the_plan_from_a_thread_of_its_own(monkeypatch: pytest.Mo
     ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("Quadro RTX 8000", None), (None, None),
 ])
 def test_the_drivers_names(name: str | None, found: str | None) -> None:
-    gpu = lab.planning.gpus.on_machine({"gpu": name})
+    gpu = on_machine({"gpu": name})
     assert (gpu and gpu.name) == found
