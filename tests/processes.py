@@ -46,7 +46,7 @@ def processes(mark: str, variable: str = MARK) -> list[psutil.Process]:
     return found
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 120.0) -> None:
     """Raises where the condition does not come true in time."""
     end = time.monotonic() + seconds
     while not condition():

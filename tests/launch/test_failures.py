@@ -167,13 +167,13 @@ def hangs_here(trainer: Any) -> None:
 
 
 def test_stacks_of_a_hang_and_a_timeout(tmp_path: Path, mark: str) -> None:
-    run = toy.start(mark, tmp_path, hangs_here, timeout=20.0)
+    run = toy.start(mark, tmp_path, hangs_here, timeout=40.0)
     run.stacks()  # harmless while the ranks are not ready
     toy.wait_until(lambda: all((run.folder.path / f"hangs-{rank}").exists() for rank in (0, 1)))
     stacks = run.stacks()
     assert list(stacks) == [0, 1]
     assert all("in hangs_here" in text for text in stacks.values())
-    assert run.wait(timeout=30) == "timeout"
+    assert run.wait(timeout=60) == "timeout"
     assert isinstance(run.error, RankError)
     assert run.error.rank is None
     assert "in hangs_here" in run.logs(1, "err")

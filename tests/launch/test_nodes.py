@@ -229,7 +229,7 @@ def test_a_stop_reaches_all_nodes(one_machine: Hosts, mark: str) -> None:
 
 @pytest.mark.parametrize("how", ["kill", "timeout", "member", "kernel"])
 def test_an_end_reaches_all_nodes(one_machine: Hosts, mark: str, how: str) -> None:
-    kernel, member, run = one_machine.both("hangs", timeout=25.0 if how == "timeout" else None)
+    kernel, member, run = one_machine.both("hangs", timeout=50.0 if how == "timeout" else None)
     toy.wait_until(began(run))
     match how:
         case "kill":
@@ -244,7 +244,7 @@ def test_an_end_reaches_all_nodes(one_machine: Hosts, mark: str, how: str) -> No
     if how != "kernel":
         assert outcome(kernel)["status"] == {"kill": "stopped", "timeout": "timeout", "member": "error"}[how]
     assert member.wait(timeout=60) == (0 if how in ("kill", "kernel") else 1)
-    words = {"kill": "on request", "timeout": "no end after 25 s", "member": "left: somebody", "kernel": "the kernel"}
+    words = {"kill": "on request", "timeout": "no end after 50 s", "member": "left: somebody", "kernel": "the kernel"}
     assert words[how] in run.detail
     if how == "timeout":
         assert "in hangs_here" in run.logs(1, "err")  # the stacks of the other machine's ranks
