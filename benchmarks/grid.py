@@ -4,7 +4,7 @@
 
 *Study*: `study.run()` on a grid of so many arms, one at a time: for each a process, its kernel, a notebook executed by
 papermill with its panel and figure, the verdict, the provenance. *Bare*: the same experiments, each in a Python process
-that launches it and reads its summary. Both in turn, so often.
+that launches it and reads its summary. Neither makes plans. Both in turn, so often.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import collie_lab as lab
 
 _BARE = """
 import sys, collie_lab as lab
-lab.Experiment.from_yaml(sys.argv[1]).launch(folder=sys.argv[2], show=False).summary
+lab.Experiment.from_yaml(sys.argv[1]).launch(folder=sys.argv[2], show=False, plan=False).summary
 """
 
 

@@ -55,10 +55,14 @@ class OpenArm:
                       else "no forecast was made: study.forecast()")
 
     def launch(self, resume: str | None = None) -> Run:
-        """Run it, into `runs/` of the arm's folder, or of the working directory where there is none."""
+        """Run it, into `runs/` of the arm's folder, or of the working directory where there is none.
+
+        No plan is made beside it: that would take time from what is measured. The study's forecast is its plan.
+        """
         parent = ArmFolder(self._place).runs if self._place.is_dir() else "runs"
         threading.Thread(target=_load_what_draws, daemon=True).start()
-        return launch(self.experiment, folder=parent, resume=resume, timeout=self.arm.timeout, _module=self.arm.module)
+        return launch(self.experiment, folder=parent, resume=resume, timeout=self.arm.timeout, plan=False,
+                      _module=self.arm.module)
 
     def outcome(self, run: Run) -> pd.Series[Any]:
         """The run's summary, with the forecast beside."""
