@@ -26,6 +26,9 @@ __all__ = ["KERNEL", "kernel"]
 #: The name under which jupyter_client knows the Python that it runs in, where no other of that name is found.
 KERNEL: Final = "python3"
 
+#: What a kernel does before it answers: the notebook will want it, and this process has papermill to load meanwhile.
+_FIRST: Final = "import collie_lab.study.opened; del collie_lab"
+
 
 @contextmanager
 def kernel(folder: Path) -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
@@ -38,7 +41,8 @@ def kernel(folder: Path) -> Iterator[tuple[Any, subprocess.Popen[bytes]]]:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(manager.connection_file)  # of an attempt that was killed
     tie = die_with_parent if sys.platform == "linux" else None
-    run_sync(manager.start_kernel)(preexec_fn=tie, extra_arguments=["--HistoryManager.hist_file=:memory:"])
+    run_sync(manager.start_kernel)(preexec_fn=tie, extra_arguments=[
+        "--HistoryManager.hist_file=:memory:", f"--IPKernelApp.exec_lines={_FIRST}"])
     process = manager.provisioner.process
     try:
         yield manager, process

@@ -146,6 +146,7 @@ def _task() -> Callable[[list[str], str, str, dict[str, str]], int]:
         import signal
         import subprocess
         import sys
+        import time
 
         def die_with_parent() -> None:
             if sys.platform == "linux":
@@ -156,7 +157,9 @@ def _task() -> Callable[[list[str], str, str, dict[str, str]], int]:
                                        start_new_session=True, preexec_fn=die_with_parent,
                                        env={**os.environ, **variables})
         try:
-            return process.wait()
+            while process.poll() is None:
+                time.sleep(0.2)  # to be cancelled interrupts what Python does, but no system call that waits
+            return process.returncode
         except KeyboardInterrupt:  # cancelled
             process.terminate()
             process.wait()

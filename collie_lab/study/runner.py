@@ -67,10 +67,10 @@ class Runner:
 
     def _step(self) -> bool:
         """Start what can be started; whether there is still something to wait for."""
-        arms = self.arms()
         ended = [id for id, job in self._jobs.items() if not job.alive]
         for id in ended:
             del self._jobs[id]
+        arms = self.arms()  # with those that tuning adds, now that these have ended
         states = {arm.id: self.folder(arm).status for arm in arms}
         self._tried -= {id for id in ended if states.get(id) == "running"}  # another runner was quicker
         waiting = False
@@ -85,7 +85,7 @@ class Runner:
             self._tried.add(arm.id)
             self._jobs[arm.id] = self.executor.submit(self.folder(arm).path, arm.gpus)
         self._tell(arms, states)
-        return waiting or bool(ended) or bool(self._jobs) or "running" in states.values()
+        return waiting or bool(self._jobs) or "running" in states.values()
 
     def _wait(self) -> None:
         """Until a job has ended, but not for long: the arms of other runners are looked at now and then."""
