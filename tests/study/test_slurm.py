@@ -121,4 +121,5 @@ def test_nothing_is_left_of_a_cluster() -> None:
         folder = Path(found["SLURM_CONF"]).parent
         subprocess.run(["sbatch", "--output=/dev/null", "--wrap=sleep 600"], check=True, env={**os.environ, **found})
     assert not folder.exists()
-    assert not [process for process in psutil.process_iter() if str(folder) in " ".join(process.cmdline())]
+    assert not [process for process in psutil.process_iter(["cmdline"])
+                if str(folder) in " ".join(process.info["cmdline"] or [])]  # None: it has just ended
