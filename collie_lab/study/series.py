@@ -155,12 +155,13 @@ def bands(
     outcomes: Outcomes, metric: str, by: str, *, panels: str | None = None, where: Mapping[str, Any] | None = None,
     tuned: Mapping[str, str | Column] | None = None,
 ) -> list[tuple[Any, list[Band], list[str]]]:
-    """Curves of a column of `run.metrics` (smoothed, from 20 steps on) or of `run.evaluations`, over the seeds.
+    """Curves of a column of `run.metrics` (smoothed, from 20 steps on) or of `run.evaluations`, over the seeds. While it
+    is open which value of a tuned axis is the best, there is none.
 
     A list of panels, each with its label, its bands, and the names of its arms.
 
     Raises:
-        ValueError: an unknown axis; no run has the metric.
+        ValueError: an unknown axis; no run has the metric; no curve is there yet.
     """
     axes, runs = list(outcomes.axes), outcomes.runs
     known_axes([by, *([panels] if panels else [])], axes, "figure")
@@ -169,10 +170,11 @@ def bands(
     found: list[tuple[Any, list[Band], list[str]]] = []
     for panel in ordered(group.labels[panels] for group in groups) if panels else [None]:
         here = [group for group in groups if panels is None or group.labels[panels] == panel]
-        made = [band for group in here if (band := _band(group, runs, metric, by)) is not None]
+        made = [band for group in here if group.decided and (band := _band(group, runs, metric, by)) is not None]
         found.append((panel, made, [name for group in here for name in group.names if name in runs]))
     if not any(made for _, made, _ in found):
-        raise ValueError(f"figure: no run has recorded {metric!r}")
+        raise ValueError(f"figure: no run has recorded {metric!r}" if any(group.decided for group in groups) else
+                         "figure: of the values that are tuned none is the best yet")
     return found
 
 

@@ -114,6 +114,16 @@ def test_curves_are_means_over_seeds_and_go_through_attempts() -> None:
         made.figure("curves", metric="accuracy")
 
 
+def test_settings_of_which_none_is_the_best_yet_have_no_curve() -> None:
+    made = Fabricated("method", "lr", "seed", tuned={"lr": "perplexity"})
+    for lr in (0.1, 0.2):
+        made.add("a", lr, 0, run=made_run())
+    with pytest.raises(ValueError, match="none is the best yet"):
+        made.figure("curves")
+    made.add("b", 0.1, 0, run=made_run())  # one setting is no choice
+    assert set(made.figure("curves").data["method"]) == {"b"}
+
+
 def test_a_sweep_shows_every_value_that_was_tried() -> None:
     made = Fabricated("method", "lr", "seed", tuned={"lr": "loss"})
     for lr in (1e-4, 1e-3, 1e-2):
