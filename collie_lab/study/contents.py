@@ -9,7 +9,7 @@ from collie_lab.planning._figure import ROLE_COLORS
 from collie_lab.study._canvas import StudyFigure
 from collie_lab.study.fairness import compared_axis
 from collie_lab.study.figures import draw
-from collie_lab.study.groups import ordered
+from collie_lab.study.groups import group_arms, ordered
 from collie_lab.study.outcomes import Outcomes, arm_frame, seedless, tuned_axes
 from collie_lab.study.table import Table, tabulate
 
@@ -55,7 +55,9 @@ def _choices(outcomes: Outcomes) -> Iterator[tuple[str, str, Mapping[str, Any]]]
         yield "pareto", "pareto", {"y": quality, "by": by, "panels": panels}
     if tuned_axes(outcomes):
         yield "sweep", "sweep", {"by": by, "panels": panels}
-    if any(run.steps for run in outcomes.runs.values()):
+    groups = group_arms(arms, outcomes.axes, [by, *others], tuned=tuned_axes(outcomes))
+    if any(name in outcomes.runs and outcomes.runs[name].steps
+           for group in groups if group.decided for name in group.names):
         yield "curves", "curves", {"by": by, "panels": panels}
 
 

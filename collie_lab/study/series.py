@@ -155,8 +155,8 @@ def bands(
     outcomes: Outcomes, metric: str, by: str, *, panels: str | None = None, where: Mapping[str, Any] | None = None,
     tuned: Mapping[str, str | Column] | None = None,
 ) -> list[tuple[Any, list[Band], list[str]]]:
-    """Curves of a column of `run.metrics` (smoothed, from 20 steps on) or of `run.evaluations`, over the seeds. While it
-    is open which value of a tuned axis is the best, there is none.
+    """Curves of a column of `run.metrics` (smoothed, from 20 steps on) or of `run.evaluations`, over the seeds. Where
+    it is open which value of a tuned axis is the best, there is none.
 
     A list of panels, each with its label, its bands, and the names of its arms.
 

@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import collie_lab as lab
+from collie_lab.study.contents import default_figures
 from collie_lab.study.figures import KINDS, size_fits
 from collie_lab.study.report import inline_svg
 from tests.study.fabricate import BASE, Fabricated, made_run
@@ -120,8 +121,9 @@ def test_settings_of_which_none_is_the_best_yet_have_no_curve() -> None:
         made.add("a", lr, 0, run=made_run())
     with pytest.raises(ValueError, match="none is the best yet"):
         made.figure("curves")
+    assert "curves" not in default_figures(made)
     made.add("b", 0.1, 0, run=made_run())  # one setting is no choice
-    assert set(made.figure("curves").data["method"]) == {"b"}
+    assert set(default_figures(made)["curves"].data["method"]) == {"b"}
 
 
 def test_a_sweep_shows_every_value_that_was_tried() -> None:
