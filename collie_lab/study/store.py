@@ -193,8 +193,9 @@ class ArmFolder:
                 if state["status"] not in FINAL:
                     return False
                 self.put_aside()
-                since = None if resume else time.time()
-                self.write_status({"status": "pending", "attempts": state.get("attempts", 1), "since": since})
+                fields = {"since": None, "seconds_before": state.get("seconds_before", 0.0) + state.get("seconds", 0.0)
+                          } if resume else {"since": time.time()}
+                self.write_status({"status": "pending", "attempts": state.get("attempts", 1), **fields})
                 return True
         except HeldError:
             return False

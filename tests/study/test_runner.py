@@ -175,6 +175,8 @@ def test_retry(tmp_path: Path, fake: None) -> None:
     study.run(slots=2, progress=False)
     assert study.retry("error") == ["seed=99"]
     assert study.statuses() == {"seed=99": "pending", "seed=0": "ok"}
+    state = study._folder(study.arms[0]).state
+    assert state["seconds_before"] == 0.1  # what went on is counted whole
     study.run(progress=False)
     state = study._folder(study.arms[0]).state
     assert (state["status"], state["attempts"]) == ("error", 2)
