@@ -49,7 +49,7 @@ def timed(layout: lab.Parallel, batch_size: int) -> dict[str, Any]:
 
 def _processor_seconds() -> float:
     """Of the process of the dry runs and of those that it has ended."""
-    process = _client._WORKERS[False].process
+    process = _client._IDLE[False].queue[-1].process
     if process is None:
         return 0.0
     times = psutil.Process(process.pid).cpu_times()

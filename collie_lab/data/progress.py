@@ -17,15 +17,17 @@ _QUIET: Final = 2.0  # seconds without a bar: most data sets are done by then
 
 
 class Progress:
-    """Counts documents. The bar, with the time that is left, comes after two seconds and goes at the end.
+    """Counts documents, or what else `unit` says. The bar, with the time that is left, comes after two seconds and goes
+    at the end.
 
     Args:
         text: what is done.
-        total: how many documents there will be, where that can be known; asked for when the bar appears.
+        total: how many there will be, where that can be known; asked for when the bar appears.
+        unit: the plural of what is counted.
     """
 
-    def __init__(self, text: str, total: Callable[[], int] | None = None):
-        self._text, self._total = text, total
+    def __init__(self, text: str, total: Callable[[], int] | None = None, unit: str = "documents"):
+        self._text, self._total, self._unit = text, total, unit
         self._due, self.done = time.monotonic() + _QUIET, 0
         self._bar: _Bar | None = None
 
@@ -37,9 +39,9 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, documents: int) -> None:
+    def advance(self, count: int) -> None:
         """So many more are done."""
-        self.done += documents
+        self.done += count
         if self._bar is None and time.monotonic() > self._due:
             self._show()
         if self._bar is not None:
@@ -59,14 +61,14 @@ class Progress:
             self._due = float("inf")  # a log or a pipe
             return
         kind = _NotebookBar if console.is_jupyter else _TerminalBar
-        self._bar = kind(self._text, self._total() if self._total else None)
+        self._bar = kind(self._text, self._total() if self._total else None, self._unit)
 
 
 class _Bar(Protocol):
     """What shows how far it is."""
 
     def update(self, done: int) -> None:
-        """So many documents are done."""
+        """So many are done."""
 
     def close(self) -> None:
         """Take it away."""
@@ -75,12 +77,12 @@ class _Bar(Protocol):
 class _TerminalBar:
     """rich's bar, on a line that is gone at the end."""
 
-    def __init__(self, text: str, total: int | None):
+    def __init__(self, text: str, total: int | None, unit: str):
         from rich.errors import LiveError
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                             TextColumn("documents,"), TimeRemainingColumn(compact=True), TextColumn("left"),
+                             TextColumn(f"{unit},"), TimeRemainingColumn(compact=True), TextColumn("left"),
                              transient=True)
         self._task = self._bar.add_task(text, total=total)
         with contextlib.suppress(LiveError):  # somebody else's bar is moving
@@ -96,10 +98,10 @@ class _TerminalBar:
 class _NotebookBar:
     """A line of HTML, updated in place; no widget, which would stay in a saved notebook."""
 
-    def __init__(self, text: str, total: int | None):
+    def __init__(self, text: str, total: int | None, unit: str):
         from IPython.display import display
 
-        self._text, self._total = text, total
+        self._text, self._total, self._unit = text, total, unit
         self._began = self._drawn = time.monotonic()
         self._first: int | None = None
         self._display: Any = display({"text/plain": ""}, raw=True, display_id=True)
@@ -110,11 +112,11 @@ class _NotebookBar:
         if now - self._drawn < 0.2:
             return
         self._drawn = now
-        said = f"{self._text}: {done:,} documents"
+        said = f"{self._text}: {done:,} {self._unit}"
         if self._total:
             rate = (done - self._first) / (now - self._began)
             left = f", {_span((self._total - done) / rate)} left" if rate else ""
-            said = f"{self._text}: {done:,} of {self._total:,} documents{left}"
+            said = f"{self._text}: {done:,} of {self._total:,} {self._unit}{left}"
         bar = f'<progress max="{self._total}" value="{done}"></progress> ' if self._total else ""
         self._display.update({"text/html": bar + html.escape(said), "text/plain": said}, raw=True)
 

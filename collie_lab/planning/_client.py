@@ -1,5 +1,5 @@
-"""The kernel's side of dry runs: a process that answers, started with the first question; a second one of the lowest
-priority for what nobody waits for."""
+"""The kernel's side of dry runs: a process that answers, started with the first question, and more of them for what is
+asked at once; another one of the lowest priority for what nobody waits for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import atexit
 import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
-import threading
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,10 @@ import collie_lab
 from collie_lab import code
 from collie_lab.cells import Experiment
 
-__all__ = ["PlanError", "ask", "rest"]
+__all__ = ["AT_ONCE", "PlanError", "ask", "rest"]
+
+#: So many dry runs can be under way, each in a process of its own of half a gigabyte and more.
+AT_ONCE: Final = min(4, os.cpu_count() or 1)
 
 
 class PlanError(RuntimeError):
@@ -30,14 +34,31 @@ class PlanError(RuntimeError):
 
 @dataclass
 class _Worker:
-    """One process, and whose turn it is to ask it."""
+    """One process; not there before it is asked."""
 
     niceness: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
     process: subprocess.Popen[str] | None = None
 
 
-_WORKERS: Final = {False: _Worker(0), True: _Worker(19)}
+def _workers(count: int, niceness: int) -> queue.LifoQueue[_Worker]:
+    """Those that nobody is asking; the last that was asked comes first, for its process is there."""
+    idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+    for _ in range(count):
+        idle.put(_Worker(niceness))
+    return idle
+
+
+_IDLE: Final = {False: _workers(AT_ONCE, 0), True: _workers(1, 19)}
+
+
+@contextlib.contextmanager
+def _turn(quiet: bool) -> Iterator[_Worker]:
+    """A worker of one's own, as soon as there is one."""
+    worker = _IDLE[quiet].get()
+    try:
+        yield worker
+    finally:
+        _IDLE[quiet].put(worker)
 
 
 def ask(experiment: Experiment, ranks: list[dict[str, Any]], quiet: bool = False) -> list[dict[str, Any]]:
@@ -49,8 +70,7 @@ def ask(experiment: Experiment, ranks: list[dict[str, Any]], quiet: bool = False
         PlanError: a dry run failed; a rank would have failed for the same reason, or torch has no fake of an operator.
     """
     mapping, packed = code.pack(experiment)
-    worker = _WORKERS[quiet]
-    with tempfile.TemporaryDirectory(prefix="collie-plan-") as folder, worker.lock:
+    with tempfile.TemporaryDirectory(prefix="collie-plan-") as folder, _turn(quiet) as worker:
         Path(folder, "experiment.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False), encoding="utf-8")
         if packed:
             Path(folder, "code.pkl").write_bytes(packed)
@@ -58,11 +78,12 @@ def ask(experiment: Experiment, ranks: list[dict[str, Any]], quiet: bool = False
 
 
 def rest(quiet: bool) -> None:
-    """End the process, and so free its memory, until the next question."""
-    worker = _WORKERS[quiet]
-    with worker.lock:
-        if worker.process is not None:
-            _stop(worker.process)
+    """End the processes, and so free their memory, until the next question."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(1 if quiet else AT_ONCE):
+            worker = stack.enter_context(_turn(quiet))
+            if worker.process is not None:
+                _stop(worker.process)
 
 
 def _asked(worker: _Worker, request: dict[str, Any]) -> list[dict[str, Any]]:

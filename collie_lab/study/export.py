@@ -33,7 +33,8 @@ _MARK: Final = "export.json"
 
 def export(
     outcomes: Presentation, out: str | Path, *, tables: Mapping[str, Table] | None = None,
-    figures: Mapping[str, StudyFigure] | None = None, prose: str = "", as_zip: bool | None = None,
+    figures: Mapping[str, StudyFigure] | None = None, prose: str = "", found: Fairness | None = None,
+    as_zip: bool | None = None,
 ) -> Path:
     """Write tables, figures, the report, and of every arm what it was and what it measured; the folder or the zip.
 
@@ -42,6 +43,7 @@ def export(
     Args:
         tables, figures: by the names of their files; default: see `contents`.
         prose: of the report, in Markdown.
+        found: the fairness to tell of; default: of what is compared.
         as_zip: default: whether `out` ends in .zip.
 
     Raises:
@@ -59,7 +61,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         folder = Path(scratch) / target.name.removesuffix(".zip")
         folder.mkdir()
-        _fill(folder, outcomes, tables, figures, prose)
+        _fill(folder, outcomes, tables, figures, prose, fairness(outcomes) if found is None else found)
         if zipped:
             made = Path(shutil.make_archive(str(folder), "zip", scratch, folder.name))
             made.replace(target)
@@ -71,8 +73,7 @@ def export(
 
 
 def _fill(folder: Path, outcomes: Presentation, tables: Mapping[str, Table], figures: Mapping[str, StudyFigure],
-          prose: str) -> None:
-    found = fairness(outcomes)
+          prose: str, found: Fairness) -> None:
     for name, table in tables.items():
         table.save(folder / "tables" / name)
     for name, figure in figures.items():
@@ -87,7 +88,7 @@ def _fill(folder: Path, outcomes: Presentation, tables: Mapping[str, Table], fig
     frame.to_csv(folder / "arms.csv")
     (folder / "requirements.txt").write_text(_requirements(outcomes), encoding="utf-8")
     write_json(folder / _MARK, {"title": outcomes.title, "folders": places, **sidecar(outcomes)})
-    write_report(outcomes, folder / "report.html", tables=tables, figures=figures, prose=prose)
+    write_report(outcomes, folder / "report.html", tables=tables, figures=figures, prose=prose, found=found)
     (folder / "README.md").write_text(_readme(outcomes, tables, figures, found), encoding="utf-8")
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collie_lab.cells import CellError, Experiment
+from collie_lab.data.progress import Progress
 from collie_lab.folder import read_json, write_json
 from collie_lab.planning import PlanError
+from collie_lab.planning._client import AT_ONCE
 from collie_lab.study.arms import Arm
 from collie_lab.study.store import FINAL, ArmFolder
 
@@ -35,14 +39,7 @@ class Forecast:
         """Plan what is not planned for this GPU yet, and put it into a table, a row an arm; see `Study.forecast`."""
         import pandas as pd
 
-        planned = self.planned
-        alike: dict[str, dict[str, Any]] = {}
-        for arm in arms:
-            if planned.get(arm.id, {"gpu": ""})["gpu"] != gpu:
-                key = repr(_without_luck(arm.experiment))
-                planned[arm.id] = alike[key] = alike.get(key) or _plan(arm.experiment, gpu)
-        self._results.mkdir(parents=True, exist_ok=True)
-        write_json(self._results / "forecast.json", planned)
+        planned = self._plan([arm for arm in arms if self.planned.get(arm.id, {"gpu": ""})["gpu"] != gpu], gpu)
         measured = {arm.id: _measured(self._results, arm) for arm in arms}
         rows = {}
         for arm in arms:
@@ -57,6 +54,25 @@ class Forecast:
         open_ = ~frame["status"].isin(FINAL)
         frame["remaining"] = frame["seconds"].where(open_, 0.0)
         return frame
+
+    def _plan(self, arms: Sequence[Arm], gpu: str | None) -> dict[str, dict[str, Any]]:
+        """What was planned, with these arms. Those that are alike are planned once, several at once, and kept as they
+        come: an interrupt loses none."""
+        planned, alike = self.planned, defaultdict[str, list[Arm]](list)
+        for arm in arms:
+            alike[repr(_without_luck(arm.experiment))].append(arm)
+        self._results.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(AT_ONCE) as pool, Progress("forecast", lambda: len(alike), "plans") as progress:
+            made = {pool.submit(_plan, each[0].experiment, gpu): each for each in alike.values()}
+            try:
+                for future in as_completed(made):
+                    planned |= {arm.id: future.result() for arm in made[future]}
+                    write_json(self._results / "forecast.json", planned)
+                    progress.advance(1)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return planned
 
 
 def planned_columns(plan: Mapping[str, Any]) -> dict[str, float | None]:

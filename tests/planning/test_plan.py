@@ -156,7 +156,7 @@ def test_the_largest_model_and_many_ranks(tmp_path: Path) -> None:
 def test_planning_leaves_torch_out_of_the_kernel_and_no_process_behind(tmp_path: Path) -> None:
     script = "import sys, collie_lab as lab; from collie_lab.planning import _client\n" \
         "exp = lab.Experiment(model=lab.Model('llama-tiny', init='random'), data=lab.Instructions('missing.json'))\n" \
-        "print(exp.plan().peak_bytes, 'torch' in sys.modules, _client._WORKERS[False].process.pid)"
+        "print(exp.plan().peak_bytes, 'torch' in sys.modules, _client._IDLE[False].queue[-1].process.pid)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     peak, torch, process = done.stdout.split()

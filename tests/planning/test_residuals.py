@@ -71,9 +71,10 @@ def test_dry_runs_outlive_the_thread_that_asked_first() -> None:
     thread = threading.Thread(target=EXPERIMENT.plan)
     thread.start()
     thread.join()
-    process = _client._WORKERS[False].process
+    process = _client._IDLE[False].queue[-1].process
     assert EXPERIMENT.plan().peak_bytes > 0
-    assert process is _client._WORKERS[False].process  # a death signal of Linux would have come with the thread's end
+    # A death signal of Linux would have come with the thread's end.
+    assert process is _client._IDLE[False].queue[-1].process
     assert process.stdin is not None
     process.stdin.close()  # the kernel is gone
     assert process.wait(timeout=60) == 0
