@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import yaml
@@ -183,9 +184,18 @@ def _commit(run: Conditions) -> str | None:
 
 def _model(run: Conditions) -> str | None:
     model = {key: value for key, value in run.cell("model").items() if value and key != "kind"}
-    if set(model) <= {"source", "init"}:
-        return f"{model.get('source')} ({model.get('init', 'pretrained')})" if model else None
-    return _canonical(model)
+    return _canonical(model) if model else None
+
+
+def _model_text(value: str) -> str:
+    known = json.loads(value)
+    source, start = str(known.pop("source", "?")), known.pop("init", "pretrained")
+    words = [f"{Path(source).name if Path(source).is_absolute() else source} ({start})"]
+    for key, each in known.items():
+        settings = each if isinstance(each, dict) else {"kind": each}
+        words.append(f"{key} (" + ", ".join(str(setting) if name == "kind" else f"{name} {setting}"
+                                            for name, setting in settings.items() if setting not in (None, [])) + ")")
+    return ", ".join(words)
 
 
 def _schedule(run: Conditions) -> str | None:
@@ -203,7 +213,7 @@ ASPECTS: Final = (
     Aspect("batch size", ("training.batch_size", "training.micro_batch_size", "parallel"), _batch,
            lambda value: f"{value[0]} sequences, {value[1]} a forward pass"),
     Aspect("steps", ("training.steps",), _steps, lambda value: f"{value:,}"),
-    Aspect("model", ("model",), _model),
+    Aspect("model", ("model",), _model, _model_text),
     Aspect("training data", ("data", "model"), lambda run: run.data.get("fingerprint")),
     Aspect("data order", ("data",), _order),
     Aspect("seed", ("training.seed",), lambda run: run.cell("training").get("seed")),

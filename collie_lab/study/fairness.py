@@ -1,7 +1,7 @@
 """The fairness guard: what else differs between arms that are compared.
 
 Arms are compared along one axis, with all other labels equal. What they must share besides stands in
-`conditions.ASPECTS`; the tuning budget is counted here.
+`conditions.ASPECTS`; what was tuned, and how well, is looked at here.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from collie_lab.study.columns import Column
 from collie_lab.study.conditions import ASPECTS, Aspect, Conditions
-from collie_lab.study.groups import group_arms, known_axes, label_text, ordered
+from collie_lab.study.groups import best_of, group_arms, known_axes, label_text, ordered
 from collie_lab.study.outcomes import SEED, Outcomes, arm_frame, seedless, tuned_axes
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TUNING", "Difference", "Fairness", "compared_axis", "fairness"]
+__all__ = ["RANGE", "TUNING", "Difference", "Fairness", "compared_axis", "fairness"]
 
-#: The aspect that no single run knows: how many settings were tried.
+#: The aspects that no single run knows: how many settings were tried; whether the best lies between others.
 TUNING: Final = "tuning budget"
-_NAMES: Final = (*(aspect.name for aspect in ASPECTS), TUNING)
+RANGE: Final = "tuning range"
+_NAMES: Final = (*(aspect.name for aspect in ASPECTS), TUNING, RANGE)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def compared_axis(axes: Sequence[str], prefer: Sequence[str] = ()) -> str:
 
 def fairness(
     outcomes: Outcomes, compare: str | None = None, *, where: Mapping[str, Any] | None = None,
-    tuned: Collection[str] | None = None, intended: Collection[str] = (),
+    tuned: Mapping[str, str | Column] | None = None, intended: Collection[str] = (),
 ) -> Fairness:
     """Find what else differs between arms that differ on the axis `compare` and on no other (but the seed).
 
@@ -130,8 +132,9 @@ def fairness(
     Args:
         compare: default: see `compared_axis`.
         where: only arms with these labels.
-        tuned: axes that were tuned: arms that differ on them belong to one label, and their number is its budget;
-            default: those of the outcomes.
+        tuned: axes that were tuned, each with the metric that chooses its value: arms that differ on them belong to one
+            label, their number is its budget, and a best value that is the least or the most of those tried may not
+            be the best there is; default: those of the outcomes.
         intended: names of aspects that are what the study compares.
 
     Raises:
@@ -140,11 +143,12 @@ def fairness(
     axes = list(outcomes.axes)
     compare = compare or compared_axis(axes)
     known_axes([compare], axes, "fairness")
-    tuned = [axis for axis in (tuned_axes(outcomes) if tuned is None else tuned) if axis in axes and axis != compare]
+    tuned = {axis: metric for axis, metric in (tuned_axes(outcomes) if tuned is None else tuned).items()
+             if axis in axes and axis != compare}
     if unknown := [name for name in intended if name not in _NAMES]:
         raise ValueError(f"intended: no aspect is called {unknown[0]!r}; there are: {', '.join(_NAMES)}")
     meant = tuple(aspect.name for aspect in ASPECTS if aspect.name in intended or aspect.is_compared_by(compare))
-    meant += (TUNING,) if TUNING in intended else ()
+    meant += tuple(name for name in (TUNING, RANGE) if name in intended)
     others = [axis for axis in seedless(axes) if axis != compare and axis not in tuned]
     conditions = {name: Conditions(run) for name, run in outcomes.runs.items()}
     found: dict[tuple[str, tuple[tuple[Any, str], ...]], list[Mapping[str, Any]]] = {}
@@ -156,7 +160,7 @@ def fairness(
 
 
 def _differences(
-    arms: pd.DataFrame, compare: str, tuned: Sequence[str], conditions: Mapping[str, Conditions],
+    arms: pd.DataFrame, compare: str, tuned: Mapping[str, str | Column], conditions: Mapping[str, Conditions],
     meant: Collection[str],
 ) -> Iterator[tuple[str, dict[Any, str]]]:
     """Of one set of arms that differ on the compared axis (those that were tuned, and the seed) alone."""
@@ -175,6 +179,24 @@ def _differences(
                    for label, rows in members.items()}
         if len(set(budgets.values())) > 1:
             yield TUNING, {label: f"{count} setting{'s' * (count > 1)}" for label, count in budgets.items()}
+    if RANGE not in meant and tuned:
+        places = {label: _place(rows, tuned) for label, rows in members.items()}
+        if any(place not in ("", _WITHIN) for place in places.values()):
+            yield RANGE, {label: place for label, place in places.items() if place}
+
+
+_WITHIN: Final = "it lies between others"
+
+
+def _place(arms: pd.DataFrame, tuned: Mapping[str, str | Column]) -> str:
+    """Where the best value of each tuned axis lies among those that were tried; nothing where there is no best."""
+    best, found = best_of(arms, tuned), []
+    for axis in tuned:
+        tried, chosen = sorted(set(arms[axis])), set(best[axis])
+        if len(tried) > 1 and len(chosen) == 1 and all(isinstance(value, (int, float)) for value in tried):
+            edge = {tried[0]: "least", tried[-1]: "most"}.get(*chosen)
+            found.append(f"the best {axis.rpartition('.')[2]} is the {edge} that was tried" if edge else _WITHIN)
+    return ", ".join(ordered(found))
 
 
 def _condition(aspect: Aspect, runs: Sequence[Conditions]) -> Any:

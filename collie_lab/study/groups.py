@@ -16,7 +16,7 @@ from collie_lab.view.units import NOTHING
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Group", "Value", "chosen_arms", "group_arms", "known_axes", "label_text", "ordered"]
+__all__ = ["Group", "Value", "best_of", "chosen_arms", "group_arms", "known_axes", "label_text", "ordered"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def group_arms(
         labels = dict(zip(by, key, strict=True))
         members = arms[[each == key for each in keys]]
         chosen = {axis: metric for axis, metric in (tuned or {}).items() if axis in axes and axis not in by}
-        members = _best_of(members, chosen)
+        members = best_of(members, chosen)
         groups.append(Group(labels, members, len(ordered(_settings(members, chosen))) == 1))
         for axis in seedless(axes):
             if axis not in [*by, *free, *(tuned or {})] and len(ordered(members[axis])) > 1:
@@ -160,7 +160,7 @@ def _settings(arms: pd.DataFrame, tuned: Collection[str]) -> list[tuple[Any, ...
     return list(zip(*(arms[axis] for axis in tuned), strict=True)) if tuned else [()] * len(arms)
 
 
-def _best_of(arms: pd.DataFrame, tuned: Mapping[str, str | Column]) -> pd.DataFrame:
+def best_of(arms: pd.DataFrame, tuned: Mapping[str, str | Column]) -> pd.DataFrame:
     """The arms of the setting that has the best metric, over the seeds with which all were tried. Of several axes each
     takes its value from the best setting, by its own metric, of those that the axes before it have left."""
     for place, metric in enumerate(tuned.values()):

@@ -208,7 +208,7 @@ def tabulate(
     if best:
         _mark_best(table, compared, test, alpha)
     if fair is not False:
-        _mark_differences(table, fairness(outcomes, compared, where=where, tuned=[*tuned],
+        _mark_differences(table, fairness(outcomes, compared, where=where, tuned=tuned,
                                           intended=() if fair is True else fair))
     table.notes.sort(key=lambda note: bool(note.mark))
     return table

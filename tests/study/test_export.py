@@ -93,7 +93,8 @@ def test_an_export_is_whole_and_has_no_weights(study: Fabricated, tmp_path: Path
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert "3 arms: 1 ok, 1 diverged, 1 pending." in readme
     (folder / "mine.txt").touch()
-    export(study, folder, figures={}, tables={})
+    export(study, folder, figures={}, tables={}, found=study.fairness("method", intended=("commit",)))
+    assert "meant to differ: commit" in (folder / "README.md").read_text(encoding="utf-8")
     assert not (folder / "mine.txt").exists()  # it is an export, and a new one is whole
     assert not list(tmp_path.glob(".out-*"))
 

@@ -116,8 +116,32 @@ def test_tuning_budgets_are_counted() -> None:
     made = Fabricated("method", "lr", tuned={"lr": "loss"})
     for method, rates in (("a", (1, 2, 3)), ("b", (1, 2, 3)), ("c", (1,))):
         for lr in rates:
-            made.add(method, lr, loss=lr)
+            made.add(method, lr, loss=abs(lr - 2))
     assert [str(each) for each in made.fairness()] == ["tuning budget: 3 settings (a, b); 1 setting (c)"]
+
+
+def test_models_are_told_in_words() -> None:
+    grown = BASE.with_("model.tokenizer", lab.ExtendTokenizer(learn=256))
+    difference = next(each for each in _compared(made_run(), made_run(grown)).fairness() if each.aspect == "model")
+    plain, extended = difference.values.values()
+    assert plain == "llama-tiny (random)"
+    assert extended.startswith("llama-tiny (random), tokenizer (extend_tokenizer, ")
+    assert "learn 256" in extended
+
+
+def test_a_best_value_at_the_end_of_its_range_is_told() -> None:
+    made = Fabricated("method", "optimizer.lr", tuned={"optimizer.lr": "loss"})
+    for method, best in (("a", 1), ("b", 2), ("c", 3), ("d", 1)):
+        for lr in (1, 2, 3):
+            made.add(method, lr, loss=abs(lr - best))
+    for lr in (1, 2, 3):
+        made.add("e", lr, status="diverged")  # none is the best
+    difference, = made.fairness()
+    assert difference.aspect == "tuning range"
+    assert difference.values == {
+        "a": "the best lr is the least that was tried", "b": "it lies between others",
+        "c": "the best lr is the most that was tried", "d": "the best lr is the least that was tried"}
+    assert not made.fairness(intended=["tuning range"])
 
 
 def test_sets_of_arms_are_told_apart_and_marked_in_the_table() -> None:
