@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from collie_lab.study.columns import Column
 from collie_lab.study.groups import label_text
-from collie_lab.study.series import Band, Fit, Panel
+from collie_lab.study.series import Band, Fit, Panel, Point
 from collie_lab.view.style import COLORS, INK, MUTED
 from collie_lab.view.units import count_text
 
@@ -232,23 +232,33 @@ def _name_points(axes: Axes, points: Sequence[Any], x: Column, y: Column) -> Non
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # where things are is known from now on
-    taken: list[tuple[float, float, float, float]] = []
     scale = figure.dpi / 72
-    for point in sorted(points, key=lambda point: point.x.mean):
+    floor = axes.bbox.y0 / scale
+    spots = [axes.transData.transform((point.x.mean * x.factor, point.y.mean * y.factor)) / scale for point in points]
+    taken = [(spot[0] - 4, spot[1] - 4, spot[0] + 4, spot[1] + 4) for spot in spots]  # by the marks
+    # From the left; of those above each other first the upper one, whose name goes above.
+    for place in sorted(range(len(points)), key=lambda place: (round(spots[place][0] / 12), -spots[place][1])):
+        point, spot = points[place], spots[place]
         text, shift = label_text(point.name), 3 + np.sqrt(point.area) / 2
-        at = axes.transData.transform((point.x.mean * x.factor, point.y.mean * y.factor)) / scale
         width, height = 5.6 * len(text), 9.0  # points, of letters of this size
-        lifts = ((4, -11), (15, -22), (26, -33))
-        places = [(side * shift, lift) for near in lifts for side in (1, -1) for lift in near]
-        for across, up in places:
-            left, low = at[0] + across - (width if across < 0 else 0), at[1] + up
+        below = any(abs(other[0] - spot[0]) < 12 and 0 < other[1] - spot[1] < 16 for other in spots)
+        lifts = [near[::-1] if below else near for near in _LIFTS]
+        for across, up in [(side * shift, lift) for near in lifts for side in (1, -1) for lift in near]:
+            left, low = spot[0] + across - (width if across < 0 else 0), spot[1] + up
             box = left, low, left + width, low + height
-            if all(box[2] < other[0] or box[0] > other[2] or box[3] < other[1] or box[1] > other[3] for other in taken):
+            others = (each for at, each in enumerate(taken) if at != place)
+            if low > floor and all(box[2] < other[0] or box[0] > other[2] or box[3] < other[1] or box[1] > other[3]
+                                   for other in others):
                 break
         taken.append(box)
+        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(text, (point.x.mean * x.factor, point.y.mean * y.factor), xytext=(across, up),
                       textcoords="offset points", size=8, color=INK, ha="left" if across > 0 else "right",
-                      weight="bold" if point.best else "normal")
+                      weight="bold" if point.best else "normal", arrowprops=line if up not in _LIFTS[0] else None)
+
+
+#: Points by which a name lies above or below its mark: the nearest first.
+_LIFTS: Final = ((4, -11), (15, -22), (26, -33), (37, -44))
 
 
 def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
@@ -286,7 +296,7 @@ def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, log: bool)
                       yerr=[_or_zero(point.value.std) * shown.factor for point in points], linewidth=1.3, capsize=2,
                       linestyle=looks.dash(line.label), elinewidth=0.9)
         if points:
-            best = int(np.argmin(means) if shown.better == "min" else np.argmax(means))
+            best = _best(points, shown)
             axes.plot(points[best].x, means[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=color)
         failed += [(point.x, color, point.value.word or "") for point in line.failed]
     _strip_of_failures(axes, failed)
@@ -296,6 +306,13 @@ def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, log: bool)
         axes.xaxis.set_major_locator(FixedLocator(places))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _best(points: Sequence[Point], shown: Column) -> int:
+    """The place of the best, over the seeds with which all were tried: the best itself has more of them."""
+    common = set.intersection(*(set(point.value.samples) for point in points))
+    scores = [np.mean([point.value.samples[seed] for seed in common or point.value.samples]) for point in points]
+    return int(np.argmin(scores) if shown.better == "min" else np.argmax(scores))
 
 
 def handles(

@@ -136,6 +136,15 @@ def test_a_sweep_shows_every_value_that_was_tried() -> None:
     assert made.figure("bars", metric="loss").data["loss"].tolist() == [1000.0]  # the best alone
 
 
+def test_the_ring_of_a_sweep_is_at_the_value_that_was_chosen() -> None:
+    made = Fabricated("method", "lr", "seed", tuned={"lr": "loss"})
+    for lr, loss in ((1, 3.0), (2, 2.0), (3, 4.0)):
+        made.add("a", lr, 0, loss=loss)
+    made.add("a", 2, 1, loss=9.0)  # of a seed that the other values were not tried with
+    ring, = (line for line in made.figure("sweep").axes[0].lines if line.get_markerfacecolor() == "none")
+    assert list(ring.get_xdata()) == [2]
+
+
 def test_saved_files_repeat_and_tell_their_arms(memory: Fabricated, tmp_path: Path) -> None:
     figure = memory.figure("bars", metric="peak_bytes", where={"model": "1m"}, x="method")
     files = figure.save(tmp_path / "out" / "memory")
