@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from collie_lab.study.columns import Column
-from collie_lab.study.groups import label_text
-from collie_lab.study.series import Band, Fit, Panel, Point
+from collie_lab.study.groups import alike_means, label_text
+from collie_lab.study.series import Band, Fit, Panel
 from collie_lab.view.style import COLORS, INK, MUTED
 from collie_lab.view.units import count_text
 
@@ -24,6 +24,8 @@ __all__ = ["Looks", "draw_bands", "draw_bars", "draw_pareto", "draw_size", "draw
 
 _MARKERS: Final = "osD^vPX<>"  # other ones in the next round through the colours
 _DASHES: Final = ("-", "--", ":", "-.")
+#: Points by which a name lies above or below its mark: the nearest first.
+_LIFTS: Final = ((4, -11), (15, -22), (26, -33), (37, -44))
 
 
 class Looks:
@@ -257,10 +259,6 @@ def _name_points(axes: Axes, points: Sequence[Any], x: Column, y: Column) -> Non
                       weight="bold" if point.best else "normal", arrowprops=line if up not in _LIFTS[0] else None)
 
 
-#: Points by which a name lies above or below its mark: the nearest first.
-_LIFTS: Final = ((4, -11), (15, -22), (26, -33), (37, -44))
-
-
 def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis for what spans more than a decade: else one far away hides how the others differ."""
     known = [value for value in values if value == value]
@@ -296,7 +294,8 @@ def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, log: bool)
                       yerr=[_or_zero(point.value.std) * shown.factor for point in points], linewidth=1.3, capsize=2,
                       linestyle=looks.dash(line.label), elinewidth=0.9)
         if points:
-            best = _best(points, shown)
+            alike = alike_means({place: point.value for place, point in enumerate(points)})
+            best = (min if shown.better == "min" else max)(alike, key=alike.__getitem__)
             axes.plot(points[best].x, means[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=color)
         failed += [(point.x, color, point.value.word or "") for point in line.failed]
     _strip_of_failures(axes, failed)
@@ -306,13 +305,6 @@ def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, log: bool)
         axes.xaxis.set_major_locator(FixedLocator(places))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _best(points: Sequence[Point], shown: Column) -> int:
-    """The place of the best, over the seeds with which all were tried: the best itself has more of them."""
-    common = set.intersection(*(set(point.value.samples) for point in points))
-    scores = [np.mean([point.value.samples[seed] for seed in common or point.value.samples]) for point in points]
-    return int(np.argmin(scores) if shown.better == "min" else np.argmax(scores))
 
 
 def handles(

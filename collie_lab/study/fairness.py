@@ -25,6 +25,7 @@ __all__ = ["RANGE", "TUNING", "Difference", "Fairness", "compared_axis", "fairne
 #: The aspects that no single run knows: how many settings were tried; whether the best lies between others.
 TUNING: Final = "tuning budget"
 RANGE: Final = "tuning range"
+_WITHIN: Final = "it lies between others"
 _NAMES: Final = (*(aspect.name for aspect in ASPECTS), TUNING, RANGE)
 
 
@@ -185,16 +186,13 @@ def _differences(
             yield RANGE, {label: place for label, place in places.items() if place}
 
 
-_WITHIN: Final = "it lies between others"
-
-
 def _place(arms: pd.DataFrame, tuned: Mapping[str, str | Column]) -> str:
     """Where the best value of each tuned axis lies among those that were tried; nothing where there is no best."""
     best, found = best_of(arms, tuned), []
     for axis in tuned:
-        tried, chosen = sorted(set(arms[axis])), set(best[axis])
+        tried, chosen = set(arms[axis]), set(best[axis])
         if len(tried) > 1 and len(chosen) == 1 and all(isinstance(value, (int, float)) for value in tried):
-            edge = {tried[0]: "least", tried[-1]: "most"}.get(*chosen)
+            edge = {min(tried): "least", max(tried): "most"}.get(*chosen)
             found.append(f"the best {axis.rpartition('.')[2]} is the {edge} that was tried" if edge else _WITHIN)
     return ", ".join(ordered(found))
 

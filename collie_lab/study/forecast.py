@@ -39,7 +39,7 @@ class Forecast:
         """Plan what is not planned for this GPU yet, and put it into a table, a row an arm; see `Study.forecast`."""
         import pandas as pd
 
-        planned = self._plan([arm for arm in arms if self.planned.get(arm.id, {"gpu": ""})["gpu"] != gpu], gpu)
+        planned = self._plan(arms, gpu)
         measured = {arm.id: _measured(self._results, arm) for arm in arms}
         rows = {}
         for arm in arms:
@@ -56,10 +56,10 @@ class Forecast:
         return frame
 
     def _plan(self, arms: Sequence[Arm], gpu: str | None) -> dict[str, dict[str, Any]]:
-        """What was planned, with these arms. Those that are alike are planned once, several at once, and kept as they
-        come: an interrupt loses none."""
+        """What is planned, these arms with the rest. Those that are alike are planned once, several at once, and kept
+        as they come: an interrupt loses none."""
         planned, alike = self.planned, defaultdict[str, list[Arm]](list)
-        for arm in arms:
+        for arm in (arm for arm in arms if planned.get(arm.id, {"gpu": ""})["gpu"] != gpu):
             alike[repr(_without_luck(arm.experiment))].append(arm)
         self._results.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(AT_ONCE) as pool, Progress("forecast", lambda: len(alike), "plans") as progress:

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from collie_lab.study.columns import Column, column
 from collie_lab.study.outcomes import FINISHED, SEED, seedless
@@ -16,7 +16,11 @@ from collie_lab.view.units import NOTHING
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Group", "Value", "best_of", "chosen_arms", "group_arms", "known_axes", "label_text", "ordered"]
+__all__ = [
+    "Group", "Value", "alike_means", "best_of", "chosen_arms", "group_arms", "known_axes", "label_text", "ordered",
+]
+
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,14 @@ def _settings(arms: pd.DataFrame, tuned: Collection[str]) -> list[tuple[Any, ...
     return list(zip(*(arms[axis] for axis in tuned), strict=True)) if tuned else [()] * len(arms)
 
 
+def alike_means(values: Mapping[_Key, Value]) -> dict[_Key, float]:
+    """The means over the seeds that all have (where there is no such seed, each over its own) of those with a figure:
+    what was tried with more seeds than others is compared by the same ones."""
+    samples = {key: value.samples for key, value in values.items() if value.n}
+    common = set.intersection(*map(set, samples.values())) if samples else set()
+    return {key: statistics.fmean(each[seed] for seed in common or each) for key, each in samples.items()}
+
+
 def best_of(arms: pd.DataFrame, tuned: Mapping[str, str | Column]) -> pd.DataFrame:
     """The arms of the setting that has the best metric, over the seeds with which all were tried. Of several axes each
     takes its value from the best setting, by its own metric, of those that the axes before it have left."""
@@ -169,14 +181,9 @@ def best_of(arms: pd.DataFrame, tuned: Mapping[str, str | Column]) -> pd.DataFra
             raise ValueError(f"tuned: is less or more of {shown.key!r} better? A Column in its place can say so")
         settings = _settings(arms, tuned)
         tried = {setting: Group({}, arms[[each == setting for each in settings]]) for setting in ordered(settings)}
-        samples = {setting: group.value(shown.key).samples for setting, group in tried.items()}
-        samples = {setting: each for setting, each in samples.items() if each}
-        if not samples:
+        means = alike_means({setting: group.value(shown.key) for setting, group in tried.items()})
+        if not means:
             continue  # none of them has the metric: none is the best
-        common = set.intersection(*(set(each) for each in samples.values()))
-        sign = 1 if shown.better == "min" else -1
-        scores = {setting: sign * statistics.fmean(each[seed] for seed in common or each)
-                  for setting, each in samples.items()}
-        best = min(scores, key=lambda setting: scores[setting])
+        best = (min if shown.better == "min" else max)(means, key=means.__getitem__)
         arms = arms[[each[place] == best[place] for each in settings]]
     return arms

@@ -142,6 +142,11 @@ def test_a_best_value_at_the_end_of_its_range_is_told() -> None:
         "a": "the best lr is the least that was tried", "b": "it lies between others",
         "c": "the best lr is the most that was tried", "d": "the best lr is the least that was tried"}
     assert not made.fairness(intended=["tuning range"])
+    words = Fabricated("method", "schedule", tuned={"schedule": "loss"})
+    for method in "ab":
+        for place, schedule in enumerate((None, "linear", "cosine")):  # in no order
+            words.add(method, schedule, loss=place)
+    assert not words.fairness()
 
 
 def test_sets_of_arms_are_told_apart_and_marked_in_the_table() -> None:
