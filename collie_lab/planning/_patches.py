@@ -87,7 +87,8 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
             patches.enter_context(mock.patch.object(owner, name, value))
 
         def fill(root: nn.Module, cell: Model, seed: int, device: torch.device, dtype: torch.dtype, *_: Any) -> None:
-            materialise(root, _fake_storage(fake, ledger, device, dtype))
+            with _each_once(root):
+                materialise(root, _fake_storage(fake, ledger, device, dtype))
             patches.enter_context(fake)
             patches.enter_context(ledger)
             for module in (batch, packed):
@@ -136,6 +137,25 @@ def _find_path_once(find: Callable[[PreTrainedModel, bool], Path]) -> Callable[[
         return KNOWN_PATHS[key]
 
     return call
+
+
+@contextlib.contextmanager
+def _each_once(root: nn.Module) -> Iterator[None]:
+    """Within it a module with several places in the tree, as peft gives the embedding, has the first alone: what is
+    fake cannot be made fake again."""
+    seen: set[nn.Module] = set()
+    again: list[tuple[nn.Module, str, nn.Module]] = []
+    for module in list(root.modules()):
+        for name, child in module.named_children():
+            if child in seen:
+                again.append((module, name, child))
+                module._modules[name] = None
+            seen.add(child)
+    try:
+        yield
+    finally:
+        for module, name, child in again:
+            module._modules[name] = child
 
 
 def _fake_storage(fake: FakeTensorMode, ledger: Ledger, device: torch.device, dtype: torch.dtype

@@ -40,8 +40,6 @@ class Option:
         length: tokens of a sequence.
         rough_bytes: of a rank's process, by arithmetic.
         rough_seconds: of a step, likewise.
-        dry_run: what the dry run said, of a step of at most two micro-batches: all further ones are like the second.
-            None where none was made.
     """
 
     method: str
@@ -50,28 +48,21 @@ class Option:
     length: int
     rough_bytes: float
     rough_seconds: float
-    dry_run: Plan | None = None
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan of the whole step; made when it is asked for. Raises PlanError."""
+        """Its plan; made when it is asked for. Raises PlanError."""
         return plan(self.experiment, self.gpu)
-
-    def try_out(self) -> None:
-        """Make the dry run. Raises PlanError."""
-        training, dp = self.experiment.training, self.experiment.parallel.dp
-        few = min(training.batch_size, 2 * dp * self.micro)
-        self.dry_run = plan(self.experiment.with_("training.batch_size", few), self.gpu)
 
     @property
     def confirmed(self) -> bool:
-        """Whether the figures are those of a dry run."""
-        return self.dry_run is not None
+        """Whether the plan has been made: the figures are its own."""
+        return "plan" in vars(self)
 
     @property
     def process_bytes(self) -> float:
         """Of a rank's process, as the driver shows it."""
-        exact = None if self.dry_run is None else self.dry_run.process_bytes
+        exact = self.plan.process_bytes if self.confirmed else None
         return self.rough_bytes if exact is None else exact
 
     @property
@@ -87,21 +78,13 @@ class Option:
     @property
     def seconds(self) -> float:
         """Of an optimizer step."""
-        speed = None if self.dry_run is None else self.dry_run.speed
-        if self.dry_run is None or speed is None:
-            return self.rough_seconds
-        # Once a step: the update, and the messages of replicas.
-        cell, once = self.experiment.parallel, speed.parts["optimizer"]
-        once += speed.parts["communication"] if cell.zero == 0 and cell.tp == 1 else 0.0
-        times = self.experiment.training.batch_size / self.dry_run.experiment.training.batch_size
-        return (speed.seconds - once) * times + once
+        speed = self.plan.speed if self.confirmed else None
+        return self.rough_seconds if speed is None else speed.seconds
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilization; None before a dry run, and on a GPU without a known peak."""
-        if self.dry_run is None or self.dry_run.mfu is None or self.dry_run.tokens_per_second is None:
-            return None
-        return self.dry_run.mfu * self.tokens_per_second / self.dry_run.tokens_per_second
+        """Model FLOPs utilization; None before there is a plan, and on a GPU without a known peak."""
+        return self.plan.mfu if self.confirmed else None
 
     @property
     def micro(self) -> int:
@@ -201,7 +184,7 @@ class Search:
     def try_out(self, option: Option) -> str:
         """Make the dry run; why the option does not do after all, if so."""
         try:
-            option.try_out()
+            option.plan  # noqa: B018 (made here)
         except (PlanError, CellError) as error:
             return str(error)
         return "" if option.fits else f"out of memory by {bytes_text(option.process_bytes - self.gpu.memory)}"

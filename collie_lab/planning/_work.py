@@ -92,12 +92,14 @@ class Work:
         calls: how many of each kind.
         phase: what the step is at, outside of backward passes.
         counts: whether they are counted.
+        stands_for: how many times each is counted.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[Operation] = Counter()
         self.phase: Phase = "forward"
         self.counts = True
+        self.stands_for = 1
 
     def begin(self, counts: bool) -> None:
         """A new step, and whether it counts."""
@@ -139,7 +141,7 @@ class Work:
 
     def add(self, operation: Operation, count: float = 1) -> None:
         """Operations that no dispatcher sees."""
-        self.calls[operation] += count  # type: ignore[assignment]
+        self.calls[operation] += count * self.stands_for  # type: ignore[assignment]
 
     def average(self, gradient: Tensor) -> None:
         """DistributedDataParallel's message for a gradient: a piece of a bucket."""

@@ -6,9 +6,10 @@ tensors, and collectives are those of a process group that only pretends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from collie_lab.cells import Experiment
 from collie_lab.data import Documents, Order
+from collie_lab.data.order import Step
 from collie_lab.parallel import build_strategy
 from collie_lab.planning._ledger import Event, Ledger
 from collie_lab.planning._patches import patched
@@ -60,6 +62,8 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
     Args:
         documents: their lengths alone matter.
         steps: the first makes what the optimizer keeps; from the second on they are alike.
+            Of a step's micro-batches three run, where there is no pipeline: the first, the second, to which all others
+            but the last are alike and whose work counts for theirs, and the last.
         on_gpu: as a GPU's allocator counts: not what lies in the host's memory, and the rest in its granules.
     """
     training, parallel, device = experiment.training, experiment.parallel, torch.device("cpu")
@@ -71,8 +75,10 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
                           training.batch_size, training.micro_batch_size))
         # Of a CPU: fake tensors of a GPU fail without one.
         with patched(FakeTensorMode(allow_non_fake_inputs=True), ledger):
-            step = TrainingStep(experiment, device, strategy)
-            for number, plan in zip(range(1, steps + 1), order.steps(), strict=False):
+            whole = next(order.steps())
+            plan = whole if parallel.pp > 1 else _without_alike(whole)
+            step = TrainingStep(experiment, device, strategy, say=_counter(ledger.work, whole, plan))
+            for number in range(1, steps + 1):
                 if on_gpu:
                     _leave_to_host(ledger, step.optimizer)
                 begins.append(len(ledger.events))
@@ -92,6 +98,23 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
     flops = step.built.flops
     return Trace(events, ledger.roles, begins, updates, ledger.work, (flops.per_token, flops.per_attended),
                  ledger.moments)
+
+
+def _without_alike(step: Step) -> Step:
+    """The step with no more than the first, the second and the last micro-batch."""
+    batches = step.micro_batches
+    return step if len(batches) < 4 else replace(step, micro_batches=(*batches[:2], batches[-1]))
+
+
+def _counter(work: Work, whole: Step, run: Step) -> Callable[..., None]:
+    """What is told of every micro-batch that runs: in each pass over them the second stands for those left out."""
+    alike = 1 + len(whole.micro_batches) - len(run.micro_batches)
+    turns = itertools.cycle(range(len(run.micro_batches)))
+
+    def begin(**_: object) -> None:
+        work.stands_for = alike if next(turns) == 1 else 1
+
+    return begin
 
 
 def _leave_to_host(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:

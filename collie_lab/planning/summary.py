@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Final
 
 from collie_lab.cells import Experiment, Freeze
@@ -69,9 +70,11 @@ def forecast(experiment: Experiment, length: int, *, rank: int = 0, on_gpu: bool
              ) -> Summary:
     """The memory of a rank, for batches of full documents of `length` tokens.
 
-    With `course`, all layers are run, and the course of a step is kept.
+    With `course`, all layers and all stages' micro-batches are run, and the course of a step is kept.
     """
     layers, at_depth = _depths(experiment)
+    if not course and (stage := _by_fewer_micro_batches(experiment, length, rank, on_gpu, layers)) is not None:
+        return stage
     if not course and at_depth is not None and layers > max(_DEPTHS):
         small = {depth: experiment.replace(model=experiment.model.replace(config=at_depth(depth))) for depth in _DEPTHS}
         probe_once(small[_DEPTHS[0]])  # for all of them
@@ -79,6 +82,41 @@ def forecast(experiment: Experiment, length: int, *, rank: int = 0, on_gpu: bool
         if (extended := _extended(some[::-1], rank, layers)) is not None:
             return extended
     return _summarise(_trace(experiment, length, rank, on_gpu), rank, layers, course)
+
+
+def _by_fewer_micro_batches(experiment: Experiment, length: int, rank: int, on_gpu: bool, layers: int
+                            ) -> Summary | None:
+    """A stage's summary from steps of few micro-batches: from where 1F1B has as many of them under way as there are
+    stages, each adds the same bytes (torch keeps what stages send and receive) and the same work. None where there are
+    few, where three do not lie on a line, or where the schedule is another."""
+    training, parallel = experiment.training, experiment.parallel
+    micro = parallel.micro_batch_size(training.batch_size, training.micro_batch_size)
+    numbers = range(parallel.pp + 1, parallel.pp + 4)
+    more = training.batch_size // parallel.dp // micro - numbers[-1]
+    if parallel.pp == 1 or parallel.schedule != "1f1b" or more < 1:
+        return None
+    some = []
+    for number in numbers:
+        fewer = training.replace(batch_size=number * micro * parallel.dp, micro_batch_size=micro)
+        trace = _trace(experiment.replace(training=fewer), length, rank, on_gpu)
+        some.append(_summarise(trace, rank, layers, course=False))
+    sizes = _on_a_line([{"first": each.first, "peak": each.peak} for each in some], more)
+    components = _on_a_line([each.components for each in some], more)
+    held = _on_a_line([each.held for each in some], more)
+    if sizes is None or components is None or held is None:
+        return None
+    last = some[-1]
+    reserved, work = last.reserved + sizes["peak"] - last.peak, extended([each.work for each in some], more)
+    return replace(last, first=sizes["first"], peak=sizes["peak"], reserved=reserved, components=components, held=held,
+                   work=work)
+
+
+def _on_a_line(some: list[dict[Any, int]], more: int) -> dict[Any, int] | None:
+    """What follows `more` steps after the last of three; None where they do not lie on a line."""
+    changes = [{name: value - before[name] for name, value in after.items()} for before, after in pairwise(some)]
+    if changes[0] != changes[1]:
+        return None
+    return {name: value + more * changes[1][name] for name, value in some[-1].items()}
 
 
 def _follow(experiment: Experiment, length: int, rank: int, on_gpu: bool) -> _Course:

@@ -15,6 +15,7 @@ import collie_lab as lab
 from collie_lab.planning import GPU, Plan, find_gpu, plan
 from collie_lab.planning.plan import longest_document
 from collie_lab.planning.summary import forecast
+from collie_lab.training.batch import collate
 from tests.ranks import run_here, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ BASE = lab.Experiment(
     optimizer=lab.AdamW(lr=1e-3), training=lab.Training(steps=3, batch_size=4, export=False))
 ALONE = {
     "adamw": BASE,
-    "micro-batches": BASE.with_("training.micro_batch_size", 2),
+    "micro-batches": BASE.with_("training.micro_batch_size", 1),
     "recompute": BASE.with_("training.recompute", "full"),
     "autocast": BASE.with_("training.precision", "bf16"),
     "bf16 weights, master copy": BASE.replace(training=BASE.training.replace(precision="bf16", weights="bf16")),
@@ -32,7 +33,11 @@ ALONE = {
     "adalomo": BASE.replace(optimizer=lab.AdaLomo(lr=0.01)),
     "sophia": BASE.replace(optimizer=lab.Sophia(lr=1e-4, hessian_every=2)),
     "adan": BASE.replace(optimizer=lab.Adan(lr=1e-3)),
+    "adafactor": BASE.replace(optimizer=lab.Adafactor()),
     "lora": BASE.replace(adapter=lab.LoRA(r=4)),
+    "prompt": BASE.replace(adapter=lab.Prompt(tokens=4)),
+    "p-tuning": BASE.replace(adapter=lab.PTuning(tokens=4, hidden=16)),
+    "prefix": BASE.replace(adapter=lab.Prefix(tokens=4)),
     # So few tokens that the most is there when the embedding's two gradients, as it is the head too, are added up.
     "tied embedding": BASE.replace(model=lab.Model("llama-tiny", init="random"),
                                    data=lab.RandomTokens(length=32, documents=4)).with_("training.batch_size", 1),
@@ -99,6 +104,26 @@ def test_replicas_and_shards_take_micro_batches(zero: int) -> None:
     found = forecast(whole.with_("training.micro_batch_size", 1), 64)
     assert found.held == forecast(whole, 64).held | {"gradients": found.held["gradients"]}
     assert found.held["gradients"] >= found.held["weights"] * 0.99
+
+
+@pytest.mark.parametrize("parallel", [lab.Parallel(), lab.Parallel(dp=2, zero=3), lab.Parallel(pp=2)],
+                         ids=["alone", "zero3", "pp"])
+def test_micro_batches_that_are_alike_are_run_once(parallel: lab.Parallel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their place few run, and their work counts as often as there are micro-batches."""
+    experiment = BASE.replace(parallel=parallel, training=lab.Training(batch_size=18 * parallel.dp, micro_batch_size=2))
+    ran: list[int] = []
+    monkeypatch.setattr("collie_lab.training.step.collate",
+                        lambda *args, **kwargs: ran.append(1) or collate(*args, **kwargs))
+    few = forecast(experiment, 64)
+    assert len(ran) <= 2 * (3 + 4 + 5)
+    ran.clear()
+    monkeypatch.setattr("collie_lab.planning.dry_run._without_alike", lambda step: step)
+    monkeypatch.setattr("collie_lab.planning.summary._by_fewer_micro_batches", lambda *_: None)
+    whole = forecast(experiment, 64)
+    assert len(ran) == 2 * 9
+    assert (few.first, few.peak, few.held, few.components) == (whole.first, whole.peak, whole.held, whole.components)
+    works = [{str(row[:5]): row[6] for row in each.work if row[1] != "view"} for each in (few, whole)]
+    assert works[0] == works[1]
 
 
 @pytest.mark.parametrize("experiment", [BASE, BASE.replace(optimizer=lab.Lomo(), adapter=None)], ids=["adamw", "lomo"])
