@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import platform
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ from collie_lab.optim.trace import C, operand_kind, trace
 __all__ = ["Loop", "Native", "write_loop"]
 
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++17")
+# Loops over fp32 wait for memory, and an EPYC feeds vectors of 256 bits faster than those of 512 (SGD by a fifth); what
+# rounds bf16 has more to compute, and gains by the width.
+_NARROW = ("-mprefer-vector-width=256",) if platform.machine() in ("x86_64", "AMD64") else ()
 # From so many elements on, several threads are worth their start.
 _PARALLEL = 2**16
 _CTYPES = {"float": ctypes.c_float, "double": ctypes.c_double}
@@ -174,10 +178,11 @@ class Native(Engine):
 
 
 class Loop(NamedTuple):
-    """A C++ file with one function `run`, and the ctypes of its arguments."""
+    """A C++ file with one function `run`, the ctypes of its arguments, and the compiler's flags."""
 
     source: str
     argtypes: list[Any]
+    flags: tuple[str, ...]
 
 
 def write_loop(formula: Formula, rounding: str, weight: torch.dtype, gradient: torch.dtype, clipped: bool,
@@ -217,7 +222,8 @@ def _loop(body: str, parameters: list[tuple[str, str]], rounding: str, weight: t
     argtypes = {"T": _CTYPES[compute], "uint32_t": ctypes.c_uint32}
     return Loop(f"{_HEAD}typedef {compute} T;\n{source}", [
         ctypes.c_long, ctypes.c_long, ctypes.c_int,
-        *[argtypes.get(kind, ctypes.c_void_p) for kind, _ in parameters]])
+        *[argtypes.get(kind, ctypes.c_void_p) for kind, _ in parameters]],
+        _FLAGS if torch.bfloat16 in (weight, gradient) else (*_FLAGS, *_NARROW))
 
 
 @functools.cache
@@ -239,7 +245,7 @@ def _energy(dtype: torch.dtype, gradient: torch.dtype, clipped: bool) -> Any:
 
 
 def _build(loop: Loop) -> Any:
-    function = build(loop.source, _FLAGS).run
+    function = build(loop.source, loop.flags).run
     function.restype = None
     function.argtypes = loop.argtypes
     return function
