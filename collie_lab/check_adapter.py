@@ -15,6 +15,7 @@ from collie_lab.cells import (
     Experiment,
     LibraryOptimizer,
     LoRA,
+    Model,
     Prefix,
     Problem,
     Prompt,
@@ -22,6 +23,7 @@ from collie_lab.cells import (
     QLoRA,
     VirtualTokens,
 )
+from collie_lab.data.tensor_names import adapter_tensors, layer_names
 from collie_lab.folder import read_json
 
 __all__ = ["adapter_problems"]
@@ -38,6 +40,7 @@ def adapter_problems(experiment: Experiment) -> Iterator[Problem]:
     if heads := [target for target in targets if target in _HEADS]:
         yield Problem(name, "targets", f"{heads[0]} is the output head, which the loss uses without an adapter",
                       "leave it out")
+    yield from _unknown(name, targets, experiment.model)
     if cell.load is not None:
         yield from _load(cell, cell.load)
     match cell:
@@ -59,6 +62,15 @@ def adapter_problems(experiment: Experiment) -> Iterator[Problem]:
                       "parallelism cuts LoRA along, and no other adapter", "tp=1; dp, zero and pp work with all")
 
 
+def _unknown(name: str, targets: tuple[str, ...], model: Model) -> Iterator[Problem]:
+    """Targets that name nothing in the model, where its names are known before it is built."""
+    layers = layer_names(model) if targets else None
+    for target in targets if layers is not None else ():
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers or ()):
+            there = sorted({layer.rpartition(".")[2] for layer in layers or ()})
+            yield Problem(name, "targets", f"{model.source} has no layer {target!r}", "there are: " + ", ".join(there))
+
+
 def _load(cell: AddedAdapter, source: str) -> Iterator[Problem]:
     """Whether a folder holds an adapter of this kind and size."""
     name, file = type(cell).__name__, Path(source).expanduser() / "adapter_config.json"
@@ -78,6 +90,17 @@ def _load(cell: AddedAdapter, source: str) -> Iterator[Problem]:
         if config.get(key) != mine:
             yield Problem(name, field or "load", f"{source} holds an adapter with {key}={config.get(key)!r}, which is "
                           f"{mine!r} here", "the same as there")
+    targets: tuple[str, ...] = getattr(cell, "targets", None) or ()
+    try:
+        saved = adapter_tensors(file.parent)
+    except OSError as error:
+        yield Problem(name, "load", f"{source} holds no values that can be read: {error}",
+                      "an adapter_model.safetensors, as run.model_path has it")
+        return
+    for tensor in saved if targets else ():
+        if not any(f".{target}." in tensor for target in targets):
+            yield Problem(name, "targets", f"{source} adapts more than these: {tensor}", "the same as there")
+            return
 
 
 def _as_saved(cell: AddedAdapter) -> dict[str, tuple[str, Any]]:

@@ -30,9 +30,17 @@ def adapt(model: PreTrainedModel, cell: Adapter, steps: int = 100) -> nn.Module:
         return _freeze(model, cell)
     import peft
 
+    for target in getattr(cell, "targets", None) or ():
+        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+            raise ValueError(f"{type(cell).__name__}.targets: {type(model).__name__} has no layer {target!r}; its "
+                             "linear layers: " + ", ".join(sorted(_linear_names(model))))
     with _stand_ins(model):
         adapted: nn.Module = peft.get_peft_model(model, _peft_config(cell, steps, model))
     return adapted
+
+
+def _linear_names(model: nn.Module) -> set[str]:
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def _peft_config(cell: Adapter, steps: int, model: PreTrainedModel) -> Any:

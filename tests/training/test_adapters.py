@@ -154,6 +154,19 @@ def test_freeze_trains_what_matches_and_nothing_else(tmp_path: Path) -> None:
     assert run.read("result.json")["trainable"] == sum(before.get_parameter(name).numel() for name in changed)
 
 
+def test_targets_that_name_nothing_are_told_before_the_launch(tmp_path: Path) -> None:
+    wrong = BASE.replace(adapter=lab.LoRA(targets=("q_proj", "query")))
+    message = r"LoRA\.targets: .* has no layer 'query'.*down_proj, .*q_proj"
+    with pytest.raises(ValueError, match=message):
+        build_model(wrong, CPU)
+    build_model(BASE, CPU).causal_lm.save_pretrained(tmp_path)
+    for model in (BASE.model, lab.Model(tmp_path, tokenizer="bytes")):
+        with pytest.raises(lab.CellError, match=message.replace("down_proj, ", "")):
+            wrong.replace(model=model).check().raise_for_errors()
+        for right in ("q_proj", "self_attn.q_proj", "layers.0.self_attn.q_proj"):
+            assert wrong.replace(model=model, adapter=lab.LoRA(targets=(right,))).check().ok
+
+
 def test_freeze_keeps_ties_and_refuses_what_matches_nothing() -> None:
     model = adapt(blueprint(BASE.model), lab.Freeze(("lm_head.weight",)))
     assert [name for name, each in model.named_parameters() if each.requires_grad] == ["model.embed_tokens.weight"]

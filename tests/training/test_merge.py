@@ -85,7 +85,11 @@ def test_another_adapter_than_the_folder_holds_is_refused(tmp_path: Path) -> Non
         (lab.LoRA(r=2, load="absent"), "LoRA.load: absent is no peft folder"),
         (lab.PTuning(load=folder), "PTuning.load: an exported PTuning cannot be trained on"),
         (lab.LoRA(r=2, init="pissa", load=folder), "LoRA.init: without effect beside load"),
+        (lab.LoRA(r=2, targets=("q_proj",), load=folder), "adapts more than these: base_model.model.model.layers.0."),
     ):
         assert message in repr(BASE.replace(adapter=cell).check())
+    (folder / "adapter_model.safetensors").rename(folder / "elsewhere")
+    assert "LoRA.load: " in repr(BASE.replace(adapter=lab.LoRA(r=2, load=folder)).check())
+    (folder / "elsewhere").rename(folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="holds another adapter"):
         build_model(BASE.replace(adapter=lab.LoRA(r=4, load=folder)), CPU)
