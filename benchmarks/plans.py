@@ -35,6 +35,7 @@ FAMILIES = {
 CASES: dict[str, lab.Experiment] = {
     "AdamW": BASE,
     "two micro-batches": BASE.with_("training.micro_batch_size", 4),
+    "eight micro-batches": BASE.with_("training.micro_batch_size", 1),
     "packing": BASE.replace(data=lab.RandomTokens(length=256, documents=64, packing=True, max_length=256)),
     "recompute": BASE.with_("training.recompute", "full"),
     "autocast": BASE.with_("training.precision", "bf16"),
@@ -48,10 +49,15 @@ CASES: dict[str, lab.Experiment] = {
     "LOMO": BASE.replace(optimizer=lab.Lomo(lr=0.1)),
     "LOMO, clipped in two passes": BASE.replace(optimizer=lab.Lomo(lr=0.1)).with_("training.clip_grad_norm", 1.0),
     "AdaLomo": BASE.replace(optimizer=lab.AdaLomo(lr=0.01)),
+    "Adafactor": BASE.replace(optimizer=lab.Adafactor(lr=0.01)),
     "AdamW in backward": BASE.replace(optimizer=lab.AdamW(lr=1e-3, in_backward=True)),
     "LoRA": BASE.replace(adapter=lab.LoRA(r=8)),
     "LoRA, recompute": BASE.replace(adapter=lab.LoRA(r=8)).with_("training.recompute", "full"),
     "IA3": BASE.replace(adapter=lab.IA3()),
+    "OFT": BASE.replace(adapter=lab.OFT(block_size=32)),
+    "Prompt": BASE.replace(adapter=lab.Prompt(tokens=20)),
+    "P-tuning": BASE.replace(adapter=lab.PTuning(tokens=20, hidden=64)),
+    "Prefix": BASE.replace(adapter=lab.Prefix(tokens=20)),
     "Freeze": BASE.replace(adapter=lab.Freeze(("*norm*",))),
     "dp 2": BASE.replace(parallel=lab.Parallel(dp=2)),
     "dp 2, LOMO": BASE.replace(parallel=lab.Parallel(dp=2), optimizer=lab.Lomo(lr=0.1)),
@@ -65,6 +71,8 @@ CASES: dict[str, lab.Experiment] = {
     "tp 2, sequence": BASE.replace(parallel=lab.Parallel(tp=2, sequence_parallel=True)),
     "pp 2, GPipe": BASE.replace(parallel=lab.Parallel(pp=2, schedule="gpipe")),
     "pp 2, 1F1B": BASE.replace(parallel=lab.Parallel(pp=2)),
+    "pp 2, 1F1B, 32 micro-batches": BASE.replace(parallel=lab.Parallel(pp=2)).replace(
+        training=BASE.training.replace(batch_size=32, micro_batch_size=1)),
     "tp 2 × ZeRO-3": BASE.replace(parallel=lab.Parallel(dp=2, tp=2, zero=3)),
     "pp 2 × tp 2": BASE.replace(parallel=lab.Parallel(pp=2, tp=2)),
 }
