@@ -61,6 +61,8 @@ CHOICES = [{"prompt": "a", "choices": ["b", "c"], "answer": "c"}]
     ({"answer": 2}, "record 0 cannot be read .the answer 2 is no number of a choice, from 0 to 1"),
     ({"answer": "d"}, "the answer 'd' is none of the choices"),
     ({"choices": ["b"]}, "two choices or more"),
+    ({"choices": "cd"}, "record 0 cannot be read .the choices must be a list of texts, not 'cd'"),
+    ({"choices": {"c": "d", "e": "f"}}, "the choices must be a list of texts, not {'c': 'd'"),
     ({"prompt": None}, "prompt and choices must be text"),
 ])
 def test_wrong_records_are_named(change: dict[str, Any], message: str) -> None:
