@@ -87,7 +87,7 @@ class ExactMatch(_Answers):
     better: ClassVar[Better | None] = {"exact_match": "max", "exact_match_se": "min"}
 
     score: Callable[[str, str], float] | None = None
-    """`score(answer, reference)` in 0..1 instead of equality."""
+    """`score(answer, reference)`, a finite number in 0..1, instead of equality."""
 
 
 class Generation(_Answers):
@@ -95,7 +95,7 @@ class Generation(_Answers):
 
     `exact_match` (0..1, outer blanks stripped); `bleu`: corpus BLEU (0..100) of sacrebleu, its standard error by
     bootstrap; `rouge`: F-measures `rouge1`, `rouge2`, `rougeL` (0..1) of rouge-score, with stemming; or a function
-    `metric(answer, reference)`, whose mean goes by the function's name.
+    `metric(answer, reference)`, a finite number, whose mean goes by the function's name.
     """
 
     metrics: tuple[Metric, ...] = Field(default=("exact_match",), min_length=1)
