@@ -112,7 +112,7 @@ class Classification(_Answers):
     better: ClassVar[Better | None] = {"accuracy": "max", "f1_macro": "max"}
 
     labels: tuple[str, ...] = ()
-    """Default: the responses of the documents that are asked."""
+    """All that the responses may be. Default: the responses of the documents that are asked."""
     by: Literal["answer", "likelihood"] = "answer"
 
 
@@ -120,9 +120,9 @@ class MultipleChoice(Evaluation):
     """Share of the questions whose likeliest choice is the right one: `accuracy`, and `accuracy_norm`, where each
     log-likelihood is divided by its choice's length first.
 
-    `source` is a JSON or JSONL file, a list, or a callable that returns one: records with `prompt`, `choices` (a list of
-    texts) and `answer` (the number of the right choice, from 0, or its text), or what `format` makes of a record: such
-    a triple. A choice follows the prompt after a blank.
+    `source` is a JSON or JSONL file, a list, or a callable that returns one: records with `prompt`, `choices` (a list
+    of texts) and `answer` (the number of the right choice, from 0, or its text), or what `format` makes of a record:
+    such a triple. A choice follows the prompt after a blank.
     """
 
     better: ClassVar[Better | None] = {"accuracy": "max", "accuracy_norm": "max"}
