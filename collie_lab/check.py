@@ -88,7 +88,7 @@ def _cells(experiment: Experiment, problems: list[Problem]) -> dict[str, Any]:
     config: dict[str, Any] = _collect(problems, lambda: _model(experiment.model, problems)) or {}
     problems += [*_batches(experiment), *tokenizer_problems(experiment, config), *optimizer_problems(experiment),
                  *adapter_problems(experiment), *parallel_problems(experiment, config), *deepspeed_problems(experiment),
-                 *evaluation_problems(experiment), *callback_problems(experiment), *_without_effect(experiment)]
+                 *evaluation_problems(experiment, config), *callback_problems(experiment), *_without_effect(experiment)]
     return config
 
 

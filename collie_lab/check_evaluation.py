@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 from collie_lab.cells import (
     Benchmark,
@@ -22,12 +23,16 @@ from collie_lab.cells import (
     Skills,
 )
 from collie_lab.data.benchmarks import read_questions
+from collie_lab.data.hub import context_length
+from collie_lab.data.prepare import answer_problem, room_for_documents
 
 __all__ = ["evaluation_problems"]
 
 
-def evaluation_problems(experiment: Experiment) -> Iterator[Problem]:
-    """Problems of the evaluations; reads the files of those that have their own questions."""
+def evaluation_problems(experiment: Experiment, config: dict[str, Any]) -> Iterator[Problem]:
+    """Problems of the evaluations on a model with this configuration; reads the files of those that have their own
+    questions."""
+    room = room_for_documents(experiment, context_length(config))
     seen: set[tuple[str | None, str]] = set()
     for cell in experiment.evaluate:
         kind = type(cell).__name__
@@ -50,6 +55,8 @@ def evaluation_problems(experiment: Experiment) -> Iterator[Problem]:
                 read_questions(cell)
             except CellError as error:
                 yield from error.problems
+        if problem := answer_problem(cell, room):
+            yield problem
 
 
 def _figures(cell: Evaluation) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -18,6 +18,7 @@ __all__ = [
 
 _Folder = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 _Mode = Literal["min", "max"]
+_MONITOR: Final = "perplexity"
 
 
 class Callback:
@@ -79,10 +80,13 @@ class Monitor(CallbackCell):
     """What looks at one figure of the evaluations."""
 
     kind = ""
-    monitor: str = "perplexity"
+    monitor: str = _MONITOR
     """The figure, as `run.evaluations` names it."""
     mode: _Mode | None = None
     """Whether less or more is better. Default: as the evaluation says that gives the figure."""
+
+    def __init__(self, monitor: str = _MONITOR, **fields: Any) -> None:
+        super().__init__(**{"monitor": monitor, **fields})
 
     def direction(self, evaluations: Iterable[Evaluation]) -> _Mode | None:
         """Whether less or more is better; None where neither this cell nor an evaluation says."""

@@ -87,7 +87,7 @@ class ExactMatch(_Answers):
     better: ClassVar[Better | None] = {"exact_match": "max", "exact_match_se": "min"}
 
     score: Callable[[str, str], float] | None = None
-    """`score(answer, reference)` in 0..1 instead of equality."""
+    """`score(answer, reference)`, a finite number in 0..1, instead of equality."""
 
 
 class Generation(_Answers):
@@ -95,7 +95,7 @@ class Generation(_Answers):
 
     `exact_match` (0..1, outer blanks stripped); `bleu`: corpus BLEU (0..100) of sacrebleu, its standard error by
     bootstrap; `rouge`: F-measures `rouge1`, `rouge2`, `rougeL` (0..1) of rouge-score, with stemming; or a function
-    `metric(answer, reference)`, whose mean goes by the function's name.
+    `metric(answer, reference)`, a finite number, whose mean goes by the function's name.
     """
 
     metrics: tuple[Metric, ...] = Field(default=("exact_match",), min_length=1)
@@ -112,7 +112,7 @@ class Classification(_Answers):
     better: ClassVar[Better | None] = {"accuracy": "max", "f1_macro": "max"}
 
     labels: tuple[str, ...] = ()
-    """Default: the responses of the documents that are asked."""
+    """All that the responses may be. Default: the responses of the documents that are asked."""
     by: Literal["answer", "likelihood"] = "answer"
 
 
@@ -120,9 +120,9 @@ class MultipleChoice(Evaluation):
     """Share of the questions whose likeliest choice is the right one: `accuracy`, and `accuracy_norm`, where each
     log-likelihood is divided by its choice's length first.
 
-    `source` is a JSON or JSONL file, a list, or a callable that returns one: records with `prompt`, `choices` and
-    `answer` (the number of the right choice, from 0, or its text), or what `format` makes of a record: such a triple.
-    A choice follows the prompt after a blank.
+    `source` is a JSON or JSONL file, a list, or a callable that returns one: records with `prompt`, `choices` (a list
+    of texts) and `answer` (the number of the right choice, from 0, or its text), or what `format` makes of a record:
+    such a triple. A choice follows the prompt after a blank.
     """
 
     better: ClassVar[Better | None] = {"accuracy": "max", "accuracy_norm": "max"}

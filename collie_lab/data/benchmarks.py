@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -82,6 +82,8 @@ def _records(cell: MultipleChoice, place: Place) -> tuple[Sequence[Any], str]:
 
 
 def _choice_question(prompt: str, choices: Iterable[str], answer: int | str) -> Question:
+    if isinstance(choices, (str, Mapping)):  # which would be its letters, or its keys
+        raise TypeError(f"the choices must be a list of texts, not {choices!r:.40}")
     choices = tuple(choices)
     if not isinstance(prompt, str) or not all(isinstance(choice, str) and choice for choice in choices):
         raise TypeError("prompt and choices must be text")

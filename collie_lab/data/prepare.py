@@ -27,17 +27,17 @@ from collie_lab.data._memory import Made, key_of, recall, remember
 from collie_lab.data.benchmarks import read_questions
 from collie_lab.data.documents import Documents, Writer
 from collie_lab.data.hub import context_length, model_config, vocabulary_size
-from collie_lab.data.labels import label_questions
+from collie_lab.data.labels import check_labels, label_questions
 from collie_lab.data.lm_eval_tasks import check_tasks
 from collie_lab.data.progress import Progress
-from collie_lab.data.questions import Room, arrange, tokenize_questions
+from collie_lab.data.questions import Room, arrange, drawn, tokenize_questions
 from collie_lab.data.records import Corpus, Document, Split, Style, question
 from collie_lab.data.tokenize import Tally, tokenize, tokenize_into
 from collie_lab.data.tokenizer import Tokenizer
 from collie_lab.data.vocabulary import Extension, make_tokenizer
 from collie_lab.folder import RunFolder
 
-__all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "prepare", "question_tokens", "room_for_documents",
+__all__ = ["DEFAULT_MAX_LENGTH", "Prepared", "answer_problem", "prepare", "question_tokens", "room_for_documents",
            "sequence_length", "tokenize"]
 
 #: Tokens of a sequence where neither the data cell nor the model's context says less.
@@ -69,7 +69,8 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
 
     Raises:
         CellError: a missing file, an empty source, a record without its field, documents that are too long
-            where `overlong="error"`, token ids that the model does not know, nothing held out to evaluate.
+            where `overlong="error"`, token ids that the model does not know, nothing held out to evaluate,
+            an evaluation that the model's context has no room for.
     """
     config = model_config(experiment.model)
     data = experiment.data
@@ -83,13 +84,18 @@ def prepare(experiment: Experiment, folder: RunFolder) -> Prepared:
         train, style = maker.documents(data, "train")
         train.save(folder.path / "data" / "train")
         sets: list[tuple[Data, Split] | Evaluation] = []
+        made: list[Documents] = []
         names = []
         for cell in experiment.evaluate:
+            if problem := answer_problem(cell, room):
+                raise CellError([problem])
             source = _source(cell, data)
             if source not in sets:
                 sets.append(source)
-                documents = maker.documents(*source)[0] if isinstance(source, tuple) else maker.questions(cell, data)
-                documents.save(folder.path / "data" / f"evaluation-{len(sets)}")
+                made.append(maker.documents(*source)[0] if isinstance(source, tuple) else maker.questions(cell, data))
+                made[-1].save(folder.path / "data" / f"evaluation-{len(sets)}")
+            if isinstance(source, tuple):
+                maker.look_at(cell, made[sets.index(source)])
             names.append(f"evaluation-{sets.index(source) + 1}")
     prepared = Prepared(tuple(names), train.fingerprint, maker.summary, maker.warnings, style, extension)
     folder.write("data/index.json", asdict(prepared))
@@ -111,6 +117,21 @@ def room_for_documents(experiment: Experiment, context: int | None) -> int | Non
     """Tokens of a model's context that an adapter's virtual ones leave to the documents."""
     taken = experiment.virtual.tokens if experiment.virtual is not None else 0
     return None if context is None else context - taken
+
+
+def answer_problem(cell: Evaluation, context: int | None) -> Problem | None:
+    """An evaluation whose answers may take all of a model's context; None where there is room for a prompt."""
+    answer = _answer_tokens(cell)
+    if not answer or context is None or answer < context:
+        return None
+    return Problem(type(cell).__name__, "max_new_tokens", f"{answer} tokens leave nothing of the model's context of "
+                   f"{context} for a prompt", "lower it")
+
+
+def _answer_tokens(cell: Evaluation) -> int:
+    """Of the longest answer that an evaluation lets a model write."""
+    written = not (isinstance(cell, Classification) and cell.by == "likelihood")
+    return getattr(cell, "max_new_tokens", 0) if written else 0
 
 
 def sequence_length(data: Data, context: int | None) -> int:
@@ -147,19 +168,15 @@ class _Maker:
             check_tasks(cell)
             return arrange([], [], Room(None))[0]  # lm-eval asks on the ranks
         name = type(cell).__name__
-        answer = 0 if isinstance(cell, Classification) else getattr(cell, "max_new_tokens", 0)
         if isinstance(cell, HumanEval) and cell.execute and (reason := sandbox.unavailable()):
             raise CellError([Problem(name, "execute", f"no sandbox for programs here: {reason}",
                                      "leave it out: the completions are kept, and can be judged elsewhere")])
-        if self.context is not None and answer >= self.context:
-            raise CellError([Problem(name, "max_new_tokens", f"{answer} tokens leave nothing of the model's context of "
-                                     f"{self.context} for a prompt", "lower it")])
         try:
             if isinstance(cell, Classification):
                 questions, said = label_questions(cell, self._records(*_held_out(cell, data)), self.tokenizer,
                                                   self.context)
             else:
-                room = Room(self.context, answer, getattr(cell, "overlong", "truncate"))
+                room = Room(self.context, _answer_tokens(cell), getattr(cell, "overlong", "truncate"))
                 questions, said = tokenize_questions(read_questions(cell), self.tokenizer, room)
         except ValueError as error:
             raise error if isinstance(error, CellError) else CellError([Problem(name, "", str(error))]) from None
@@ -168,6 +185,17 @@ class _Maker:
         self.summary |= {f"{cell.name or name}": {"questions": len(questions.items),
                          "tokens": len(questions.tokens)}}
         return questions
+
+    def look_at(self, cell: Evaluation, documents: Documents) -> None:
+        """Refuse, or count, what an evaluation cannot make of the documents that it asks."""
+        asked, answer = drawn(len(documents), cell.limit), _answer_tokens(cell)
+        if isinstance(cell, Classification):
+            check_labels(cell, [documents.answers[place] for place in asked])
+        # The prompts are those of training, and stay whole: it is the answers that end at the context.
+        prompts = documents.prompt_lengths[asked] if len(documents.prompt_lengths) else np.zeros(0, dtype=np.int64)
+        if answer and self.context is not None and (short := int((prompts + answer > self.context).sum())):
+            self.warnings.append(f"{cell.name or type(cell).__name__}: {short} of {len(asked)} answers have room for "
+                                 f"less than {answer} tokens: the model's context of {self.context} ends them")
 
     def _check_known(self, documents: Documents) -> None:
         if (largest := int(documents.tokens.max())) >= self.vocabulary:

@@ -6,6 +6,7 @@ reference, and scores under the names of their figures.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import statistics
@@ -20,6 +21,7 @@ from collie_lab.cells import (
     BBH,
     GSM8K,
     MMLU,
+    CellError,
     Classification,
     Evaluation,
     ExactMatch,
@@ -27,6 +29,7 @@ from collie_lab.cells import (
     HumanEval,
     MultipleChoice,
     Perplexity,
+    Problem,
 )
 from collie_lab.data.questions import Question
 from collie_lab.training import metrics
@@ -86,10 +89,13 @@ def _scores(cell: Evaluation, answer: str, reference: str) -> dict[str, float]:
     equal = float(answer.strip() == reference.strip())
     match cell:
         case ExactMatch():
-            return {"exact_match": cell.score(answer, reference) if cell.score else equal}
+            return {"exact_match": _own(cell, "score", cell.score, answer, reference) if cell.score else equal}
         case Generation():
-            return {name: value for metric in cell.metrics
-                    for name, value in metrics.of_answer(metric, answer, reference).items()}
+            scores: dict[str, float] = {}
+            for metric in cell.metrics:
+                scores |= ({metric.__name__: _own(cell, "metrics", metric, answer, reference)} if callable(metric)
+                           else metrics.of_answer(metric, answer, reference))
+            return scores
         case Classification():
             return {"accuracy": equal}
         case GSM8K():
@@ -106,6 +112,25 @@ def _scores(cell: Evaluation, answer: str, reference: str) -> dict[str, float]:
             return {"bbh": equal}
         case _:
             raise TypeError(f"no judge for the cell {type(cell).__name__}")
+
+
+def _own(cell: Evaluation, field: str, function: Callable[[str, str], float], answer: str, reference: str) -> float:
+    """The score of a function of the user's.
+
+    Raises:
+        CellError: it is no finite number, of which no mean could be made.
+    """
+    found = function(answer, reference)
+    score = math.nan
+    if not isinstance(found, (str, bytes)):  # text that reads as a number is a mistake too
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            score = float(found)
+    if math.isfinite(score):
+        return score
+    name = getattr(function, "__name__", "the function")
+    raise CellError([Problem(type(cell).__name__, field, f"{name} gave {found!r:.40} for the answer {answer!r:.80} to "
+                             f"{reference!r:.80}", "a score is a finite number, as 0.0 for a wrong answer and 1.0 for "
+                             "a right one")])
 
 
 def _number(text: str) -> str:

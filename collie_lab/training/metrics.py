@@ -24,10 +24,8 @@ def names(metric: Metric) -> tuple[str, ...]:
     return {"bleu": (), "rouge": _ROUGE}.get(metric, (metric,))
 
 
-def of_answer(metric: Metric, answer: str, reference: str) -> dict[str, float]:
+def of_answer(metric: str, answer: str, reference: str) -> dict[str, float]:
     """A metric's scores of one answer; none where it is of all answers together."""
-    if callable(metric):
-        return {metric.__name__: float(metric(answer, reference))}
     match metric:
         case "rouge":
             found = _rouge_scorer().score(reference, answer)

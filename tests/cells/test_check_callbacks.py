@@ -88,6 +88,17 @@ def test_a_sink_whose_package_is_absent(cell: Any, package: str, monkeypatch: py
     assert not _with(cell).check().ok
 
 
+@pytest.mark.parametrize("cell", [lab.EarlyStopping, lab.BestCheckpoint])
+def test_the_figure_may_come_first(cell: Any) -> None:
+    assert cell("nll", mode="min") == cell(monitor="nll", mode="min")
+    assert cell() == cell("perplexity")
+    assert cell("nll").replace(monitor="perplexity") == cell()
+    first, second = _with(cell("nll"), cell()).to_code().split("callbacks=[")[1].split("],")[0].split(", ")
+    assert (first, second) == (f'lab.{cell.__name__}("nll")', f"lab.{cell.__name__}()")
+    with pytest.raises(lab.CellError, match=rf"{cell.__name__}\.monitor: input should be a valid string, got 3"):
+        cell(3)
+
+
 class Own(lab.Callback):
     """A user's own, with a state."""
 

@@ -11,9 +11,10 @@ import pytest
 
 import collie_lab as lab
 from collie_lab.cells import CellError, Evaluation
-from collie_lab.data import save_tokenizer
+from collie_lab.data import prepare, save_tokenizer
 from collie_lab.data.benchmarks import read_questions
 from collie_lab.data.questions import Question, Room, continuation, load_questions, tokenize_questions
+from collie_lab.folder import RunFolder
 
 
 def _text(question: Question) -> str:
@@ -54,6 +55,8 @@ def test_all_questions_of_all_benchmarks_are_read(shared: Path) -> None:
     assert read_questions(lab.GSM8K(data / "gsm8k", limit=9)) == read_questions(lab.GSM8K(data / "gsm8k", limit=9))
 
 
+SMALL = lab.Experiment(model=lab.Model("llama-tiny", init="random", config={"max_position_embeddings": 256}),
+                       data=lab.Skills(size=20, test_size=5))
 CHOICES = [{"prompt": "a", "choices": ["b", "c"], "answer": "c"}]
 
 
@@ -61,6 +64,8 @@ CHOICES = [{"prompt": "a", "choices": ["b", "c"], "answer": "c"}]
     ({"answer": 2}, "record 0 cannot be read .the answer 2 is no number of a choice, from 0 to 1"),
     ({"answer": "d"}, "the answer 'd' is none of the choices"),
     ({"choices": ["b"]}, "two choices or more"),
+    ({"choices": "cd"}, "record 0 cannot be read .the choices must be a list of texts, not 'cd'"),
+    ({"choices": {"c": "d", "e": "f"}}, "the choices must be a list of texts, not {'c': 'd'"),
     ({"prompt": None}, "prompt and choices must be text"),
 ])
 def test_wrong_records_are_named(change: dict[str, Any], message: str) -> None:
@@ -112,6 +117,45 @@ def test_same_figures_of_two_evaluations_are_refused() -> None:
         experiment = lab.Experiment(model=lab.Model("llama-tiny", init="random"), evaluate=pair)
         assert "would write the same figures" in str(experiment.check().errors[0])
         assert experiment.replace(evaluate=(pair[0], pair[1].replace(name="b"))).check().ok
+
+
+@pytest.mark.parametrize("cell", [
+    lab.GSM8K("absent"), lab.BBH("absent"), lab.ExactMatch(max_new_tokens=300), lab.Generation(max_new_tokens=256),
+    lab.Classification(max_new_tokens=256), lab.ExactMatch(max_new_tokens=250)])
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(cell: Any, tmp_path: Path) -> None:
+    """By `check`, which need not read a prompt for it, and by who prepares without one."""
+    virtual = lab.Prompt(tokens=6) if cell.max_new_tokens == 250 else None
+    experiment = SMALL.replace(evaluate=[cell], adapter=virtual)
+    told = (f"{type(cell).__name__}.max_new_tokens: {cell.max_new_tokens} tokens leave nothing of the model's context "
+            f"of {250 if virtual else 256} for a prompt → lower it")
+    assert str(experiment.check().errors[-1]) == told
+    with pytest.raises(CellError) as caught:
+        prepare(experiment, RunFolder.create(tmp_path, "run"))
+    assert str(caught.value) == told
+    assert told not in repr(experiment.replace(evaluate=[cell.replace(max_new_tokens=249)]).check())
+
+
+def test_answers_that_have_too_little_room_are_counted(tmp_path: Path) -> None:
+    evaluate = [lab.ExactMatch(max_new_tokens=156), lab.ExactMatch(max_new_tokens=157, name="b"), lab.Perplexity(),
+                lab.Classification(max_new_tokens=200, limit=2), lab.Classification(by="likelihood", name="c"),
+                lab.ExactMatch(data=lab.Skills(size=4, test_size=2), name="d")]
+    data = lab.Instructions([{"prompt": "p" * size, "completion": "x"} for size in (40, 99, 149, 199)], holdout=0)
+    asked = [cell.replace(data=data) if cell.data is None else cell for cell in evaluate]
+    prepared = prepare(SMALL.replace(evaluate=asked), RunFolder.create(tmp_path, "run"))
+    assert [text for text in prepared.warnings if "answers" in text] == [
+        "ExactMatch: 2 of 4 answers have room for less than 156 tokens: the model's context of 256 ends them",
+        "b: 3 of 4 answers have room for less than 157 tokens: the model's context of 256 ends them",
+        "Classification: 1 of 2 answers have room for less than 200 tokens: the model's context of 256 ends them"]
+
+
+@pytest.mark.parametrize("by", ["answer", "likelihood"])
+def test_labels_that_leave_out_responses_are_refused(by: Any, tmp_path: Path) -> None:
+    data = lab.Instructions([{"prompt": f"{text}?", "completion": text} for text in ("a", "b", "c", "d", "c")])
+    cell = lab.Classification(data=data, labels=("a", "b"), by=by)
+    with pytest.raises(CellError, match=r"Classification\.labels: 2 responses .* none of them, as 'c' → name"):
+        prepare(SMALL.replace(evaluate=[cell]), RunFolder.create(tmp_path, "run"))
+    for labels in ((), ("a", "b", "c" if by == "likelihood" else " c ", "d", "e")):
+        prepare(SMALL.replace(evaluate=[cell.replace(labels=labels)]), RunFolder.create(tmp_path, "run"))
 
 
 def test_what_does_not_fit_loses_examples_or_its_beginning_and_is_counted(tmp_path: Path) -> None:

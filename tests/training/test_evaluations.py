@@ -22,7 +22,7 @@ from collie_lab.folder import RunFolder
 from collie_lab.parallel import Strategy
 from collie_lab.training.evaluate import evaluate
 from collie_lab.training.generate import Draw, generate
-from collie_lab.training.judge import Sample, summarize
+from collie_lab.training.judge import Sample, judge, summarize
 from collie_lab.training.likelihood import score
 from collie_lab.training.model import build_model
 from tests.ranks import run_here, run_ranks
@@ -156,6 +156,21 @@ def test_generation_is_scored_by_the_libraries(stories: tuple[Path, Any, Tokeniz
                   for answer, reference in zip(answers, references, strict=True)]
         assert found[name] == pytest.approx(np.mean(theirs))
     assert found["_shorter"] == np.mean([_shorter(*pair) for pair in zip(answers, references, strict=True)])
+
+
+@pytest.mark.parametrize(("found", "told"), [
+    (math.nan, "nan"), (math.inf, "inf"), (None, "None"), ("1.0", "'1.0'"), ((1.0,), r"\(1\.0,\)")])
+def test_scores_that_are_no_numbers_are_told(found: Any, told: str) -> None:
+    def own(answer: str, reference: str) -> Any:
+        return found if answer == "b" else np.float32(1)
+
+    cells: list[tuple[Evaluation, str, str]] = [
+        (lab.ExactMatch(score=own), "exact_match", "ExactMatch.score"),
+        (lab.Generation(metrics=(own,)), "own", "Generation.metrics")]
+    for cell, figure, field in cells:
+        assert judge(cell, [Question("", "r")], ["a"], lambda: None)[0][figure] == 1.0
+        with pytest.raises(lab.CellError, match=f"{field}: own gave {told} for the answer 'b' to 'r' → a score is a"):
+            judge(cell, [Question("", "q"), Question("", "r")], ["a", "b"], lambda: None)
 
 
 def test_f1_is_scikit_learns() -> None:
