@@ -133,6 +133,8 @@ class Tokenizer:
         whole = self._chat.apply_chat_template(messages, tokenize=False)
         if not whole.startswith(prompt):
             raise ValueError("the chat template renders a reply otherwise than it asks for one")
+        if messages[-1]["content"].strip() and not whole[len(prompt):].strip():
+            raise ValueError("the chat template leaves the reply out")
         return prompt, whole
 
     def _unknown(self) -> int | None:

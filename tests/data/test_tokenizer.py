@@ -126,6 +126,7 @@ def test_the_chat_template_of_the_tokenizer(tmp_path: Path) -> None:
     ("{{ raise_exception('roles must alternate') }}", "the chat template: roles must alternate"),
     ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "the chat template renders a reply otherwise"),
     ("{{ messages[0].content.text.more }}", "the chat template: "),
+    ("Hello.", "the chat template leaves the reply out"),
 ])
 def test_templates_that_do_not_do(template: str, message: str, tmp_path: Path) -> None:
     save_tokenizer(Model("llama-tiny"), tmp_path)
@@ -133,6 +134,10 @@ def test_templates_that_do_not_do(template: str, message: str, tmp_path: Path) -
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
     with pytest.raises(CellError, match=rf"Instructions.source: the source: record 0 cannot be read \({message}"):
         read_documents(Instructions([{"messages": turns}], holdout=0), "train", Tokenizer(tmp_path).render_chat)
+    for tokenizer, found in ((str(tmp_path), [f"the source: record 0 cannot be read ({message}"]), ("bytes", [])):
+        report = Experiment(model=Model("llama-tiny", init="random", tokenizer=tokenizer),
+                            data=Instructions([{"messages": turns}])).check()
+        assert [problem.message[: len(text)] for problem, text in zip(report.errors, found, strict=True)] == found
 
 
 def test_nothing_to_learn_that_is_not_too_long(tmp_path: Path) -> None:
