@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from collie_lab.cells import CellError, Experiment, HeldOut, Instructions, Model, Problem, Text
+from collie_lab.cells import CellError, Experiment, HeldOut, Instructions, Model, Problem, Text, TrainTokenizer
 from collie_lab.check_adapter import adapter_problems
 from collie_lab.check_callbacks import callback_problems
 from collie_lab.check_deepspeed import deepspeed_problems
@@ -18,6 +19,7 @@ from collie_lab.check_tokenizer import tokenizer_problems
 from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.prepare import room_for_documents
 from collie_lab.data.records import Corpus
+from collie_lab.data.tokenizer import save_tokenizer
 from collie_lab.folder import read_json
 from collie_lab.machine import visible_gpus
 
@@ -188,4 +190,19 @@ def _data(experiment: Experiment, config: dict[str, Any], problems: list[Problem
                  for cell in cells if room is not None and (cell.max_length or 0) > room]
     for cell in cells:
         if isinstance(cell, (Instructions, Text)):  # every record is looked at
-            _collect(problems, lambda cell=cell: Corpus(cell).read_all())
+            _collect(problems, lambda cell=cell: _records(cell, experiment.model if config else None))
+
+
+def _records(cell: Instructions | Text, model: Model | None) -> None:
+    """Raise what is wrong with the records, or with the template of a model's tokenizer, by which the first chat is
+    rendered; `prepare` renders all."""
+    corpus = Corpus(cell)
+    corpus.read_all()
+    if model is None or isinstance(cell, Text) or isinstance(model.tokenizer, TrainTokenizer):
+        return
+    if corpus.first().style == "headed":
+        base = model if isinstance(model.tokenizer, str) else model.replace(tokenizer=None)
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = save_tokenizer(base, Path(folder))
+            if tokenizer.chat_template:
+                corpus.first(tokenizer.render_chat)

@@ -83,16 +83,18 @@ class Instructions(Data):
 class Text(Data):
     """Plain text for next-token training: .txt, .json (a list of strings), .jsonl, .csv, .parquet (a `text` field).
 
-    `separator` splits a .txt file into documents. `source` may be all that it is in `Instructions`.
+    `separator` splits a .txt file into documents. `source` may be all that it is in `Instructions`; a list, or what a
+    callable gives, may hold texts, or records with a `text`. Blank texts are left out; the count is reported.
     """
 
-    source: Annotated[str | list[str] | Callable[[], Iterable[str]], _Again]
+    source: Annotated[str | list[str | Record] | Callable[[], Iterable[str | Record]], _Again]
     separator: str | None = None
     holdout: float = Field(default=0.05, ge=0.0, lt=1.0)
     overlong: Literal["truncate", "drop", "error", "split"] = "split"  # type: ignore[assignment]
     """`split` cuts a long document into windows of `max_length`."""
 
-    def __init__(self, source: str | Path | list[str] | Callable[[], Iterable[str]], **fields: Any) -> None:
+    def __init__(self, source: str | Path | list[str] | list[Record] | Callable[[], Iterable[str | Record]],
+                 **fields: Any) -> None:
         super().__init__(source=str(source) if isinstance(source, Path) else source, **fields)  # type: ignore[call-arg]
 
 

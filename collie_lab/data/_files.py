@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from collie_lab.cells import Cell, CellError, Problem
 
-__all__ = ["Place", "read_csv", "read_json", "read_json_lines", "read_text"]
+__all__ = ["Place", "json_fault", "read_csv", "read_json", "read_json_lines", "read_text"]
 
 
 class Place(NamedTuple):
@@ -38,11 +38,23 @@ def read_text(place: Place, file: str | Path) -> str:
         raise place.error(f"{path} {what}", f"paths are relative to {Path.cwd()}")
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig").replace("\r\n", "\n")
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
         raise place.error(f"{path} is not UTF-8 text") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise place.error(f"{path} is no valid gzip file: {error}") from None
+    if "\0" in text:
+        raise place.error(f"{path} is not UTF-8 text: it holds NUL, as UTF-16 does")
+    return text
+
+
+def json_fault(error: ValueError | RecursionError, line: int | None = None) -> str:
+    """What `json.loads` has raised, behind the name of a file; `line` is where in it its text stands."""
+    if isinstance(error, json.JSONDecodeError):
+        return f", line {line or error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+    # Valid, but more than Python takes: of this it tells no place.
+    what = "values within values too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+    return f"{f', line {line}' if line else ''}: JSON that cannot be read: {what}"
 
 
 def read_json(place: Place, file: str | Path) -> Any:
@@ -51,10 +63,11 @@ def read_json(place: Place, file: str | Path) -> Any:
     Raises:
         CellError: it cannot be read, or is no JSON.
     """
+    text = read_text(place, file)
     try:
-        return json.loads(read_text(place, file))
-    except json.JSONDecodeError as error:
-        raise place.error(f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}",
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise place.error(f"{file}{json_fault(error)}",
                           "mend the file; one record a line is JSONL, and is called so") from None
 
 
@@ -69,9 +82,8 @@ def read_json_lines(place: Place, file: str | Path) -> list[Any]:
         if line.strip():
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise place.error(f"{file}, line {number}, column {error.colno}: not valid JSON: {error.msg}",
-                                  "mend the file") from None
+            except (ValueError, RecursionError) as error:
+                raise place.error(f"{file}{json_fault(error, number)}", "mend the file") from None
     return records
 
 

@@ -244,6 +244,7 @@ class _Maker:
                 writer.add(block)
                 progress.advance(tally.documents - progress.done)
         documents = writer.finish()
+        tally.blank, tally.texts = self._corpus(cell).blank(split)
         self._refuse(cell, split, tally, documents, selection.moved)
         counts = {
             "documents": len(documents), "tokens": len(documents.tokens), "learned": int(documents.learned.sum()),
@@ -262,6 +263,9 @@ class _Maker:
         if tally.overlong and cell.overlong == "error":
             raise CellError([Problem(name, "max_length", f"{tally.overlong} of {tally.documents} documents are longer "
                                      f"than {max_length} tokens", "raise it, or set `overlong` to truncate or drop")])
+        if not len(documents) and not tally.overlong:
+            raise CellError([Problem(name, "source", "no document has anything to learn, though none is too long",
+                                     "give it responses, or texts, that are not empty")])
         if not len(documents):
             raise CellError([Problem(name, "max_length", "no document keeps anything to learn within "
                                      f"{max_length} tokens", "raise it")])
@@ -272,6 +276,8 @@ def _remarks(cell: Data, split: Split, tally: Tally, max_length: int, moved: int
     """What a person should know of what became of the documents."""
     where, of = f"{type(cell).__name__}, {split}: ", f"of {tally.documents}"
     remarks = []
+    if tally.blank:
+        remarks.append(f"{where}{tally.blank} of {tally.texts} texts are blank, and were left out")
     if tally.overlong and cell.overlong in ("truncate", "drop"):
         verb = "truncated" if cell.overlong == "truncate" else "dropped"
         remarks.append(f"{where}{tally.overlong} {of} documents longer than {max_length} tokens were {verb}")
@@ -279,10 +285,14 @@ def _remarks(cell: Data, split: Split, tally: Tally, max_length: int, moved: int
         remarks.append(f"{where}{tally.unlearnable} {of} documents have nothing to learn within {max_length} tokens, "
                        "and were left out")
     if tally.empty:
-        remarks.append(f"{where}{tally.empty} {of} responses are empty; of these only the end is learned")
+        remarks.append(f"{where}{tally.empty} of {tally.responses} responses are empty; of these only the end is "
+                       "learned")
     if tally.partial:
         remarks.append(f"{where}of {tally.partial} {of} chats only the last reply is learned: the tokenizer's template "
                        "rewrites the earlier ones")
+    if tally.unknown:
+        remarks.append(f"{where}{tally.unknown} of {tally.tokens} tokens ({tally.unknown / tally.tokens:.2%}) are the "
+                       "tokenizer's mark for what it lacks: another one may know that text")
     if moved and split == "train":
         remarks.append(f"{where}{moved} records that repeat another one went where that is, so that none stands in "
                        "train and test")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Document:
     """What stands around what a person says."""
     partial: bool = False
     """Not every reply of a chat is to be learned, since its template rewrites earlier ones."""
+    empty: int = 0
+    """How many of the responses to be learned are blank."""
 
     @property
     def key(self) -> int:
@@ -97,6 +100,7 @@ class Corpus:
 
     def __init__(self, cell: Data, render_chat: Render | None = None, *, hashed: bool = False):
         self._cell, self._render = cell, render_chat
+        self._blank = (0, 0)
         if isinstance(cell, Skills):
             self._source = Source("skills", Anew(partial(_skills, cell, "train")), Anew(partial(_skills, cell, "test")))
         elif isinstance(cell, (Instructions, Text)):
@@ -116,6 +120,15 @@ class Corpus:
                 if records is not None:
                     for _ in progress.each(self._documents(records, self._render)):
                         pass
+
+    def first(self, render: Render | None = None) -> Document:
+        """The first document of the training split; a chat is rendered by `render`."""
+        return next(self._documents(self._source.train, render))
+
+    def blank(self, split: Split) -> tuple[int, int]:
+        """Of what a split is drawn from, once it has been read: how many texts are blank, which are no documents, and
+        of how many. (0, 0) where the training split is drawn from the same, and tells of them."""
+        return (0, 0) if split == "test" and self._source.test is None else self._blank
 
     def select(self, split: Split) -> Selection:
         """The documents of a split: `train`, `test` (the source's own test split, or the held-out share), or `all`
@@ -158,9 +171,22 @@ class Corpus:
             case Skills():
                 return (_pair(f"{prompt}\n", answer, "line") for prompt, answer in records)
             case Text():
-                return _texts(self._cell, records, self._source.name)
+                return self._texts(self._cell, records)
         assert isinstance(self._cell, Instructions)
-        return _instructions(self._cell, records, self._source.name, render)
+        return _instructions(self._cell, records, self._source, render)
+
+    def _texts(self, cell: Text, records: Iterable[Any]) -> Iterator[Document]:
+        """A document for every text that is not blank; the blank ones are counted."""
+        read = blank = 0
+        for index, record in enumerate(records):
+            document, read = _text(cell, record, index, self._source), read + 1
+            if document.segments[0][0].strip():
+                yield document
+            else:
+                blank += 1
+        if read == blank:
+            raise problem(cell, "source", f"{self._source.name} holds no text", "give it at least one document")
+        self._blank = blank, read
 
 
 def _skills(cell: Skills, split: Split) -> Iterator[tuple[str, str]]:
@@ -201,32 +227,45 @@ def question(text: str, style: Style, render_chat: Render) -> Document:
 def _pair(prompt: str, answer: str, style: Style = "plain") -> Document:
     if not (isinstance(prompt, str) and isinstance(answer, str)):
         raise TypeError("prompt and response must be text")
-    return Document(((prompt, False), (answer, True)), answer, style=style)
+    return Document(((prompt, False), (answer, True)), answer, style=style, empty=not answer.strip())
 
 
 # --- instructions ---------------------------------------------------------------------------------
 
 
-def _instructions(cell: Instructions, records: Iterable[Any], name: str, render: Render | None) -> Iterator[Document]:
+def _instructions(cell: Instructions, records: Iterable[Any], source: Source, render: Render | None
+                  ) -> Iterator[Document]:
     reader = None
     for index, record in enumerate(records):
-        reader = reader or _reader(cell, record, name, render)
+        reader = reader or _reader(cell, record, source.name, render)
         try:
             document = reader(record)
+            for text, _ in document.segments:
+                _check_characters(text)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             missing = f"has no field {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
-            raise problem(cell, "source", f"{name}: record {index} {missing}: {record!r:.120}",
-                          "mend the record, or give `format` a function from a record to (prompt, response)") from None
+            remedy = "mend the record, or " + ("the function" if callable(cell.format) else
+                                               "give `format` a function from a record to (prompt, response)")
+            raise problem(cell, "source", f"{source.place(index)} {missing}: {record!r:.120}",
+                          remedy) from error.__cause__
         yield document
     if reader is None:
-        raise problem(cell, "source", f"{name} holds no records", "give it at least one")
+        raise problem(cell, "source", f"{source.name} holds no records", "give it at least one")
+
+
+def _check_characters(text: str) -> None:
+    """Raise a ValueError where UTF-8, and so a tokenizer, has nothing for a character: JSON may hold half of one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        before = text[max(0, error.start - 20) : error.start]
+        raise ValueError(f"{text[error.start]!r} after {before!r} is half of a surrogate pair, no character") from None
 
 
 def _reader(cell: Instructions, first: Any, name: str, render: Render | None) -> Callable[[Any], Document]:
     """The reader of one format; `auto` goes by the fields of the first record."""
     if callable(cell.format):
-        to_pair = cell.format
-        return lambda record: _pair(*to_pair(record))
+        return partial(_formatted, cell.format)
     keys = first.keys() if isinstance(first, dict) else ()
     fields = {"alpaca": "instruction", "prompt_completion": "prompt", "chat": "messages"}
     found = next((format_ for format_, field in fields.items() if field in keys), "clinc" if _is_pair(first) else "")
@@ -243,9 +282,24 @@ def _reader(cell: Instructions, first: Any, name: str, render: Render | None) ->
                   "name their format, or give a function from a record to (prompt, response)")
 
 
-def _alpaca(record: dict[str, str]) -> Document:
+def _formatted(function: Callable[[Any], tuple[str, str]], record: Any) -> Document:
+    try:
+        found = function(record)
+    except Exception as error:  # it is the user's, and may raise anything
+        raise ValueError(f"`format` raised {error!r}") from error
+    if not (isinstance(found, (list, tuple)) and len(found) == 2):
+        raise TypeError(f"`format` gave {found!r:.60}, not (prompt, response)")
+    return _pair(*found)
+
+
+def _alpaca(record: dict[str, Any]) -> Document:
     """Taori et al. 2023: instruction, optional input, output; here without the fixed preamble."""
-    context = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
+    given = record.get("input")
+    if isinstance(given, float) and math.isnan(given):  # how pandas says that a value is missing
+        given = None
+    if not (given is None or isinstance(given, str)):
+        raise TypeError(f"`input` must be text, not {type(given).__name__}")
+    context = f"### Input:\n{given}\n\n" if given else ""
     return _pair(_alpaca_prompt(record["instruction"], context), record["output"], "alpaca")
 
 
@@ -265,8 +319,10 @@ def _chat(record: dict[str, Any], render: Render | None) -> Document:
         raise TypeError("no message of the assistant")
     messages = messages[: answered[-1] + 1]  # what nobody answers teaches nothing
     segments = render(messages) if render else _plain_chat(messages)
+    learned = sum(flag for _, flag in segments)
+    empty = sum(not messages[index]["content"].strip() for index in answered[-learned:])
     return Document(tuple(segments), messages[-1]["content"], closed=render is not None,
-                    style="chat" if render else "headed", partial=sum(flag for _, flag in segments) < len(answered))
+                    style="chat" if render else "headed", partial=learned < len(answered), empty=empty)
 
 
 def _plain_chat(messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
@@ -296,18 +352,17 @@ def _clinc(record: Any) -> Document:
 # --- text -----------------------------------------------------------------------------------------
 
 
-def _texts(cell: Text, records: Iterable[Any], name: str) -> Iterator[Document]:
-    """A document for every text that is not blank."""
-    empty = True
-    for index, record in enumerate(records):
-        text = record["text"] if isinstance(record, dict) and "text" in record else record
+def _text(cell: Text, record: Any, index: int, source: Source) -> Document:
+    named = isinstance(record, dict) and "text" in record
+    text = record["text"] if named else record
+    try:
         if not isinstance(text, str):
-            raise problem(cell, "source", f"{name}: record {index} is neither a string nor has a `text` field")
-        if text.strip():
-            empty = False
-            yield Document(((text, True),))
-    if empty:
-        raise problem(cell, "source", f"{name} holds no text", "give it at least one document")
+            raise TypeError(f"its `text` is {type(text).__name__}" if named else "no string, and no `text` field")
+        _check_characters(text)
+    except (TypeError, ValueError) as error:
+        raise problem(cell, "source", f"{source.place(index)} cannot be read ({error}): {record!r:.120}",
+                      "mend the record; what is missing is an empty text, or left out") from None
+    return Document(((text, True),))
 
 
 def _part_of_text(document: Document, holdout: float, split: Split) -> list[Document]:

@@ -20,6 +20,7 @@ from typing import IO, Any, Final
 
 from collie_lab.cells import CellError, Data, Instructions, Problem, Text
 from collie_lab.data import hub_datasets
+from collie_lab.data._files import json_fault
 
 __all__ = ["Anew", "Source", "files_of", "open_source", "problem"]
 
@@ -40,6 +41,12 @@ class Source:
     train: Iterable[Any]
     test: Iterable[Any] | None = None
     content: str = ""
+    places: Iterable[str] = ()
+    """Of files, where each record stands; read only to tell of one."""
+
+    def place(self, index: int) -> str:
+        """Where a record stands, by its number."""
+        return next(itertools.islice(self.places, index, None), f"{self.name}: record {index}")
 
 
 @dataclass(frozen=True)
@@ -68,16 +75,17 @@ def open_source(cell: Instructions | Text, *, hashed: bool = False) -> Source:
         return _dataset(cell, source)
     paths = files_of(cell, source)
     content = _hash(paths) if hashed else ""
+    places = Anew(lambda: itertools.chain.from_iterable(_places(cell, path) for path in paths))
     if len(paths) > 1:
         return Source(source, Anew(lambda: itertools.chain.from_iterable(_list(cell, path) for path in paths)),
-                      content=content)
+                      content=content, places=places)
     found = _read(cell, paths[0])
     if isinstance(found, dict):  # a JSON object: splits by name
         if not (isinstance(cell, Instructions) and cell.format in ("auto", "clinc") and {"train", "test"} <= {*found}):
             raise problem(cell, "source", f"{source}: a JSON object, not a list of records",
                           "only the CLINC format (splits `train`, `val`, `test`) is an object")
         return Source(source, found["train"], found["test"], content)
-    return Source(source, found, content=content)
+    return Source(source, found, content=content, places=places)
 
 
 def problem(cell: Data, field: str, message: str, remedy: str = "") -> CellError:
@@ -161,9 +169,22 @@ def _list(cell: Instructions | Text, path: Path) -> Iterable[Any]:
     return found
 
 
+def _places(cell: Instructions | Text, path: Path) -> Iterator[str]:
+    """Where each record of a file stands: its line in JSONL, else its number."""
+    if _ending(path) != ".jsonl":
+        yield from (f"{path}: record {index}" for index, _ in enumerate(_list(cell, path)))
+        return
+    with _open(cell, path, newline="\n") as file:
+        yield from (f"{path}, line {number}:" for number, line in enumerate(file, 1) if line.strip())
+
+
+def _ending(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
 def _read(cell: Instructions | Text, path: Path) -> Iterable[Any] | dict[str, Any]:
     """The records of a file, by its name's ending; only JSON is read as a whole."""
-    match Path(path.name.removesuffix(".gz")).suffix:
+    match _ending(path):
         case ".csv":
             return Anew(lambda: _csv(cell, path))
         case ".jsonl":
@@ -188,15 +209,14 @@ def _jsonl(cell: Data, path: Path) -> Iterator[Any]:
     with _open(cell, path, newline="\n") as file:  # JSON strings may hold other line separators
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _parse(cell, path, line, number)
+                yield _parse(cell, path, line.rstrip("\r\n"), number)
 
 
 def _parse(cell: Data, path: Path, text: str, line: int | None = None) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f", line {line or error.lineno}, column {error.colno}"
-        raise problem(cell, "source", f"{path}{where}: not valid JSON: {error.msg}",
+    except (ValueError, RecursionError) as error:
+        raise problem(cell, "source", f"{path}{json_fault(error, line)}",
                       "mend the file" + ("" if line else "; one record a line is JSONL, and is called so")) from None
 
 
@@ -206,6 +226,9 @@ def _csv(cell: Data, path: Path) -> Iterator[dict[str, str]]:
         rows = csv.reader(file, strict=True)
         try:
             names = next(rows, [])
+            if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+                raise problem(cell, "source", f"{path}, line {rows.line_num}: {names.count(twice[0])} columns are "
+                              f"called {twice[0]!r}", "give every column a name of its own")
             for row in rows:
                 if len(row) != len(names) and row:
                     raise problem(cell, "source", f"{path}, line {rows.line_num}: {len(row)} values for the "
@@ -243,14 +266,15 @@ def _texts(cell: Data, path: Path, separator: str | None) -> Iterator[str]:
         while chunk := file.read(_CHUNK):
             *whole, rest = (rest + chunk).split(separator)
             yield from whole
-        yield rest
+        if rest.strip():  # else the file ends with a separator
+            yield rest
 
 
 @contextlib.contextmanager
 def _open(cell: Data, path: Path, newline: str | None = "") -> Iterator[IO[str]]:
-    """The text of a file, gzipped or not; bytes that are no UTF-8 are told by their line."""
+    """The text of a file, gzipped or not; bytes that are no UTF-8, or NUL, are told by their line."""
     try:
-        with io.TextIOWrapper(_bytes(path), encoding="utf-8-sig", newline=newline) as file:
+        with io.TextIOWrapper(_NoNul(_bytes(path)), encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError:
         raise _not_utf8(cell, path) from None
@@ -262,16 +286,38 @@ def _bytes(path: Path) -> Any:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
+class _NoNul(io.BufferedReader):
+    """Refuses NUL, which is valid UTF-8, but what every other byte of English in UTF-16 is."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self._checked(super().read(size))
+
+    def read1(self, size: int = -1, /) -> bytes:
+        return self._checked(super().read1(size))
+
+    @staticmethod
+    def _checked(chunk: bytes) -> bytes:
+        if (place := chunk.find(0)) >= 0:
+            raise UnicodeDecodeError("utf-8", chunk, place, place + 1, "NUL")
+        return chunk
+
+
 def _not_utf8(cell: Data, path: Path) -> CellError:
+    """The error with the first byte that is no text, and a guess of the encoding that makes it one."""
     where, encoding = "", "LATIN1"
     with _bytes(path) as file:
         for number, line in enumerate(file, 1):
-            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                encoding = "UTF-16"
             try:
                 line.decode()
+                place = line.find(0)
             except UnicodeDecodeError as error:
-                where = f": line {number}, byte {error.start + 1} is 0x{line[error.start]:02X}"
+                place = error.start
+            if place >= 0:
+                where = f": line {number}, byte {place + 1} is 0x{line[place]:02X}"
+                if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    encoding = "UTF-16"
+                elif b"\0" in line:
+                    encoding = "UTF-16BE" if line.startswith(b"\0") else "UTF-16LE"
                 break
     return problem(cell, "source", f"{path} is not UTF-8 text{where}",
                    f"iconv -f {encoding} -t UTF-8 {path.name}  # or whatever its encoding is")

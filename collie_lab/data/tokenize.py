@@ -27,14 +27,24 @@ class Tally:
 
     documents: int = 0
     """Documents that were read."""
+    blank: int = 0
+    """Texts of the source that are no documents, since they are blank."""
+    texts: int = 0
+    """All texts of the source, where `blank` of them are."""
     overlong: int = 0
     """Those with more than `max_length` tokens."""
     unlearnable: int = 0
     """Those that were left out, since within `max_length` tokens there is nothing to learn."""
+    responses: int = 0
+    """Responses to be learned; a chat may have several."""
     empty: int = 0
-    """Those whose answer is blank."""
+    """Those of them that are blank."""
     partial: int = 0
-    """Those of which only the last reply is learned."""
+    """Documents of which only the last reply is learned."""
+    tokens: int = 0
+    """Tokens of what is kept."""
+    unknown: int = 0
+    """Those that stand for what the tokenizer lacks."""
     style: str = "plain"
     """What stands around what a person says, in the first."""
     keys: list[NDArray[np.uint64]] = field(default_factory=list)
@@ -65,11 +75,16 @@ def tokenize_into(tally: Tally, documents: Iterable[Document], tokenizer: Tokeni
     for block in _blocks(documents):
         tally.style = tally.style if tally.documents else block[0].style
         tally.documents += len(block)
-        tally.empty += sum(item.answer is not None and not item.answer.strip() for item in block)
+        tally.responses += sum(flag for item in block if item.answer is not None for _, flag in item.segments)
+        tally.empty += sum(item.empty for item in block)
         tally.partial += sum(item.partial for item in block)
         tally.keys.append(np.fromiter((item.key for item in block), dtype=np.uint64, count=len(block)))
         encoded = encode(block, tokenizer, measured)
-        yield _windows(tally, block, encoded, tokenizer.prefix, max_length, overlong, answers)
+        kept = _windows(tally, block, encoded, tokenizer.prefix, max_length, overlong, answers)
+        tally.tokens += len(kept.tokens)
+        if tokenizer.unk_id is not None:
+            tally.unknown += int(np.count_nonzero(kept.tokens == tokenizer.unk_id))
+        yield kept
 
 
 def _blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -41,6 +41,7 @@ class Tokenizer:
         bare = self._rust.encode("a", add_special_tokens=False).ids
         marked = self._rust.encode("a").ids
         self.prefix = marked[: marked.index(bare[0])] if bare else []
+        self.unk_id = self._unknown()
 
     @property
     def vocab_size(self) -> int:
@@ -132,7 +133,18 @@ class Tokenizer:
         whole = self._chat.apply_chat_template(messages, tokenize=False)
         if not whole.startswith(prompt):
             raise ValueError("the chat template renders a reply otherwise than it asks for one")
+        if messages[-1]["content"].strip() and not whole[len(prompt):].strip():
+            raise ValueError("the chat template leaves the reply out")
         return prompt, whole
+
+    def _unknown(self) -> int | None:
+        """The token for what the vocabulary lacks. None where there is none, or it is a mark too (as GPT-2's is)."""
+        model: Any = self._rust.model
+        if isinstance(model, models.Unigram):  # has no attribute for it
+            found = json.loads((self.folder / "tokenizer.json").read_text(encoding="utf-8"))["model"].get("unk_id")
+        else:
+            found = self._special(getattr(model, "unk_token", None))
+        return None if found in (self.eos_id, self.pad_id, *self.prefix) else found
 
     def _special(self, token: Any) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token

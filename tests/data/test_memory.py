@@ -77,3 +77,19 @@ def test_empty_responses_are_counted(tmp_path: Path) -> None:
     records = [{"prompt": "a", "completion": text} for text in ("", "x", " ")]
     _, index = prepared(tmp_path, "a", lab.Instructions(records, holdout=0))
     assert index["warnings"] == ["Instructions, train: 2 of 3 responses are empty; of these only the end is learned"]
+    turns = [{"role": role, "content": text} for text in ("", "x") for role in ("user", "assistant")]
+    _, index = prepared(tmp_path, "b", lab.Instructions([{"messages": turns}], holdout=0))
+    assert index["warnings"] == ["Instructions, train: 1 of 2 responses are empty; of these only the end is learned"]
+
+
+def test_blank_texts_are_counted(tmp_path: Path) -> None:
+    """Once: the held-out share is drawn from the same texts."""
+    texts = [*map(str, range(20)), *["  "] * 7]
+    (tmp_path / "a.txt").write_text("<|end|>".join([*texts, "\n"]), encoding="utf-8")
+    cells = [lab.Text(texts, holdout=0), lab.Text(texts, holdout=0.2, limit=5),
+             lab.Text(tmp_path / "a.txt", separator="<|end|>")]
+    for number, cell in enumerate(cells):
+        _, index = prepared(tmp_path, str(number), cell, evaluate=[lab.Perplexity()] if cell.holdout else [])
+        assert index["warnings"] == ["Text, train: 7 of 27 texts are blank, and were left out"]
+    _, index = prepared(tmp_path, "other", cells[0], evaluate=[lab.Perplexity(data=lab.Text(["a", ""]))])
+    assert index["warnings"][1:] == ["Text, all: 1 of 2 texts are blank, and were left out"]

@@ -29,6 +29,13 @@ def test_alpaca_with_and_without_input() -> None:
     ]
 
 
+@pytest.mark.parametrize("missing", [None, float("nan"), ""])
+def test_an_input_that_is_missing(missing: object) -> None:
+    """NaN is what pandas gives for a field without a value."""
+    assert _texts(Instructions([{**ALPACA[1], "input": missing}], holdout=0)) == [
+        (("### Instruction:\nSay hi.\n\n### Response:\n", False), ("hi", True))]
+
+
 def test_prompt_completion_from_a_jsonl_file(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join(json.dumps(record) for record in PAIRS) + "\n", encoding="utf-8")
@@ -85,6 +92,35 @@ def test_a_callable_source_and_format() -> None:
     assert _texts(cell) == [(("1", False), ("2", True))]
 
 
+def test_a_format_that_fails_is_chained() -> None:
+    cell = Instructions([{"turns": ["a", "b"]}, {"turns": ["c"]}], holdout=0,
+                        format=lambda record: (record["turns"][0], record["turns"][1]))
+    with pytest.raises(CellError, match=r"record 1 cannot be read \(`format` raised IndexError\(.*\)\): \{") as raised:
+        read_documents(cell, "train")
+    assert isinstance(raised.value.__cause__, IndexError)
+    assert raised.value.problems[0].remedy == "mend the record, or the function"
+    with pytest.raises(CellError, match=r"record 0 cannot be read \(`format` raised ZeroDivisionError"):
+        read_documents(cell.replace(format=lambda record: 1 / 0), "train")
+    with pytest.raises(CellError, match=r"record 0 cannot be read \(`format` gave 'one', not \(prompt, response\)\)"):
+        read_documents(cell.replace(format=lambda record: "one"), "train")
+
+
+def test_texts_of_records_in_memory() -> None:
+    cell = Text([{"text": "one", "id": 1}, "two"], holdout=0)  # type: ignore[list-item]
+    assert [document.segments for document in read_documents(cell, "train")] == [(("one", True),), (("two", True),)]
+    assert read_documents(Text(lambda: cell.source, holdout=0), "train") == read_documents(cell, "train")  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    (["a", {"text": float("nan")}], r"record 1 cannot be read \(its `text` is float\): \{'text': nan\}"),
+    (["a", {"title": "b"}], r"record 1 cannot be read \(no string, and no `text` field\)"),
+    (["a", "b\ud800"], r"record 1 cannot be read \('\\ud800' after 'b' is half of a surrogate pair"),
+])
+def test_bad_texts_are_named(source: object, message: str) -> None:
+    with pytest.raises(CellError, match=message):
+        read_documents(Text(lambda: source), "train")  # type: ignore[arg-type, return-value]
+
+
 def test_holdout_parts_the_records() -> None:
     cell = Instructions([{"prompt": str(n), "completion": "x"} for n in range(100)], holdout=0.2)
     train, test = ({document.segments[0][0] for document in read_documents(cell, split)} for split in ("train", "test"))
@@ -111,6 +147,9 @@ def test_text_files(tmp_path: Path) -> None:
     ([{"question": "x"}], "fit no known format"),
     ([{"prompt": "a", "completion": 3}], "record 0 cannot be read"),
     ([{"instruction": None, "output": "x"}], "record 0 cannot be read"),
+    ([*ALPACA, {**ALPACA[0], "input": 3}], "record 2 cannot be read (`input` must be text, not int"),
+    ([{**ALPACA[0], "output": float("nan")}], "record 0 cannot be read"),
+    ([*PAIRS, {"prompt": "a", "completion": "\ud800"}], "record 1 cannot be read ('.ud800' after '' is half of a"),
     ([{"messages": [{"role": "user", "content": "x"}]}], "no message of the assistant"),
 ])
 def test_bad_records_are_named(source: object, message: str) -> None:
@@ -127,6 +166,15 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     lines.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a" "completion": "b"}\n', encoding="utf-8")
     with pytest.raises(CellError, match=r"broken\.jsonl, line 3, column 16: not valid JSON: Expecting ','"):
         read_documents(Instructions(lines), "train")
+    for bad, message in (('{"prompt": "a"', "line 2, column 15: not valid JSON: Expecting"),
+                         ("[" * 100_000, "line 2: JSON that cannot be read: values within values too deeply"),
+                         ("9" * 5000, "line 2: JSON that cannot be read: Exceeds the limit [(]4300")):
+        lines.write_bytes(f'{{"prompt": "a", "completion": "b"}}\r\n{bad}\r\n'.encode())
+        with pytest.raises(CellError, match=rf"broken\.jsonl, {message}"):
+            read_documents(Instructions(lines), "train")
+    file.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(CellError, match=r"broken\.json: JSON that cannot be read"):
+        read_documents(Instructions(file), "train")
     table = tmp_path / "broken.csv"
     for rows, message in (("Hello, how are you?,Fine\na,b\n", "line 2: 3 values for the 2 columns prompt, completion"),
                           ("a,b\na\n", "line 3: 1 values for the 2"),
@@ -134,6 +182,9 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         table.write_text(f"prompt,completion\n{rows}", encoding="utf-8")
         with pytest.raises(CellError, match=rf"broken\.csv, {message}"):
             read_documents(Instructions(table), "train")
+    table.write_text("completion,prompt,completion\na,b,c\n", encoding="utf-8")
+    with pytest.raises(CellError, match=r"broken\.csv, line 1: 2 columns are called 'completion'"):
+        read_documents(Instructions(table), "train")
     table.write_text("", encoding="utf-8")
     with pytest.raises(CellError, match="holds no records"):
         read_documents(Instructions(table), "train")

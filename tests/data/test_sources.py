@@ -118,7 +118,13 @@ def test_a_function_that_fails_on_the_way() -> None:
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xe4"}\n', "line 2, byte 13 is 0xE4 → iconv -f LAT"),
     ("a.txt", "one\ntwo ü\n".encode("latin-1"), "line 2, byte 5 is 0xFC"),
-    ("a.csv", "prompt\nü\n".encode("utf-16"), "line 1, byte 1 is 0xFF → iconv -f UTF-16"),
+    ("a.csv", "prompt\nü\n".encode("utf-16"), "line 1, byte 1 is 0xFF → iconv -f UTF-16 "),
+    ("a.txt", "hello".encode("utf-16-le"), "is not UTF-8 text: line 1, byte 2 is 0x00 → iconv -f UTF-16LE"),
+    ("a.json", b'[{"prompt": "a", "completion": "b"}]'.decode().encode("utf-16-be"), "0x00 → iconv -f UTF-16BE"),
+    ("a.csv", "prompt,completion\na,b".encode("utf-16-le"), "0x00 → iconv -f UTF-16LE"),
+    ("a.jsonl.gz", gzip.compress(b'\n{"prompt": "a\0", "completion": "b"}\n', mtime=0), "line 2, byte 14 is 0x00"),
+    ("b.jsonl", b'{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"}', "b.jsonl, line 3: has no field 'completion'"),
+    ("b.json", b'[{"prompt": "a", "completion": "\\ud800"}]', "record 0 cannot be read .'.ud800' after '' is half of"),
     ("a.jsonl.gz", gzip.compress(b"\n" * 9999, mtime=0)[:-12], "damaged gzip"),
     ("a.json.gz", b"[]", "damaged gzip"),
     ("a.parquet", b"PAR1 and no more", "not a whole Parquet file"),
@@ -134,6 +140,16 @@ def test_bad_files_are_named(name: str, content: bytes, message: str, tmp_path: 
         read_documents(cell, "train")
     report = Experiment(model=Model("llama-tiny", init="random"), data=cell).check()
     assert [problem.cell for problem in report.errors] == [type(cell).__name__]
+
+
+def test_a_record_of_several_files_is_named_in_its_own(written: Path) -> None:
+    (written / "part-1.jsonl").write_text(_jsonl(RECORDS[:3]) + '\n{"prompt": "a"}\n', encoding="utf-8")
+    with pytest.raises(CellError, match=r"part-1\.jsonl, line 5: has no field 'completion'"):
+        read_documents(Instructions(written / "part-*.jsonl"), "train")
+    (written / "a.csv").write_text("prompt,completion\nx,y\nx,y\n", encoding="utf-8")
+    (written / "b.csv").write_text("prompt,response\nx,y\n", encoding="utf-8")
+    with pytest.raises(CellError, match=r"b\.csv: record 0 has no field 'completion'"):
+        read_documents(Instructions(written / "?.csv"), "train")
 
 
 @pytest.mark.parametrize(("messages", "message"), [

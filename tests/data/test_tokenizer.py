@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import processors
+from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from collie_lab import CellError, Experiment, Instructions, Model, Text
@@ -90,6 +90,21 @@ def test_only_answers_have_bytes_that_count(tmp_path: Path, shared: Path) -> Non
         assert documents.text_bytes.tolist() == [len("thère 🐶 ☃".encode()), 0]
 
 
+@pytest.mark.parametrize("kind", ["words", "pieces", "end mark"])
+def test_what_the_tokenizer_lacks_is_counted(kind: str, tmp_path: Path) -> None:
+    rust = RustTokenizer(models.Unigram([("<s>", 0.0), ("<unk>", 0.0), ("a", -1.0)], 1, False) if kind == "pieces" else
+                         models.WordLevel({"<s>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>"))
+    rust.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    rust.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<unk>"}' if kind == "end mark" else "{}")
+    experiment = Experiment(model=Model("llama-tiny", init="random", tokenizer=str(tmp_path)),
+                            data=Text(["a a ☃ a", "a a a ☃"], holdout=0))
+    prepare(experiment, run := RunFolder.create(tmp_path, "run"))
+    assert run.read("data/index.json")["warnings"] == ([] if kind == "end mark" else [
+        "Text, train: 2 of 8 tokens (25.00%) are the tokenizer's mark for what it lacks: another one may know that "
+        "text"])
+
+
 def test_the_chat_template_of_the_tokenizer(tmp_path: Path) -> None:
     save_tokenizer(Model("llama-tiny"), tmp_path)
     template = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -111,6 +126,7 @@ def test_the_chat_template_of_the_tokenizer(tmp_path: Path) -> None:
     ("{{ raise_exception('roles must alternate') }}", "the chat template: roles must alternate"),
     ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "the chat template renders a reply otherwise"),
     ("{{ messages[0].content.text.more }}", "the chat template: "),
+    ("Hello.", "the chat template leaves the reply out"),
 ])
 def test_templates_that_do_not_do(template: str, message: str, tmp_path: Path) -> None:
     save_tokenizer(Model("llama-tiny"), tmp_path)
@@ -118,6 +134,19 @@ def test_templates_that_do_not_do(template: str, message: str, tmp_path: Path) -
     turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
     with pytest.raises(CellError, match=rf"Instructions.source: the source: record 0 cannot be read \({message}"):
         read_documents(Instructions([{"messages": turns}], holdout=0), "train", Tokenizer(tmp_path).render_chat)
+    for tokenizer, found in ((str(tmp_path), [f"the source: record 0 cannot be read ({message}"]), ("bytes", [])):
+        report = Experiment(model=Model("llama-tiny", init="random", tokenizer=tokenizer),
+                            data=Instructions([{"messages": turns}])).check()
+        assert [problem.message[: len(text)] for problem, text in zip(report.errors, found, strict=True)] == found
+
+
+def test_nothing_to_learn_that_is_not_too_long(tmp_path: Path) -> None:
+    save_tokenizer(Model("llama-tiny"), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")  # no end mark
+    experiment = Experiment(model=Model("llama-tiny", init="random", tokenizer=str(tmp_path)),
+                            data=Instructions([{"prompt": "a", "completion": ""}], holdout=0))
+    with pytest.raises(CellError, match="no document has anything to learn, though none is too long → give it"):
+        prepare(experiment, RunFolder.create(tmp_path, "run"))
 
 
 def test_a_template_that_rewrites_what_was_said(tmp_path: Path) -> None:
