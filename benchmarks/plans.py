@@ -31,12 +31,16 @@ FAMILIES = {
               "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 320},
     "gemma2": {"model_type": "gemma2", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4,
                "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 320},
+    "mixtral": {"model_type": "mixtral", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4,
+                "num_attention_heads": 8, "num_key_value_heads": 4, "num_local_experts": 4, "vocab_size": 320},
 }
 CASES: dict[str, lab.Experiment] = {
     "AdamW": BASE,
     "two micro-batches": BASE.with_("training.micro_batch_size", 4),
     "eight micro-batches": BASE.with_("training.micro_batch_size", 1),
     "packing": BASE.replace(data=lab.RandomTokens(length=256, documents=64, packing=True, max_length=256)),
+    "packing of short documents": BASE.replace(data=lab.RandomTokens(length=48, documents=400, packing=True,
+                                                                     max_length=256)),
     "recompute": BASE.with_("training.recompute", "full"),
     "autocast": BASE.with_("training.precision", "bf16"),
     "bf16 weights, master": BASE.replace(training=PURE),
@@ -60,9 +64,12 @@ CASES: dict[str, lab.Experiment] = {
     "Prefix": BASE.replace(adapter=lab.Prefix(tokens=20)),
     "Freeze": BASE.replace(adapter=lab.Freeze(("*norm*",))),
     "dp 2": BASE.replace(parallel=lab.Parallel(dp=2)),
+    "dp 2, four micro-batches": BASE.replace(parallel=lab.Parallel(dp=2)).with_("training.micro_batch_size", 1),
     "dp 2, LOMO": BASE.replace(parallel=lab.Parallel(dp=2), optimizer=lab.Lomo(lr=0.1)),
     "ZeRO-2": BASE.replace(parallel=lab.Parallel(dp=2, zero=2)),
     "ZeRO-3": BASE.replace(parallel=lab.Parallel(dp=2, zero=3)),
+    "ZeRO-3, four micro-batches": BASE.replace(parallel=lab.Parallel(dp=2, zero=3)).with_(
+        "training.micro_batch_size", 1),
     "ZeRO-3, autocast": BASE.replace(parallel=lab.Parallel(dp=2, zero=3)).with_("training.precision", "bf16"),
     "ZeRO-3, AdaLomo": BASE.replace(parallel=lab.Parallel(dp=2, zero=3), optimizer=lab.AdaLomo(lr=0.01)),
     "ZeRO-3, LoRA": BASE.replace(parallel=lab.Parallel(dp=2, zero=3), adapter=lab.LoRA(r=8)),
@@ -73,6 +80,10 @@ CASES: dict[str, lab.Experiment] = {
     "pp 2, 1F1B": BASE.replace(parallel=lab.Parallel(pp=2)),
     "pp 2, 1F1B, 32 micro-batches": BASE.replace(parallel=lab.Parallel(pp=2)).replace(
         training=BASE.training.replace(batch_size=32, micro_batch_size=1)),
+    "pp 2, interleaved, 16 micro-batches": BASE.replace(parallel=lab.Parallel(pp=2, schedule="interleaved")).replace(
+        training=BASE.training.replace(batch_size=16, micro_batch_size=1)),
+    "pp 2, zero bubble, 16 micro-batches": BASE.replace(parallel=lab.Parallel(pp=2, schedule="zero_bubble")).replace(
+        training=BASE.training.replace(batch_size=16, micro_batch_size=1)),
     "tp 2 × ZeRO-3": BASE.replace(parallel=lab.Parallel(dp=2, tp=2, zero=3)),
     "pp 2 × tp 2": BASE.replace(parallel=lab.Parallel(pp=2, tp=2)),
 }

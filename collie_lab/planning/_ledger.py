@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._meta_registrations import _create_grouped_mm_output_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,12 +127,7 @@ class Ledger(Roles, TorchDispatchMode):
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        try:
-            out = func(*args, **(kwargs or {}))
-        except DataDependentOutputException:  # an optimizer that scales by a norm reads it; it takes no memory
-            if func is not torch.ops.aten._local_scalar_dense.default or self.work.phase != "optimizer":
-                raise
-            out = 1.0
+        out = self._run(func, args, kwargs or {})
         if self._paused:
             return out
         self.work.note(func, args, kwargs, out, loss=self.role == "loss")
@@ -145,6 +141,18 @@ class Ledger(Roles, TorchDispatchMode):
                 if isinstance(value, (FakeTensor, DTensor)):  # of a DTensor's own operators only the result is seen
                     self.take(value)
         return out
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            # Products of experts: torch makes them in every type, and its fake ones in bf16 alone.
+            return _create_grouped_mm_output_tensor(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("offs"),
+                                                    kwargs.get("out_dtype") or args[0].dtype)
+        try:
+            return func(*args, **kwargs)
+        except DataDependentOutputException:  # an optimizer that scales by a norm reads it; it takes no memory
+            if func is torch.ops.aten._local_scalar_dense.default and self.work.phase == "optimizer":
+                return 1.0
+            raise
 
     def _drop(self, key: int) -> None:
         number, _ = self._held.pop(key, (0, 0))

@@ -71,7 +71,7 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
     """
     import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-    from torch.distributed.pipelining.schedules import _PipelineSchedule
+    from torch.distributed.pipelining import schedules
     from torch.distributed.tensor import _utils
 
     import collie_lab.optim.optimizer as optimizer
@@ -112,8 +112,9 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
         for name in ("unshard", "wait_for_unshard", "post_backward"):
             put(FSDPParamGroup, name, _in_role("communication", getattr(FSDPParamGroup, name), ledger))
         put(loss, "linear_loss", _in_role("loss", loss.linear_loss, ledger))
-        if hasattr(_PipelineSchedule, "_warmup_p2p"):
-            put(_PipelineSchedule, "_warmup_p2p", _static)
+        put(schedules, "_batch_p2p", _holding(schedules._batch_p2p))
+        if hasattr(schedules._PipelineSchedule, "_warmup_p2p"):
+            put(schedules._PipelineSchedule, "_warmup_p2p", _static)
         yield
 
 
@@ -211,8 +212,9 @@ class _Replicas(nn.Module):
 
     def _into_bucket(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        if self._exchanges:
-            self._work.average(parameter.grad)
+        if not self._exchanges:  # what piles up does so outside of the buckets
+            return
+        self._work.average(parameter.grad)
         parameter.grad = self._buckets[parameter.dtype][:parameter.numel()].view_as(parameter)
 
     @override
@@ -252,6 +254,25 @@ def _in_role(role: Role, function: Callable[..., Any], ledger: Ledger) -> Callab
     def call(*args: Any, **kwargs: Any) -> Any:
         with ledger.as_role(role):
             return function(*args, **kwargs)
+
+    return call
+
+
+class _Message:
+    """A send or a receipt that keeps its tensors for as long as somebody keeps it, as those of a real group do."""
+
+    def __init__(self, work: Any, tensors: list[Tensor]):
+        self._work, self._tensors = work, tensors
+
+    def wait(self) -> None:
+        """As a group's."""
+        self._work.wait()
+
+
+def _holding(batch: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def call(operations: list[Any], desc: str | None = None) -> list[Any]:
+        tensors = [operation.tensor for operation in operations]
+        return [_Message(work, tensors) for work in batch(operations, desc)]
 
     return call
 

@@ -243,7 +243,7 @@ def check_plan(experiment: Experiment) -> Experiment:
 
 
 def longest_document(experiment: Experiment) -> int:
-    """Its tokens.
+    """Its tokens; of packed ones those of a row.
 
     Raises:
         CellError: it does not fit into the model's context.
@@ -255,7 +255,8 @@ def longest_document(experiment: Experiment) -> int:
     if experiment.data.length > longest:
         raise CellError([Problem("RandomTokens", "length", f"{experiment.data.length} tokens do not fit into sequences "
                                  f"of {longest}", "lower it, or raise `max_length` up to the model's context")])
-    return experiment.data.length
+    length = experiment.data.length
+    return longest // length * length if experiment.data.packing else length
 
 
 def _without_weights(model: Model) -> Model:

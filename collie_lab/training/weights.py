@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -140,7 +141,7 @@ def _wrapper(model: nn.Module) -> str:
 
 def _plain_name(name: str, wrapper: str) -> str:
     """The name without what peft adds to it."""
-    return name.removeprefix(wrapper).replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name.removeprefix(wrapper))
 
 
 def materialise(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,25 @@ def test_a_run_begins_where_an_exported_adapter_ended(name: str, base: Path, tmp
     again = BASE.replace(adapter=CELLS[name].replace(load=run.path / "model"))
     assert again.check().ok
     torch.testing.assert_close(_logits(build_model(again, CPU).root), reference, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_on_experts_is_exported_and_merged(tmp_path: Path) -> None:
+    """peft wraps what holds them twice, once for each of its two tensors."""
+    fields = {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "num_local_experts": 4}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    random = BASE.replace(model=lab.Model(tmp_path, init="random", tokenizer="bytes"))
+    build_model(random, CPU).causal_lm.save_pretrained(tmp_path / "base")
+    experiment = random.replace(model=lab.Model(tmp_path / "base", tokenizer="bytes"), adapter=lab.LoRA(r=4))
+    run = run_here(experiment, tmp_path / "run")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = _logits(plain)
+    trained = _logits(peft.PeftModel.from_pretrained(plain, run.path / "model"))
+    assert (trained - before).abs().max() > 1e-3
+    again = build_model(experiment.replace(adapter=lab.LoRA(r=4, load=run.path / "model")), CPU).root
+    merged = AutoModelForCausalLM.from_pretrained(lab.merge(run.path / "model", tmp_path / "merged"))
+    for model in (again, merged):
+        torch.testing.assert_close(_logits(model), trained, atol=1e-5, rtol=1e-5)
 
 
 def test_a_merged_adapter_is_a_model_for_the_next_one(base: Path, tmp_path: Path) -> None:
