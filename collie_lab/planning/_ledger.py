@@ -26,6 +26,10 @@ __all__ = ["Event", "Ledger"]
 _COLLECTIVES: Final = frozenset({"c10d", "_c10d_functional", "c10d_functional", "fsdp"})
 
 
+#: Gloo gathers into, and adds up in, a tensor of its own.
+_COPIED_BY_GLOO: Final = frozenset({torch.ops.c10d._allgather_base_.default, torch.ops.c10d._reduce_scatter_base_.default})
+
+
 class Event(NamedTuple):
     """Bytes that a storage takes from now on (a free storage takes 0)."""
 
@@ -131,7 +135,7 @@ class Ledger(Roles, TorchDispatchMode):
         if self._paused:
             return out
         self.work.note(func, args, kwargs, out, loss=self.role == "loss")
-        if scratch := _scratch(func, args):
+        if scratch := _scratch(func, args, on_gpu=self._round > 1):
             self.scratch(scratch)
         if func is torch.ops.aten.add.Tensor and isinstance(out, FakeTensor) and _in_backward():
             self._take_sum(out, args[0])
@@ -189,8 +193,10 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
-def _scratch(func: Any, args: Any) -> int:
+def _scratch(func: Any, args: Any, on_gpu: bool) -> int:
     """Bytes of what an operator makes inside, where no dispatch sees it."""
+    if not on_gpu and func in _COPIED_BY_GLOO:
+        return max(tensor.nbytes for tensor in args[:2])
     if func is torch.ops.aten.logsumexp.default:
         logits: Tensor = args[0]
         return logits.numel() * logits.element_size()  # exp(x - max), whole
