@@ -121,6 +121,38 @@ def test_mistakes(arguments: dict[str, Any], message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize(("name", "found"), [
+    ("A100-80GB", "A100"), ("a100 80 gb", "A100"), ("A100-80G", "A100"), ("A100-SXM", "A100"),
+    ("A100 40GB", "A100-40GB"), ("H100-80GB", "H100"), ("h100 sxm", "H100"), ("h100pcie", "H100 PCIe"),
+    ("rtx4090 24GB", "RTX 4090"), ("T4 16GB", "T4"),
+])
+def test_gpus_by_what_people_write(name: str, found: str) -> None:
+    assert find_gpu(name) is lab.GPUS[found]
+
+
+@pytest.mark.parametrize(("gpu", "message"), [
+    ("A100-64GB", r"no GPU 'A100-64GB' of this memory .* there are: A100 \(85 GB for a process\), A100-40GB"),
+    ("H2000", "no GPU 'H2000' in the catalogue → did you mean 'H200'"), ("", "no GPU '' .* there are: B200, H200"),
+    (80, "plan.gpu: 80 is no GPU → a name of"), (0, "plan.gpu: 0 is no GPU → a name of"),
+])
+def test_what_is_no_gpu(gpu: Any, message: str) -> None:
+    with pytest.raises(lab.CellError, match=message):
+        find_gpu(gpu)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("memory", 0), ("memory", "80GB"), ("bandwidth", -1.0), ("flops", float("nan")), ("link", 0), ("fp32", 0.0)])
+def test_a_gpu_has_more_than_nothing(field: str, value: Any) -> None:
+    with pytest.raises(lab.CellError, match=rf"GPU\.{field}: {value!r} is no"):
+        dataclasses.replace(TINY, **{field: value})
+
+
+def test_a_price_below_nothing() -> None:
+    experiment = lab.Experiment(model=lab.Model("llama-tiny", init="random"), data=lab.RandomTokens(length=64))
+    with pytest.raises(lab.CellError, match=r"plan\.price_per_gpu_hour: -1 is no price → 0 or more"):
+        lab.Plan(experiment, TINY, 64, ()).cost(-1)
+
+
 def test_shapes_and_batches_that_do_not_divide(no_dry_runs: list[Option]) -> None:
     found = lab.fit("llama-7b", 3, "H200", batch_size=8, methods=["LoRA"], progress=False)
     reasons = found.reasons.set_index("layout")["reason"]
