@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +86,17 @@ def test_seven_billion_on_eight_gpus(no_dry_runs: list[Option]) -> None:
     assert reasons["AdamW", "dp=8"].startswith("out of memory by about ")  # 16 bytes a parameter on one GPU
     assert "in a pipeline nothing can be updated" in reasons["LOMO", "pp=8"]
     assert f"{len(found.refused)} layouts do not do" in found._repr_html_()
+
+
+def test_a_folder_with_a_configuration_alone(no_dry_runs: list[Option], tmp_path: Path) -> None:
+    fields = {"model_type": "llama", **lab.SHAPES["llama-tiny"]}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    experiment = lab.Experiment(model=lab.Model(tmp_path), data=lab.RandomTokens(length=64))
+    for init in ("random", "pretrained"):  # a plan needs no weights, a run those that are there
+        for model in (tmp_path, lab.Model(tmp_path), experiment):
+            found = lab.fit(model, 1, "3090", methods=["AdamW"], batch_size=8, progress=False)
+            assert found.best.experiment.model.init == init
+        (tmp_path / "model.safetensors").touch()
 
 
 def test_the_least_memory(no_dry_runs: list[Option]) -> None:
