@@ -49,6 +49,9 @@ CASES: dict[str, lab.Experiment] = {
     "Adan, bf16 weights": BASE.replace(training=PURE, optimizer=lab.Adan(lr=1e-3)),
     "Sophia": BASE.replace(optimizer=lab.Sophia(lr=1e-4, hessian_every=2)),
     "Sophia, autocast": BASE.replace(training=AUTOCAST, optimizer=lab.Sophia(lr=1e-4, hessian_every=2)),
+    "Sophia, four micro-batches": BASE.replace(optimizer=lab.Sophia(lr=1e-4, hessian_every=2)).with_(
+        "training.micro_batch_size", 1),
+    "Sophia, bf16 weights": BASE.replace(training=PURE, optimizer=lab.Sophia(lr=1e-4, hessian_every=2)),
     "LOMO": BASE.replace(optimizer=lab.Lomo(lr=0.1)),
     "LOMO, bf16 weights, recompute": BASE.replace(optimizer=lab.Lomo(), training=PURE.replace(recompute="full")),
     "LOMO, clipped in two passes": BASE.replace(optimizer=lab.Lomo(lr=0.1)).with_("training.clip_grad_norm", 1.0),
@@ -64,6 +67,13 @@ CASES: dict[str, lab.Experiment] = {
     "LoRA of queries and values": BASE.replace(adapter=lab.LoRA(r=8, targets=("q_proj", "v_proj"))),
     "dp 4": BASE.replace(parallel=lab.Parallel(dp=4)),
     "dp 4, LOMO": BASE.replace(parallel=lab.Parallel(dp=4), optimizer=lab.Lomo(lr=0.1)),
+    "dp 2, two micro-batches": BASE.replace(parallel=lab.Parallel(dp=2)).with_("training.micro_batch_size", 1),
+    "dp 2, four micro-batches": BASE.replace(parallel=lab.Parallel(dp=2), training=BASE.training.replace(
+        batch_size=8, micro_batch_size=1)),
+    "dp 2, two micro-batches, LoRA": BASE.replace(
+        parallel=lab.Parallel(dp=2), adapter=lab.LoRA(r=8)).with_("training.micro_batch_size", 1),
+    "dp 2, two micro-batches, Adan": BASE.replace(
+        parallel=lab.Parallel(dp=2), optimizer=lab.Adan(lr=1e-3)).with_("training.micro_batch_size", 1),
     "dp 4, autocast": BASE.replace(parallel=lab.Parallel(dp=4), training=AUTOCAST),
     "ZeRO-2": BASE.replace(parallel=ZERO2),
     "ZeRO-2, bf16": BASE.replace(parallel=ZERO2, training=AUTOCAST),

@@ -16,7 +16,7 @@ from collie_lab.check_evaluation import evaluation_problems
 from collie_lab.check_optimizer import matrix_problems, optimizer_problems
 from collie_lab.check_parallel import parallel_problems
 from collie_lab.check_tokenizer import tokenizer_problems
-from collie_lab.data.hub import context_length, model_config
+from collie_lab.data.hub import context_length, holds_weights, model_config
 from collie_lab.data.prepare import room_for_documents
 from collie_lab.data.records import Corpus
 from collie_lab.data.tokenizer import save_tokenizer
@@ -124,17 +124,15 @@ def _collect(problems: list[Problem], action: Any) -> Any:
 
 
 def _model(model: Model, problems: list[Problem]) -> dict[str, Any]:
-    if model.is_shape and model.init == "pretrained":
+    if model.init == "pretrained" and model.is_shape:
         problems.append(Problem("Model", "init", f"{model.source} is a named shape and has no trained weights",
                                 f'Model("{model.source}", init="random")'))
+    elif model.init == "pretrained" and not holds_weights(model):
+        problems.append(Problem("Model", "source", f"{model.source} holds no weights",
+                                'a folder that save_pretrained wrote; or init="random"'))
     if model.config and model.init == "pretrained":
         problems.append(Problem("Model", "config", "trained weights belong to their own configuration",
                                 'override fields only with init="random"'))
-    folder = Path(model.source).expanduser()
-    if model.init == "pretrained" and folder.is_dir() and not any(
-            next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin")):
-        problems.append(Problem("Model", "source", f"{model.source} holds no weights",
-                                'a folder that save_pretrained wrote; or init="random"'))
     return model_config(model)
 
 

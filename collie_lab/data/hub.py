@@ -8,7 +8,7 @@ from typing import Any
 
 from collie_lab.cells import SHAPES, CellError, Model, Problem
 
-__all__ = ["context_length", "fetch", "model_config", "vocabulary_size"]
+__all__ = ["context_length", "fetch", "holds_weights", "model_config", "vocabulary_size"]
 
 # Names under which configurations of transformers keep the longest sequence.
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
@@ -51,6 +51,15 @@ def model_config(model: Model) -> dict[str, Any]:
         return {**json.loads(file.read_text(encoding="utf-8")), **model.overrides}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CellError([Problem("Model", "source", f"{file} is no valid JSON: {error}")]) from None
+
+
+def holds_weights(model: Model) -> bool:
+    """Whether there are trained weights: not of a named shape, nor in a folder without any. Of the hub it is taken on
+    trust."""
+    if model.is_shape:
+        return False
+    folder = Path(model.source).expanduser()
+    return not folder.is_dir() or any(next(folder.glob(each), None) for each in ("*.safetensors", "*.bin"))
 
 
 def context_length(config: dict[str, Any]) -> int | None:

@@ -283,8 +283,8 @@ class Forward:
                 logits = narrow if compute == 4 else tape.new(rows * vocabulary, 4)
                 del narrow
                 whole = rows * vocabulary * 4
-                if self._drawn:  # the logarithms of the probabilities, their gradient and that of the logits
-                    gradient = memory.beside(whole, whole, size=whole)
+                if self._drawn:  # logarithms of probabilities, their gradient, a number a row; then that of the logits
+                    gradient = memory.beside(whole, whole, rows * 4, size=whole)
                 else:
                     if not model.cut_vocabulary:
                         with memory.as_role("temporaries"):

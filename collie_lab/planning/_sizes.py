@@ -182,13 +182,14 @@ class Tape:
             node.run = None  # what it kept goes
             del incoming
             for target in node.targets:
-                each = made.pop(0)
-                if target is not None and each is not None:
-                    self._give(target, each)
-                del each
+                self._give(target, made)
 
-    def _give(self, target: Node | Parameter, gradient: Storage) -> None:
-        """Add a gradient to what has come already: in its place where nobody else holds it, else in a new tensor."""
+    def _give(self, target: Node | Parameter | None, made: list[Storage | None]) -> None:
+        """Add the first of the gradients to what has come already: in its place where nobody else holds it, else in a
+        new tensor. It is taken from the list, so that it can be freed."""
+        gradient = made.pop(0)
+        if target is None or gradient is None:
+            return
         if isinstance(target, Parameter):
             target.uses -= 1
             before, target._pending = target._pending, None

@@ -150,9 +150,10 @@ class _Step:
             rank=adapter.r if adapter else 0, targets=names.__contains__)
         share = max(1, training.batch_size // self._parallel.dp)
         micro = self._parallel.micro_batch_size(training.batch_size, training.micro_batch_size)
-        self._batches = [micro] * (share // micro) + ([share % micro] if share % micro else [])
+        batches = [micro] * (share // micro) + ([share % micro] if share % micro else [])
+        self._batches = batches if len(batches) < 3 else [*batches[:2], batches[-1]]  # the others are as the second
         self._holds = self._optimizer.in_backward and getattr(self._optimizer, "accumulate", None) == "hold"
-        self._updates = self._optimizer.in_backward
+        self._last = self._drawn = False  # whether a pass is that of the last micro-batch, of Sophia's Hessian
         ranks = self._parallel.dp if sharded else 1
         self._kept = [self.memory.new(shard(each, ranks) * each.kept) for each in self.model.parameters()]
         # The angles of positions: two buffers, of a number for every two of a head.
@@ -173,47 +174,65 @@ class _Step:
             reshard=self._parallel.zero == 3, in_backward=self._optimizer.in_backward) if sharded else None
 
     def run(self) -> None:
-        """Forward and backward of the first micro-batch, and of one on top of its gradients. An update makes nothing
-        that counts.
-        """
-        several = len(self._batches) > 1
-        for number, documents in enumerate(self._batches[:2]):
-            self._updates = self._optimizer.in_backward and not (self._holds and several and number == 0)
-            self._pass(documents)
+        """Forward and backward of all micro-batches that differ, and Sophia's. An update makes nothing that counts."""
+        self._passes()
         if self._by_hand:
             self.memory.moment = "exchange"
             self.memory.new(_largest_bucket(self.model.parameters()), "communication")
         if isinstance(self._optimizer, Sophia) and self._optimizer.hessian_every <= self._steps:
             self._refresh()
 
-    def _pass(self, documents: int, drawn: bool = False) -> None:
+    def _passes(self, drawn: bool = False) -> None:
+        """The first micro-batch, and others on top of its gradients."""
+        self._drawn = drawn
+        for number, documents in enumerate(self._batches, 1):
+            self._last = number == len(self._batches)
+            self._pass(documents)
+
+    def _pass(self, documents: int) -> None:
         tape = Tape(self.memory, self._take)
         with self.memory.as_role("activations"):
             loss = Forward(self.model, tape, documents, self._length, recompute=self._recompute,
-                           sharded=self._sharded, drawn=drawn).run()
+                           sharded=self._sharded, drawn=self._drawn).run()
         with self.memory.as_role("temporaries"):
             tape.backward(loss, self.memory.new(loss.size))
             if self._sharded is not None:
                 self._sharded.finish()
 
     def _refresh(self) -> None:
-        """Sophia's Hessian: a pass of its own, each of whose gradients is used and freed."""
+        """Sophia's Hessian: a pass of its own over all micro-batches, when the step's gradients are gone."""
         for parameter in self.model.parameters():
             parameter.gradient = None
+        all_decay, embedding = self._optimizer.decay == "all", self.model.embedding
+        trained = sorted((each for each in self.model.parameters() if each.trained), key=lambda each: (
+            not all_decay and (each is embedding or len(each.shape) < 2)))  # as `optim.groups` has them
         before, self.memory.peaks = self.memory.peaks, {}
-        self._updates = True
-        self._pass(self._batches[0], drawn=True)
+        self._passes(drawn=True)
+        self.memory.moment = "update"
+        with self.memory.as_role("temporaries"):
+            for parameter in () if self._optimizer.in_backward else trained:
+                self._square(parameter)
+                parameter.gradient = None
+            # The share that is not clipped: |m|, ρh and where the one is less.
+            most = max(each.count for each in trained)
+            self.memory.beside(4 * most, 4 * most, size=most)
         self.memory.peaks = before | {f"Hessian: {moment}": peak for moment, peak in self.memory.peaks.items()}
 
+    def _square(self, parameter: Parameter) -> None:
+        """A gradient goes into the Hessian: one that is not fp32 is made so, for either factor."""
+        if parameter.width != 4:
+            self.memory.beside(4 * parameter.count, size=4 * parameter.count)
+
     def _take(self, parameter: Parameter, gradient: Storage) -> None:
-        """A gradient is complete."""
+        """A gradient is complete: added to what is there, and in the end used or, of replicas, copied into a bucket."""
         if self._sharded is not None:
             parameter.gradient = gradient
             return
-        if self._buckets:  # copied into it
-            return
         gradient.mark("gradients")
-        if self._updates:
+        used = self._optimizer.in_backward and (self._last or not self._holds)
+        if used and self._drawn:
+            self._square(parameter)
+        if used or (self._buckets and self._last):
             parameter.gradient = None
         elif parameter.gradient is None:
             parameter.gradient = gradient

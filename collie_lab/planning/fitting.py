@@ -23,7 +23,7 @@ from collie_lab.cells import (
     RandomTokens,
     Training,
 )
-from collie_lab.data.hub import context_length, model_config
+from collie_lab.data.hub import context_length, holds_weights, model_config
 from collie_lab.gpus import GPU, find_gpu
 from collie_lab.planning._rough import Shape
 from collie_lab.planning._search import Goal, Option, Refusal, Search
@@ -235,11 +235,11 @@ def _base(model: Model | str | Path | Experiment, gpu: GPU, gpus: int, data: Dat
     if data is not None and length is not None:
         raise CellError([Problem("fit", "length", "the data have a length of their own", "give one of the two")])
     if isinstance(model, Experiment):
-        base = model if data is None else model.replace(data=data)
+        base = model.replace(model=_buildable(model.model))
+        base = base if data is None else base.replace(data=data)
         base = base if length is None else base.replace(data=RandomTokens(length=length))
         return base if batch_size is None else base.with_("training.batch_size", batch_size)
-    cell = model if isinstance(model, Model) else Model(model)
-    cell = cell.replace(init="random") if cell.is_shape else cell
+    cell = _buildable(model if isinstance(model, Model) else Model(model))
     room = context_length(model_config(cell)) or _LENGTH
     if length is not None and length > room:
         raise CellError([Problem("fit", "length", f"{length} tokens do not fit the model's context of {room}",
@@ -248,6 +248,11 @@ def _base(model: Model | str | Path | Experiment, gpu: GPU, gpus: int, data: Dat
     precision = "bf16" if gpu.bf16 else "fp32"
     return Experiment(model=cell, data=data or RandomTokens(length=length or min(_LENGTH, room)), name="fit",
                       training=Training(batch_size=batch, precision=precision))
+
+
+def _buildable(model: Model) -> Model:
+    """With trained weights where there are any, else with random ones: a configuration is enough, as for a plan."""
+    return model if holds_weights(model) else model.replace(init="random")
 
 
 def _methods(base: Experiment, methods: Sequence[str] | Mapping[str, Mapping[str, Any]], gpu: GPU

@@ -136,7 +136,13 @@ class Plan:
         return self.experiment.training.steps * self.speed.seconds * self.experiment.parallel.world_size / 3600
 
     def cost(self, price_per_gpu_hour: float) -> float | None:
-        """Of all steps, in the currency of the price of one GPU for an hour."""
+        """Of all steps, in the currency of the price of one GPU for an hour.
+
+        Raises:
+            CellError: a price below 0.
+        """
+        if not price_per_gpu_hour >= 0:
+            raise CellError([Problem("plan", "price_per_gpu_hour", f"{price_per_gpu_hour!r} is no price", "0 or more")])
         return None if self.gpu_hours is None else self.gpu_hours * price_per_gpu_hour
 
     @property

@@ -17,6 +17,8 @@ RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 BASE = lab.Experiment(
     model=lab.Model("llama-1m", init="random", config={"num_hidden_layers": 2}), data=lab.RandomTokens(length=96),
     optimizer=lab.AdamW(lr=1e-3), training=lab.Training(steps=3, batch_size=4, export=False))
+SHORT = lab.RandomTokens(length=16)
+SOPHIA = lab.Sophia(lr=1e-4, hessian_every=2)
 PURE = BASE.training.replace(precision="bf16", weights="bf16")
 CASES = {
     "fp32": BASE,
@@ -26,8 +28,22 @@ CASES = {
     "LOMO, one document": BASE.replace(optimizer=lab.Lomo(lr=0.1)).with_("training.batch_size", 1),
     "LoRA beside bf16": BASE.replace(training=PURE, adapter=lab.LoRA(r=4)),
     "micro-batches": BASE.with_("training.micro_batch_size", 1),
+    "held micro-batches": BASE.replace(optimizer=lab.Lomo(lr=0.1, accumulate="hold"), data=SHORT).with_(
+        "training.micro_batch_size", 1),
+    "Sophia, micro-batches": BASE.replace(optimizer=SOPHIA).with_("training.micro_batch_size", 2),
+    "Sophia, its update": BASE.with_("model.config", {"num_hidden_layers": 2, "vocab_size": 32_000}).replace(
+        optimizer=SOPHIA, data=SHORT).with_("training.batch_size", 1),
+    "Sophia, bf16 weights, few tokens": BASE.replace(
+        optimizer=SOPHIA, training=PURE.replace(batch_size=1), data=lab.RandomTokens(length=8)),
     "tensor parallel": BASE.replace(parallel=lab.Parallel(tp=4)),
     "replicas": BASE.replace(parallel=lab.Parallel(dp=4)),
+    "replicas, micro-batches": BASE.replace(parallel=lab.Parallel(dp=2)).with_("training.micro_batch_size", 1),
+    "replicas, micro-batches, few tokens": BASE.replace(
+        parallel=lab.Parallel(dp=2), data=SHORT, training=BASE.training.replace(batch_size=8, micro_batch_size=1)),
+    "replicas, micro-batches, LoRA": BASE.replace(
+        parallel=lab.Parallel(dp=2), adapter=lab.LoRA(r=4)).with_("training.micro_batch_size", 1),
+    "replicas, micro-batches, Sophia": BASE.replace(
+        parallel=lab.Parallel(dp=2), optimizer=SOPHIA).with_("training.micro_batch_size", 1),
     "few tokens": BASE.replace(data=lab.RandomTokens(length=32)).with_("training.batch_size", 1),
     "ZeRO-3, bf16": BASE.replace(parallel=lab.Parallel(dp=4, zero=3)).with_("training.precision", "bf16"),
 }

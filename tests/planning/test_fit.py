@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +88,17 @@ def test_seven_billion_on_eight_gpus(no_dry_runs: list[Option]) -> None:
     assert f"{len(found.refused)} layouts do not do" in found._repr_html_()
 
 
+def test_a_folder_with_a_configuration_alone(no_dry_runs: list[Option], tmp_path: Path) -> None:
+    fields = {"model_type": "llama", **lab.SHAPES["llama-tiny"]}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    experiment = lab.Experiment(model=lab.Model(tmp_path), data=lab.RandomTokens(length=64))
+    for init in ("random", "pretrained"):  # a plan needs no weights, a run those that are there
+        for model in (tmp_path, lab.Model(tmp_path), experiment):
+            found = lab.fit(model, 1, "3090", methods=["AdamW"], batch_size=8, progress=False)
+            assert found.best.experiment.model.init == init
+        (tmp_path / "model.safetensors").touch()
+
+
 def test_the_least_memory(no_dry_runs: list[Option]) -> None:
     found = lab.fit("llama-7b", 8, "H100", goal="memory", methods=["AdamW", "LOMO"], progress=False)
     assert found.best.method == "LOMO"
@@ -119,6 +132,38 @@ def test_mistakes(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(lab.CellError) as caught:
         lab.fit(**{"model": "llama-7b", "progress": False, **arguments})
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(("name", "found"), [
+    ("A100-80GB", "A100"), ("a100 80 gb", "A100"), ("A100-80G", "A100"), ("A100-SXM", "A100"),
+    ("A100 40GB", "A100-40GB"), ("H100-80GB", "H100"), ("h100 sxm", "H100"), ("h100pcie", "H100 PCIe"),
+    ("rtx4090 24GB", "RTX 4090"), ("T4 16GB", "T4"),
+])
+def test_gpus_by_what_people_write(name: str, found: str) -> None:
+    assert find_gpu(name) is lab.GPUS[found]
+
+
+@pytest.mark.parametrize(("gpu", "message"), [
+    ("A100-64GB", r"no GPU 'A100-64GB' of this memory .* there are: A100 \(85 GB for a process\), A100-40GB"),
+    ("H2000", "no GPU 'H2000' in the catalogue → did you mean 'H200'"), ("", "no GPU '' .* there are: B200, H200"),
+    (80, "plan.gpu: 80 is no GPU → a name of"), (0, "plan.gpu: 0 is no GPU → a name of"),
+])
+def test_what_is_no_gpu(gpu: Any, message: str) -> None:
+    with pytest.raises(lab.CellError, match=message):
+        find_gpu(gpu)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("memory", 0), ("memory", "80GB"), ("bandwidth", -1.0), ("flops", float("nan")), ("link", 0), ("fp32", 0.0)])
+def test_a_gpu_has_more_than_nothing(field: str, value: Any) -> None:
+    with pytest.raises(lab.CellError, match=rf"GPU\.{field}: {value!r} is no"):
+        dataclasses.replace(TINY, **{field: value})
+
+
+def test_a_price_below_nothing() -> None:
+    experiment = lab.Experiment(model=lab.Model("llama-tiny", init="random"), data=lab.RandomTokens(length=64))
+    with pytest.raises(lab.CellError, match=r"plan\.price_per_gpu_hour: -1 is no price → 0 or more"):
+        lab.Plan(experiment, TINY, 64, ()).cost(-1)
 
 
 def test_shapes_and_batches_that_do_not_divide(no_dry_runs: list[Option]) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import collie_lab as lab
 from collie_lab.cli import app
 from collie_lab.folder import RunFolder
-from collie_lab.gpus import on_machine
+from collie_lab.gpus import find_gpu, on_machine
 from collie_lab.planning import _client, kept
 from tests.ranks import run_here
 
@@ -145,9 +145,17 @@ def test_a_launch_keeps_the_plan_from_a_thread_of_its_own(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("name", "found"), [
-    ("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA GeForce RTX 3090", "RTX 3090"),
-    ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("Quadro RTX 8000", None), (None, None),
+    ("NVIDIA H200", "H200"), ("NVIDIA H200 NVL", "H200 NVL"), ("NVIDIA H100 80GB HBM3", "H100"),
+    ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H100 NVL", "H100 NVL"), ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+    ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100 80GB PCIe", "A100"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+    ("NVIDIA A100-PCIE-40GB", "A100-40GB"), ("NVIDIA A10", "A10"), ("NVIDIA A10G", "A10G"), ("NVIDIA L4", "L4"),
+    ("NVIDIA RTX A6000", "A6000"), ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("Tesla T4", "T4"),
+    ("Tesla V100-SXM2-32GB", "V100"), ("Tesla V100-SXM2-16GB", "V100-16GB"), ("AMD Instinct MI300X", "MI300X"),
+    ("NVIDIA A100-SXM-64GB", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("Quadro RTX 8000", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), (None, None),
 ])
 def test_the_drivers_names(name: str | None, found: str | None) -> None:
     gpu = on_machine({"gpu": name})
     assert (gpu and gpu.name) == found
+    if found is not None:
+        assert find_gpu(str(name)) is gpu
