@@ -43,10 +43,11 @@ class Sharded:
     """
 
     def __init__(self, memory: Memory, root: Sequence[Parameter], layers: Sequence[Sequence[Parameter]], *, ranks: int,
-                 kept: int, width: int, reduced: int, reshard: bool, in_backward: bool):
-        """`kept`, `width`, `reduced`: bytes a number of the shards, in the computation, of gradients on their way."""
+                 kept: int, width: int, reduced: int, reshard: bool, in_backward: bool, copied: bool):
+        """`kept`, `width`, `reduced`: bytes a number of the shards, in the computation, of gradients on their way.
+        `copied`: messages go through a copy, as gloo's."""
         self._memory, self._ranks, self._reshard, self._in_backward = memory, ranks, reshard, in_backward
-        self._kept, self._width, self._reduced = kept, width, reduced
+        self._kept, self._width, self._reduced, self._copied = kept, width, reduced, copied
         self.root, self.layers = Group(root), [Group(each) for each in layers]
         self._last: Group | None = None  # whose buffer is still there
         self._sent: Storage | None = None  # gradients that are being reduced
@@ -90,6 +91,7 @@ class Sharded:
         for parameter in group.parameters:
             parameter.gradient = None
         pieces: Storage | None = memory.new(count * self._reduced, "gradients")
+        self._copy(count * self._ranks * self._reduced)
         if self._kept != self._reduced:
             pieces = memory.new(count * self._kept, "gradients")
         if not self._in_backward:
@@ -107,7 +109,12 @@ class Sharded:
             count = group.piece(self._ranks) * self._width
             piece = None if self._kept == self._width else self._memory.new(count)
             group.buffer = self._memory.new(count * self._ranks)
+            self._copy(count * self._ranks)
             del piece
+
+    def _copy(self, size: int) -> None:
+        if self._copied:
+            self._memory.new(size, "temporaries")  # and it is gone
 
     def _cut(self, group: Group) -> None:
         group.gathered = [self._memory.new(each.count * self._width, "communication") for each in group.parameters]

@@ -26,8 +26,9 @@ __all__ = ["Event", "Ledger"]
 _COLLECTIVES: Final = frozenset({"c10d", "_c10d_functional", "c10d_functional", "fsdp"})
 
 
-#: Gloo gathers into, and adds up in, a tensor of its own.
-_COPIED_BY_GLOO: Final = frozenset({torch.ops.c10d._allgather_base_.default, torch.ops.c10d._reduce_scatter_base_.default})
+#: What gloo does in a tensor of its own.
+_COPIED_BY_GLOO: Final = frozenset({torch.ops.c10d._allgather_base_.default,
+                                    torch.ops.c10d._reduce_scatter_base_.default})
 
 
 class Event(NamedTuple):
@@ -196,7 +197,7 @@ def _in_backward() -> bool:
 def _scratch(func: Any, args: Any, on_gpu: bool) -> int:
     """Bytes of what an operator makes inside, where no dispatch sees it."""
     if not on_gpu and func in _COPIED_BY_GLOO:
-        return max(tensor.nbytes for tensor in args[:2])
+        return max(int(tensor.nbytes) for tensor in args[:2])
     if func is torch.ops.aten.logsumexp.default:
         logits: Tensor = args[0]
         return logits.numel() * logits.element_size()  # exp(x - max), whole

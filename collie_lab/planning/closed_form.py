@@ -171,7 +171,8 @@ class _Step:
         self._sharded = Sharded(
             self.memory, self.model.outer(), [block.parameters() for block in self.model.blocks], ranks=ranks,
             kept=kept, width=compute, reduced=4 if training.precision == "bf16" else kept,
-            reshard=self._parallel.zero == 3, in_backward=self._optimizer.in_backward) if sharded else None
+            reshard=self._parallel.zero == 3, in_backward=self._optimizer.in_backward,
+            copied=not on_gpu) if sharded else None
 
     def run(self) -> None:
         """Forward and backward of all micro-batches that differ, and Sophia's. An update makes nothing that counts."""

@@ -52,7 +52,7 @@ CASES = {
 @pytest.mark.parametrize(("name", "gpu"), [*((name, None) for name in CASES), ("fp32", "H200")])
 def test_it_is_the_plan(name: str, gpu: str | None) -> None:
     found, planned = lab.estimate(CASES[name], gpu), plan(CASES[name], gpu)
-    assert found.peak_bytes == pytest.approx(planned.peak_bytes, rel=2e-5)
+    assert found.peak_bytes == pytest.approx(planned.peak_bytes, rel=1e-4)
     assert sum(found.components.values()) == found.peak_bytes
     for role in ("weights", "optimizer"):
         assert found.components[role] == planned.components[role].max(), role
