@@ -63,7 +63,10 @@ def find_size(experiment: Experiment) -> Size:
     answer = json.loads(process.stdout.rpartition("\n")[2] or "{}")
     if "error" in answer or process.returncode:
         cell = "Model" if experiment.adapter is None else type(experiment.adapter).__name__
-        raise CellError([Problem(cell, "", answer.get("error") or process.stderr.strip().rpartition("\n")[2])])
+        message, field = answer.get("error") or process.stderr.strip().rpartition("\n")[2], ""
+        if message.startswith(f"{cell}."):  # it names the field
+            field, _, message = message.removeprefix(f"{cell}.").partition(": ")
+        raise CellError([Problem(cell, field, message)])
     return Size(**answer)
 
 

@@ -50,7 +50,7 @@ def test_a_process_of_its_own_tells_it_and_what_is_wrong(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stdin", io.StringIO(BASE.to_yaml()))
     main()
     assert Size(**json.loads(capsys.readouterr().out.strip())) == measure_size(BASE)
-    with pytest.raises(lab.CellError, match=r"LoRA: Target modules .*nothing.* not found"):
+    with pytest.raises(lab.CellError, match=r"^LoRA\.targets: LlamaForCausalLM has no layer 'nothing'; "):
         BASE.replace(adapter=lab.LoRA(targets=("nothing",))).size()
 
 
