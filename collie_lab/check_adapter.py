@@ -23,7 +23,7 @@ from collie_lab.cells import (
     QLoRA,
     VirtualTokens,
 )
-from collie_lab.data.tensor_names import adapter_tensors, layer_names
+from collie_lab.data.tensor_names import adapter_tensors, layer_names, names_one_of
 from collie_lab.folder import read_json
 
 __all__ = ["adapter_problems"]
@@ -65,9 +65,11 @@ def adapter_problems(experiment: Experiment) -> Iterator[Problem]:
 def _unknown(name: str, targets: tuple[str, ...], model: Model) -> Iterator[Problem]:
     """Targets that name nothing in the model, where its names are known before it is built."""
     layers = layer_names(model) if targets else None
-    for target in targets if layers is not None else ():
-        if not any(f".{layer}".endswith(f".{target}") for layer in layers or ()):
-            there = sorted({layer.rpartition(".")[2] for layer in layers or ()})
+    if layers is None:
+        return
+    for target in targets:
+        if not names_one_of(target, layers):
+            there = sorted({layer.rpartition(".")[2] for layer in layers})
             yield Problem(name, "targets", f"{model.source} has no layer {target!r}", "there are: " + ", ".join(there))
 
 

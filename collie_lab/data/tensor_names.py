@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from collie_lab.cells import CellError, Model
 from collie_lab.data.hub import model_config
 
-__all__ = ["adapter_tensors", "layer_names"]
+__all__ = ["adapter_tensors", "layer_names", "names_one_of"]
 
 _LLAMA: Final = (*(f"self_attn.{name}_proj" for name in "qkvo"),
                  *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
@@ -32,6 +33,11 @@ def layer_names(model: Model) -> tuple[str, ...] | None:
     except (CellError, OSError, ValueError, KeyError):
         return None
     return tuple({name.rpartition(".")[0] for name in names})
+
+
+def names_one_of(target: str, layers: Iterable[str]) -> bool:
+    """Whether a target of an adapter is a layer's name, or the end of one, as peft takes it."""
+    return any(f".{layer}".endswith(f".{target}") for layer in layers)
 
 
 def adapter_tensors(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from collie_lab.cells import IA3, OFT, AdaLoRA, Adapter, Freeze, LoRA, Prefix, Prompt, PTuning
+from collie_lab.data.tensor_names import names_one_of
 
 __all__ = ["adapt"]
 
@@ -31,7 +32,7 @@ def adapt(model: PreTrainedModel, cell: Adapter, steps: int = 100) -> nn.Module:
     import peft
 
     for target in getattr(cell, "targets", None) or ():
-        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+        if not names_one_of(target, (name for name, _ in model.named_modules())):
             raise ValueError(f"{type(cell).__name__}.targets: {type(model).__name__} has no layer {target!r}; its "
                              "linear layers: " + ", ".join(sorted(_linear_names(model))))
     with _stand_ins(model):
