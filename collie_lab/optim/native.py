@@ -1,7 +1,6 @@
 """The CPU engine: every formula becomes a C++ loop, built in half a second, that moves every byte once.
 
-The loops are plain C behind pointers, without torch's headers, and called through ctypes: a call costs a few
-microseconds where compiled Python costs fifty.
+The loops (`optim.loops`) are called through ctypes, once for all parameters of a step.
 """
 
 from __future__ import annotations
@@ -9,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import platform
-from typing import Any, NamedTuple
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,110 +18,14 @@ from typing_extensions import override
 
 from collie_lab.compiler import build, find_compiler
 from collie_lab.optim.engine import Eager, Engine, Formula
-from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, Weight
-from collie_lab.optim.rule import Gradient, Scalars, States
-from collie_lab.optim.trace import C, operand_kind, trace
+from collie_lab.optim.loops import Kind, Loops, write_factored, write_loop, write_sums
+from collie_lab.optim.rounding import Weight
+from collie_lab.optim.rule import Gradient, Scalars, States, Update
+from collie_lab.optim.trace import operand_kind
 
-__all__ = ["Loop", "Native", "write_loop"]
+__all__ = ["Native", "factored_scratch", "split_factored"]
 
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++17")
-# Loops over fp32 wait for memory, and an EPYC feeds vectors of 256 bits faster than those of 512 (SGD by a fifth); what
-# rounds bf16 has more to compute, and gains by the width.
-_NARROW = ("-mprefer-vector-width=256",) if platform.machine() in ("x86_64", "AMD64") else ()
-# From so many elements on, several threads are worth their start.
-_PARALLEL = 2**16
-_CTYPES = {"float": ctypes.c_float, "double": ctypes.c_double}
-_TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}
-
-_HEAD = f"""
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-struct bf16 {{ uint16_t bits; }};
-static inline uint32_t bits_of(float x) {{ uint32_t u; std::memcpy(&u, &x, 4); return u; }}
-static inline float of_bits(uint32_t u) {{ float x; std::memcpy(&x, &u, 4); return x; }}
-static inline float read(float x) {{ return x; }}
-static inline double read(double x) {{ return x; }}
-static inline float read(bf16 x) {{ return of_bits(uint32_t(x.bits) << 16); }}
-static inline void write(float& to, float x) {{ to = x; }}
-static inline void write(double& to, double x) {{ to = x; }}
-static inline void write(bf16& to, float x) {{  // to nearest, ties to even; NaN stays NaN
-  uint32_t u = bits_of(x);
-  to.bits = x == x ? uint16_t((u + 0x7FFF + ((u >> 16) & 1)) >> 16) : uint16_t((u >> 16) | 0x40);
-}}
-static inline void write_at_random(bf16& to, float x, uint32_t h) {{  // lowbias32, as in rounding.py
-  h ^= h >> 16; h *= {MULTIPLIER_1}u; h ^= h >> 15; h *= {MULTIPLIER_2 + 2**32}u; h ^= h >> 16;
-  uint32_t u = bits_of(x);
-  to.bits = x == x ? uint16_t((u + (h & 0xFFFF)) >> 16) : uint16_t((u >> 16) | 0x40);
-}}
-template <class T> static inline T clip(T g, T scale, T limit) {{
-  g *= scale;
-  return g > limit ? limit : g < -limit ? -limit : g;
-}}
-"""
-_READ = {"exact": "read(w[i])", "stochastic": "read(w[i])", "kahan": "read(w[i]) + read(e[i])", "master": "e[i]"}
-_GRADIENT = {True: "clip(T(read(g[i])), scale, limit)", False: "T(read(g[i]))"}
-_WRITE = {
-    "exact": "write(w[i], {0});",
-    "stochastic": "write_at_random(w[i], {0}, noise + uint32_t(i));",
-    "kahan": "write(w[i], {0}); write(e[i], {0} - read(w[i]));",
-    "master": "e[i] = {0}; write(w[i], {0});",
-}
-# The loop proper stands in a function of its own: inside an OpenMP region the compiler loses sight of `restrict`,
-# and code is ten times slower. Thread t of several takes the lines from `begin` to `end`.
-_FUNCTION = """
-static __attribute__((noinline)) void part(long begin, long end, long n, int t{parameters}) {{
-{body}
-}}
-extern "C" void run(long m, long n, int threads{parameters}) {{
-  if (threads == 1) return part(0, m, n, 0{names});
-  #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int t = 0; t < threads; ++t) part(m * t / threads, m * (t + 1) / threads, n, t{names});
-}}
-"""
-_INPUTS = (("{W}* __restrict", "w"), ("{E}* __restrict", "e"), ("const {G}* __restrict", "g"), ("T", "scale"),
-           ("T", "limit"))
-_FLAT = """  {numbers}
-  #pragma omp simd
-  for (long i = begin; i < end; ++i) {{
-    {body}
-  }}"""
-_BY_ROWS = """  {numbers}
-  for (long r = begin; r < end; ++r) {{
-    {columns}
-    #pragma omp simd
-    for (long c = 0; c < n; ++c) {{
-    const long i = r * n + c;
-    {body}
-    }}
-  }}"""
-_MOMENTS_OUTPUTS = [("T* __restrict", "row"), ("T* __restrict", "columns"), ("T* __restrict", "squares")]
-_ENERGY_OUTPUTS = [("const T* __restrict", "row"), ("const T* __restrict", "column"), ("T* __restrict", "sums")]
-# Every thread adds up the columns of its own rows; they come together in the order of threads.
-_MOMENTS = """  T* __restrict column = columns + t * n;
-  for (long r = begin; r < end; ++r) {
-    T sum = 0, square = 0;
-    #pragma omp simd reduction(+ : sum, square)
-    for (long c = 0; c < n; ++c) {
-      const long i = r * n + c;
-      const T gradient = {gradient}, weight = {read}, q = gradient * gradient;
-      sum += q;
-      column[c] += q;
-      square += weight * weight;
-    }
-    row[r] = sum;
-    squares[r] = square;
-  }"""
-_ENERGY = """  for (long r = begin; r < end; ++r) {
-    T sum = 0;
-    #pragma omp simd reduction(+ : sum)
-    for (long c = 0; c < n; ++c) {
-      const long i = r * n + c;
-      const T u = {gradient} * row[r] * column[c];
-      sum += u * u;
-    }
-    sums[r] = sum;
-  }"""
+_COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
 
 
 class Native(Engine):
@@ -135,120 +39,155 @@ class Native(Engine):
         self._eager = Eager(device)
         if find_compiler() is None:
             raise FileNotFoundError("there is no C++ compiler (g++ or clang++)")
-        _energy(torch.float32, torch.float32, False)  # a trial
+        _sums(Kind("exact", torch.float32, torch.float32, clipped=False))  # a trial
 
     @override
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
                     scalars: Scalars) -> None:
-        w, g, e, dtype = weight.tensor, gradient.raw, weight.extra, weight.dtype
-        if not _suits(w, g, *operands.values()) or any(t.dtype != dtype for t in operands.values()):
-            self._eager.elementwise(formula, weight, gradient, operands, scalars)
-            return
-        kinds = tuple([(name, operand_kind(tensor, w)) for name, tensor in operands.items()])
-        run = _elementwise(formula, weight.rounding, w.dtype, g.dtype, _is_clipped(gradient), kinds, tuple(scalars))
-        n = 1 if _is_flat(kinds) else w.shape[-1]
-        run(w.numel() // max(1, n), n, _threads(w), w.data_ptr(), (w if e is None else e).data_ptr(), g.data_ptr(),
-            *_clip(gradient), weight.noise & 0xFFFFFFFF, *[tensor.data_ptr() for tensor in operands.values()],
-            *scalars.values())
+        self._elementwise(formula, [(weight, gradient, operands)], scalars)
+
+    @override
+    def elementwise_all(self, formula: Formula, updates: Sequence[Update], scalars: Scalars) -> None:
+        self._elementwise(formula, [update[:3] for update in updates], scalars)
+
+    def _elementwise(self, formula: Formula, updates: list[tuple[Weight, Gradient, States]], scalars: Scalars) -> None:
+        tables: dict[Any, _Table] = {}
+        for weight, gradient, operands in updates:
+            w = weight.tensor
+            if not _suits(w, gradient.raw, operands):
+                self._eager.elementwise(formula, weight, gradient, operands, scalars)
+                continue
+            kinds = tuple([(name, operand_kind(tensor, w)) for name, tensor in operands.items()])
+            n = 1 if all(kind in ("full", "number") for _, kind in kinds) else w.shape[-1]
+            _table(tables, weight, gradient, kinds).add(weight, gradient, n, operands.values())
+        for (*_, kinds), table in tables.items():
+            table.run(_loop(formula, table.kind, kinds, tuple(scalars)), *scalars.values())
+
+    @override
+    def factored(self, matrix: Formula, vector: Formula, updates: Sequence[Update], scalars: Scalars
+                 ) -> list[Update]:
+        mine, left = split_factored(updates)
+        tables: dict[Any, _Table] = {}
+        for weight, gradient, states, _ in mine:
+            m_n = weight.tensor.shape
+            _table(tables, weight, gradient, len(m_n) == 2).add(
+                weight, gradient, m_n[1] if len(m_n) == 2 else 1, states.values())
+        scratch = factored_scratch(mine)
+        for (*_, are_matrices), table in tables.items():
+            functions, beta = _factored(matrix, vector, table.kind), scalars["beta"]
+            table.run(functions.matrices if are_matrices else functions.vectors, beta, 1 - beta, scalars["lr"],
+                      scalars["weight_decay"], scratch.data_ptr())
+        return left
 
     @override
     def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
         w, g, e = weight.tensor, gradient.raw, weight.extra
-        if not _suits(w, g):
+        if not _suits(w, g, {}):
             return self._eager.moments(weight, gradient)
-        (m, n), threads = w.shape, _threads(w)
-        row, squares = torch.empty(2, m, dtype=weight.dtype).unbind()
-        columns = torch.zeros(threads, n, dtype=weight.dtype)
-        _moments(weight.rounding, w.dtype, g.dtype, _is_clipped(gradient))(
+        (m, n), threads = w.shape, torch.get_num_threads()
+        row, columns = torch.empty(m, dtype=weight.dtype), torch.empty(threads, n, dtype=weight.dtype)
+        square = _sums(_kind(weight, gradient)).moments(
             m, n, threads, w.data_ptr(), (w if e is None else e).data_ptr(), g.data_ptr(), *_clip(gradient),
-            row.data_ptr(), columns.data_ptr(), squares.data_ptr())
-        return row, columns[0] if threads == 1 else columns.sum(0), squares.sum()
+            row.data_ptr(), columns.data_ptr())
+        return row, columns[0], torch.tensor(square, dtype=weight.dtype)
 
     @override
     def energy(self, gradient: Gradient, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
         g = gradient.raw
-        if not _suits(g, row, column):
+        if not _suits(row, g, {"column": column}):
             return self._eager.energy(gradient, row, column, dtype)
-        m, n = g.shape
-        sums = torch.empty(m, dtype=dtype)
-        _energy(dtype, g.dtype, _is_clipped(gradient))(
-            m, n, _threads(g), None, None, g.data_ptr(), *_clip(gradient), row.data_ptr(), column.data_ptr(),
-            sums.data_ptr())
-        return sums.sum()
+        kind = Kind("exact", dtype, g.dtype, _is_clipped(gradient))
+        return torch.tensor(_sums(kind).energy(
+            *g.shape, torch.get_num_threads(), g.data_ptr(), *_clip(gradient), row.data_ptr(), column.data_ptr()),
+            dtype=dtype)
 
 
-class Loop(NamedTuple):
-    """A C++ file with one function `run`, the ctypes of its arguments, and the compiler's flags."""
-
-    source: str
-    argtypes: list[Any]
-    flags: tuple[str, ...]
-
-
-def write_loop(formula: Formula, rounding: str, weight: torch.dtype, gradient: torch.dtype, clipped: bool,
-               operands: tuple[tuple[str, str], ...], scalars: tuple[str, ...]) -> Loop:
-    """The loop of a formula; `operands` are (name, full | row | column | number)."""
-    statements, value, new = trace(formula, tuple(name for name, _ in operands), scalars, C)
-    body = [f"const T weight = {_READ[rounding]};", f"const T gradient = {_GRADIENT[clipped]};"]
-    body += [_load(name, "i") for name, kind in operands if kind == "full"]
-    body += [_load(name, "c") for name, kind in operands if kind == "row"]
-    body += [f"const auto {name} = {expression};" for name, expression in statements]
-    body += [f"o_{name}_at[i] = {state};" for name, state in new.items()]
-    body.append(_WRITE[rounding].format(value))
-    lines = _FLAT if _is_flat(operands) else _BY_ROWS
-    parameters = [("uint32_t", "noise"), *[("T* __restrict", f"o_{name}_at") for name, _ in operands],
-                  *[("T", f"s_{name}") for name in scalars]]
-    return _loop(lines.format(
-        body="\n    ".join(body),
-        numbers=" ".join(_load(name, "0") for name, kind in operands if kind == "number"),
-        columns=" ".join(_load(name, "r") for name, kind in operands if kind == "column"),
-    ), parameters, rounding, weight, gradient)
+def split_factored(updates: Sequence[Update]) -> tuple[list[Update], list[Update]]:
+    """The updates that `Native.factored` makes, of whole matrices and vectors, and those that it leaves."""
+    sides: tuple[list[Update], list[Update]] = [], []
+    for update in updates:
+        weight, gradient, states, shards = update
+        w = weight.tensor
+        suits = not shards.dims and w.ndim <= 2 and w.numel() and _suits(w, gradient.raw, states)
+        sides[0 if suits else 1].append(update)
+    return sides
 
 
-def _load(operand: str, place: str) -> str:
-    return f"const T o_{operand} = o_{operand}_at[{place}];"
+def factored_scratch(updates: Sequence[Update]) -> Tensor:
+    """Memory for what AdaLomo's passes note of the largest matrix: of its rows, and for each thread of its columns."""
+    threads = torch.get_num_threads()
+    numbers = [(update.weight.tensor.shape[0] + update.weight.tensor.shape[1] * threads) * update.weight.dtype.itemsize
+               for update in updates if update.weight.tensor.ndim == 2]
+    return torch.empty(max(numbers, default=0), dtype=torch.uint8)
 
 
-def _loop(body: str, parameters: list[tuple[str, str]], rounding: str, weight: torch.dtype, gradient: torch.dtype
-          ) -> Loop:
-    """A whole file from the body of its function and the parameters (type, name) that follow the inputs."""
-    parameters = [*_INPUTS, *parameters]
-    source = _FUNCTION.format(body=body, parameters="".join(f", {kind} {name}" for kind, name in parameters),
-                              names="".join(f", {name}" for _, name in parameters))
-    compute = _TYPES[torch.promote_types(weight, torch.float32)]
-    extra = "bf16" if rounding == "kahan" else compute
-    for field, text in {"{W}": _TYPES[weight], "{G}": _TYPES[gradient], "{E}": extra}.items():
-        source = source.replace(field, text)
-    argtypes = {"T": _CTYPES[compute], "uint32_t": ctypes.c_uint32}
-    return Loop(f"{_HEAD}typedef {compute} T;\n{source}", [
-        ctypes.c_long, ctypes.c_long, ctypes.c_int,
-        *[argtypes.get(kind, ctypes.c_void_p) for kind, _ in parameters]],
-        _FLAGS if torch.bfloat16 in (weight, gradient) else (*_FLAGS, *_NARROW))
+class _Table:
+    """Tensors that share a call: of each its sizes, where its noise begins, and its addresses."""
+
+    def __init__(self, weight: Weight, gradient: Gradient):
+        self.kind, self._clip = _kind(weight, gradient), _clip(gradient)
+        self._rows: list[int] = []
+        self._count = 0
+
+    def add(self, weight: Weight, gradient: Gradient, n: int, operands: Iterable[Tensor]) -> None:
+        """One more, as a matrix with `n` columns."""
+        w, e = weight.tensor, weight.extra
+        address = w.data_ptr()
+        self._rows += [w.numel() // max(1, n), n, weight.noise & 0xFFFFFFFF, address,
+                       address if e is None else e.data_ptr(), gradient.raw.data_ptr(),
+                       *[operand.data_ptr() for operand in operands]]
+        self._count += 1
+
+    def run(self, function: Any, *rest: float) -> None:
+        """Call a function of `optim.loops` with the table, and what else it takes."""
+        rows = array("q", self._rows)
+        function(rows.buffer_info()[0], self._count, torch.get_num_threads(), *self._clip, *rest)
 
 
-@functools.cache
-def _elementwise(formula: Formula, rounding: str, weight: torch.dtype, gradient: torch.dtype, clipped: bool,
-                 operands: tuple[tuple[str, str], ...], scalars: tuple[str, ...]) -> Any:
-    return _build(write_loop(formula, rounding, weight, gradient, clipped, operands, scalars))
+def _table(tables: dict[Any, _Table], weight: Weight, gradient: Gradient, *what: Any) -> _Table:
+    """The table of all that has the same types, clipping, and `what` else."""
+    key = weight.rounding, weight.tensor.dtype, gradient.raw.dtype, id(gradient.scale), gradient.limit, *what
+    table = tables.get(key)
+    if table is None:
+        table = tables[key] = _Table(weight, gradient)
+    return table
 
 
 @functools.cache
-def _moments(rounding: str, weight: torch.dtype, gradient: torch.dtype, clipped: bool) -> Any:
-    body = _MOMENTS.replace("{read}", _READ[rounding]).replace("{gradient}", _GRADIENT[clipped])
-    return _build(_loop(body, _MOMENTS_OUTPUTS, rounding, weight, gradient))
+def _loop(formula: Formula, kind: Kind, operands: tuple[tuple[str, str], ...], scalars: tuple[str, ...]) -> Any:
+    run = _build(write_loop(formula, kind, operands, scalars)).run
+    run.argtypes = [*_table_types(kind), *[kind.number for _ in scalars]]
+    return run
 
 
 @functools.cache
-def _energy(dtype: torch.dtype, gradient: torch.dtype, clipped: bool) -> Any:
-    body = _ENERGY.replace("{gradient}", _GRADIENT[clipped])
-    return _build(_loop(body, _ENERGY_OUTPUTS, "exact", dtype, gradient))
+def _sums(kind: Kind) -> Any:
+    functions = _build(write_sums(kind))
+    pointer, size, number = ctypes.c_void_p, ctypes.c_long, kind.number
+    functions.moments.argtypes = [size, size, ctypes.c_int, pointer, pointer, pointer, number, number, pointer, pointer]
+    functions.energy.argtypes = [size, size, ctypes.c_int, pointer, number, number, pointer, pointer]
+    functions.moments.restype = functions.energy.restype = ctypes.c_double
+    return functions
 
 
-def _build(loop: Loop) -> Any:
-    function = build(loop.source, loop.flags).run
-    function.restype = None
-    function.argtypes = loop.argtypes
-    return function
+@functools.cache
+def _factored(matrix: Formula, vector: Formula, kind: Kind) -> Any:
+    functions = _build(write_factored(matrix, vector, kind))
+    for function in (functions.matrices, functions.vectors):
+        function.argtypes = [*_table_types(kind), *[kind.number] * 4, ctypes.c_void_p]
+    return functions
+
+
+def _table_types(kind: Kind) -> list[Any]:
+    return [ctypes.c_void_p, ctypes.c_long, ctypes.c_int, kind.number, kind.number]
+
+
+def _build(loops: Loops) -> Any:
+    return build(loops.source, loops.flags)
+
+
+def _kind(weight: Weight, gradient: Gradient) -> Kind:
+    return Kind(weight.rounding, weight.tensor.dtype, gradient.raw.dtype, _is_clipped(gradient))
 
 
 def _clip(gradient: Gradient) -> tuple[float, float]:
@@ -257,17 +196,13 @@ def _clip(gradient: Gradient) -> tuple[float, float]:
     return scale, math.inf if gradient.limit is None else gradient.limit
 
 
-def _threads(tensor: Tensor) -> int:
-    return torch.get_num_threads() if tensor.numel() >= _PARALLEL else 1
-
-
 def _is_clipped(gradient: Gradient) -> bool:
     return gradient.scale is not None or gradient.limit is not None
 
 
-def _is_flat(operands: tuple[tuple[str, str], ...]) -> bool:
-    return all(kind in ("full", "number") for _, kind in operands)
-
-
-def _suits(*tensors: Tensor) -> bool:
-    return all(tensor.is_contiguous() and tensor.is_cpu and tensor.dtype in _TYPES for tensor in tensors)
+def _suits(weight: Tensor, gradient: Tensor, operands: States) -> bool:
+    """Whether addresses mean what the loops take them for."""
+    compute = _COMPUTE.get(weight.dtype)
+    return (compute is not None and gradient.dtype in _COMPUTE and weight.is_cpu and weight.is_contiguous()
+            and gradient.is_contiguous()
+            and all(tensor.dtype == compute and tensor.is_contiguous() for tensor in operands.values()))

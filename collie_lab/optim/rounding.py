@@ -14,8 +14,7 @@ to keep, the same whatever the order of updates, and the same on one process and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +29,7 @@ ROUNDINGS = ("stochastic", "kahan", "master")
 MULTIPLIER_1, MULTIPLIER_2 = 0x7FEB352D, 0x846CA68B - 2**32
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """The local piece of a parameter, and how it is read and written.
 
     Attributes:
@@ -65,21 +63,21 @@ class Weight:
 
     def flat(self) -> Weight:
         """The same as one row."""
-        return replace(self, tensor=self.tensor.view(-1), extra=None if self.extra is None else self.extra.view(-1))
+        return self._replace(tensor=self.tensor.view(-1), extra=None if self.extra is None else self.extra.view(-1))
 
     def at(self, index: tuple[int, ...]) -> Weight:
         """The part with the given leading indices."""
         tensor, before = self.tensor[index], 0
         for at, size in zip(index, self.tensor.shape, strict=False):
             before = before * size + at
-        return replace(self, tensor=tensor, noise=self.noise + before * tensor.numel(),
-                       extra=None if self.extra is None else self.extra[index])
+        return self._replace(tensor=tensor, noise=self.noise + before * tensor.numel(),
+                             extra=None if self.extra is None else self.extra[index])
 
     def part(self, begin: int, end: int) -> Weight:
         """The slices from `begin` to `end` of the first dimension."""
         size = self.tensor[0].numel() if self.tensor.shape[0] else 0
-        return replace(self, tensor=self.tensor[begin:end], noise=self.noise + begin * size,
-                       extra=None if self.extra is None else self.extra[begin:end])
+        return self._replace(tensor=self.tensor[begin:end], noise=self.noise + begin * size,
+                             extra=None if self.extra is None else self.extra[begin:end])
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

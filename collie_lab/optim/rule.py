@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -30,8 +29,7 @@ States = dict[str, Tensor]
 """What a rule remembers of one parameter, by name; always in the type of the computation."""
 
 
-@dataclass(frozen=True)
-class Gradient:
+class Gradient(NamedTuple):
     """One gradient as it came, and what clipping does to it when it is read.
 
     Attributes:

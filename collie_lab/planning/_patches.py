@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 from unittest import mock
 
@@ -22,8 +22,9 @@ from typing_extensions import override
 
 from collie_lab.cells import Experiment, Model
 from collie_lab.optim.engine import Eager, Formula
+from collie_lab.optim.native import factored_scratch, split_factored
 from collie_lab.optim.rounding import Weight
-from collie_lab.optim.rule import Gradient, Scalars, States
+from collie_lab.optim.rule import Gradient, Scalars, States, Update
 from collie_lab.parallel.sharding import blocks
 from collie_lab.planning._ledger import Ledger
 from collie_lab.planning._roles import Role
@@ -39,13 +40,31 @@ class _DryEngine(Eager):
 
     def __init__(self, work: Work, device: torch.device):
         super().__init__(device)
-        self._work = work
+        self._work, self._device = work, device
 
     @override
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
                     scalars: Scalars) -> None:
         """No byte is taken."""
         self._work.update(formula, weight, gradient, operands, scalars)
+
+    @override
+    def factored(self, matrix: Formula, vector: Formula, updates: Sequence[Update], scalars: Scalars
+                 ) -> Sequence[Update]:
+        """On a CPU: whole matrices and vectors, with scratch for the largest."""
+        if self._device.type != "cpu":
+            return updates
+        mine, left = split_factored(updates)
+        scratch = factored_scratch(mine)
+        for weight, gradient, states, _ in mine:
+            is_matrix, number = weight.tensor.ndim == 2, gradient.raw.view(-1)[0]
+            self._work.read(weight.tensor, gradient.raw)
+            if is_matrix:
+                self._work.read(gradient.raw)
+            self._work.update(matrix if is_matrix else vector, weight, gradient,
+                              {**states, "shrink": number, "size": number}, {})
+        del scratch
+        return left
 
     @override
     def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:

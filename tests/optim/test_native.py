@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from collie_lab.optim import native
+from collie_lab.optim import RuleOptimizer, native
 from collie_lab.optim.engine import Eager, choose_engine
 from collie_lab.optim.rounding import Weight
 from collie_lab.optim.rule import Gradient
@@ -57,6 +58,44 @@ def test_threads_change_nothing_but_the_order_of_sums() -> None:
         assert torch.equal(results[0][0], other[0])
         for one, two in zip(results[0][1:], other[1:], strict=True):
             torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_adalomo_is_the_same_by_any_number_of_threads() -> None:
+    rule, hyper = RULES["adalomo"]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            source = torch.Generator().manual_seed(0)
+            weights = [nn.Parameter(torch.randn(shape, generator=source)) for shape in ((300, 701), (5, 7), (701,))]
+            optimizer = RuleOptimizer(weights, rule, engine="native", **hyper)
+            for _ in range(3):
+                for weight in weights:
+                    weight.grad = torch.randn(weight.shape, generator=source)
+                optimizer.step()
+            results.append([*weights, *[state for weight in weights for state in optimizer.state[weight].values()]])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=2e-6, atol=2e-6)
+
+
+def test_what_no_loop_takes_is_updated_beside_the_others() -> None:
+    for name in ("adamw", "adalomo"):
+        rule, hyper = RULES[name]
+        sides = []
+        for engine in ("eager", "native"):
+            source = torch.Generator().manual_seed(0)
+            weights = [nn.Parameter(torch.randn(shape, generator=source)) for shape in ((6, 4), (4, 6), (5,), (0, 3))]
+            weights[1].data = weights[1].data.T  # not contiguous
+            optimizer = RuleOptimizer(weights, rule, engine=engine, **hyper)
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=source)
+            optimizer.step()
+            sides.append(weights)
+        for one, two in zip(*sides, strict=True):
+            torch.testing.assert_close(one, two, rtol=2e-6, atol=2e-6)
 
 
 def test_loops_are_built_once_and_kept(tmp_path: Path) -> None:
