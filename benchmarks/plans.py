@@ -84,6 +84,9 @@ CASES: dict[str, lab.Experiment] = {
         training=BASE.training.replace(batch_size=16, micro_batch_size=1)),
     "pp 2, zero bubble, 16 micro-batches": BASE.replace(parallel=lab.Parallel(pp=2, schedule="zero_bubble")).replace(
         training=BASE.training.replace(batch_size=16, micro_batch_size=1)),
+    "pp 2, recompute, LoRA": BASE.replace(
+        parallel=lab.Parallel(pp=2), adapter=lab.LoRA(r=8),
+        training=BASE.training.replace(micro_batch_size=2, recompute="full")),
     "tp 2 × ZeRO-3": BASE.replace(parallel=lab.Parallel(dp=2, tp=2, zero=3)),
     "pp 2 × tp 2": BASE.replace(parallel=lab.Parallel(pp=2, tp=2)),
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -106,6 +107,7 @@ class Pipeline:
         self._present = self._own  # the layers that run now
         for place in set(range(len(self._skips))) - self._own:
             self._layers[place] = self._skips[place]
+        gc.collect()  # layers that recompute refer to themselves; those cut off may have adapters, which take memory
         if self.is_last:
             model.get_output_embeddings().register_forward_hook(self._share_logits)
         self._step: _Step | None = None

@@ -45,6 +45,7 @@ class Ledger(Roles, TorchDispatchMode):
         events: what happened, in order.
         roles: what each storage was made for; `mark` corrects it.
         work: what the operators do.
+        on_gpu: what lies in the host's memory does not count.
         moments: where in `events` a moment begins, and its name.
     """
 
@@ -56,6 +57,7 @@ class Ledger(Roles, TorchDispatchMode):
         self.work = Work()
         self.moments: list[tuple[int, str]] = [(0, "the model")]
         self._round = round_to
+        self.on_gpu = round_to > 1
         self._paused = 0
         self._held: dict[int, tuple[int, int]] = {}  # by address: the number of the storage, and its bytes
         self._count = 0
@@ -136,7 +138,7 @@ class Ledger(Roles, TorchDispatchMode):
         if self._paused:
             return out
         self.work.note(func, args, kwargs, out, loss=self.role == "loss")
-        if scratch := _scratch(func, args, on_gpu=self._round > 1):
+        if scratch := _scratch(func, args, on_gpu=self.on_gpu):
             self.scratch(scratch)
         if func is torch.ops.aten.add.Tensor and isinstance(out, FakeTensor) and _in_backward():
             self._take_sum(out, args[0])

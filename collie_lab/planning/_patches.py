@@ -124,6 +124,8 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
         put(optimizer, "choose_engine", lambda _, device: _DryEngine(ledger.work, device))
         put(strategy, "DistributedDataParallel", type("_Replicas", (_Replicas,), {"ledger": ledger}))
         put(pipeline._Stage, "forward", _first_batch)
+        if not ledger.on_gpu:
+            put(torch, "get_rng_state", _counted_state(torch.get_rng_state, ledger))
         put(torch.distributed.tensor._utils, "compute_local_shape_and_global_offset",
             _with_values(_utils.compute_local_shape_and_global_offset))
         put(fsdp_param, "alloc_storage", _then_counted(fsdp_param.alloc_storage, ledger))
@@ -265,6 +267,17 @@ def _then_counted(function: Callable[[Tensor], None], ledger: Ledger) -> Callabl
         function(tensor)
         with ledger.as_role("communication"):
             ledger.take(tensor)
+
+    return call
+
+
+def _counted_state(function: Callable[[], Tensor], ledger: Ledger) -> Callable[[], Tensor]:
+    """Every layer that will be recomputed keeps the state of the random numbers, a real tensor."""
+    def call() -> Tensor:
+        with unset_fake_temporarily(), ledger.paused():
+            state = function()
+        ledger.take(state)
+        return state
 
     return call
 

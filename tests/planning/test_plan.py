@@ -52,6 +52,9 @@ LAYOUTS = {
     "1f1b": MANY.replace(parallel=lab.Parallel(pp=2)).with_("training.batch_size", 8),
     "interleaved": MANY.replace(parallel=lab.Parallel(pp=2, schedule="interleaved"))
     .with_("model.config", {"num_hidden_layers": 4}),
+    # Layers cut off, adapters and all, leave nothing; those that recompute keep the state of the random numbers.
+    "1f1b, lora, recompute": MANY.replace(parallel=lab.Parallel(pp=2), adapter=lab.LoRA(r=8)).with_(
+        "training.recompute", "full"),
 }
 
 
