@@ -105,7 +105,7 @@ extern "C" void run(const Row* row, long count, int threads, T scale, T limit{pa
 """
 # Every thread adds up the columns of its own rows.
 _SUMS = """
-static __attribute__((noinline)) T add_squares(
+static __attribute__((noinline)) double add_squares(
     long begin, long end, long n, const W* __restrict w, const E* __restrict e, const G* __restrict g, T scale,
     T limit, T* __restrict row, T* __restrict column) {
   double squares = 0;
@@ -125,7 +125,7 @@ static __attribute__((noinline)) T add_squares(
   }
   return squares;
 }
-static __attribute__((noinline)) T add_energy(
+static __attribute__((noinline)) double add_energy(
     long begin, long end, long n, const G* __restrict g, T scale, T limit, const T* __restrict row,
     const T* __restrict column) {
   double energy = 0;
@@ -141,16 +141,16 @@ static __attribute__((noinline)) T add_energy(
   }
   return energy;
 }
-static double total(const std::vector<T>& parts) {  // in the order of threads
+static double total(const std::vector<double>& parts) {  // in the order of threads
   double sum = 0;
-  for (T part : parts) sum += part;
+  for (double part : parts) sum += part;
   return sum;
 }
 // The sums of g² along rows [m] and columns [n], of which there is one for each thread, and that of θ².
 extern "C" double moments(long m, long n, int threads, const W* w, const E* e, const G* g, T scale, T limit, T* row,
                           T* column) {
   threads = worth(threads, m, n);
-  std::vector<T> squares(threads);
+  std::vector<double> squares(threads);
   split(m, threads, [&](long begin, long end, int t) {
     squares[t] = add_squares(begin, end, n, w, e, g, scale, limit, row, column + t * n);
   });
@@ -160,7 +160,7 @@ extern "C" double moments(long m, long n, int threads, const W* w, const E* e, c
 }
 extern "C" double energy(long m, long n, int threads, const G* g, T scale, T limit, const T* row, const T* column) {
   threads = worth(threads, m, n);
-  std::vector<T> energies(threads);
+  std::vector<double> energies(threads);
   split(m, threads, [&](long begin, long end, int t) {
     energies[t] = add_energy(begin, end, n, g, scale, limit, row, column);
   });

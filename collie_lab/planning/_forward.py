@@ -16,6 +16,8 @@ __all__ = ["Forward"]
 
 #: As in `collie_lab.training.loss`.
 _SMALLEST_CHUNK = 1024
+#: Bytes of the state of a CPU's random numbers, of which a recomputed layer keeps one.
+_RANDOM_STATE = 5056
 
 
 class Forward:
@@ -120,20 +122,22 @@ class Forward:
     def _checkpointed(self, hidden: Value, angles: tuple[Value, Value], block: Block, name: str) -> Value:
         """The same, but nothing of it is kept but what went in: the backward pass runs it again."""
         tape, memory = self._tape, self._memory
+        state = memory.of_host(_RANDOM_STATE)
         tape.recording = False
         result = self.block(hidden, angles, block)
         tape.recording = True
 
-        def run(gradient: Storage, kept: Value = hidden) -> list[Storage | None]:
+        def run(gradient: Storage, kept: Value = hidden, _: object = state) -> list[Storage | None]:
             leaf, found = Parameter((kept.count,), kept.width, kept.width, kept.needs), list[Storage]()
             again = Tape(memory, lambda parameter, each: (
                 found.append(each) if parameter is leaf else tape.take(parameter, each)))
             memory.moment = name
             with memory.as_role("activations"):
+                outside = memory.of_host(_RANDOM_STATE)
                 inner = Forward(self._model, again, self._documents, self._tokens // self._documents, again=True)
                 out = inner.block(Value(kept.count, kept.width, kept.storage, leaf), angles, block)
             memory.muted = False
-            del inner
+            del inner, outside
             out.storage = None
             again.backward(out, gradient)
             return [found.pop() if found else None]

@@ -40,7 +40,7 @@ class _DryEngine(Eager):
 
     def __init__(self, work: Work, device: torch.device):
         super().__init__(device)
-        self._work, self._device = work, device
+        self._work = work
 
     @override
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
@@ -51,9 +51,7 @@ class _DryEngine(Eager):
     @override
     def factored(self, matrix: Formula, vector: Formula, updates: Sequence[Update], scalars: Scalars
                  ) -> Sequence[Update]:
-        """On a CPU: whole matrices and vectors, with scratch for the largest."""
-        if self._device.type != "cpu":
-            return updates
+        """Whole matrices and vectors as loops and kernels have them: passes, with little scratch."""
         mine, left = split_factored(updates)
         scratch = factored_scratch(mine)
         for weight, gradient, states, _ in mine:

@@ -38,6 +38,10 @@ class Memory(Roles):
         """A storage of so many bytes."""
         return Storage(self, 0 if self.muted else -(-size // self._granule) * self._granule, role or self.role)
 
+    def of_host(self, size: int) -> Storage:
+        """What lies in the host's memory, which on a GPU does not count."""
+        return self.new(size if self._granule == 1 else 0)
+
     def beside(self, *others: int, size: int) -> Storage:
         """A storage of `size` bytes, for which others are needed that are gone when it is there."""
         held = [self.new(each) for each in others]
