@@ -5,6 +5,7 @@ Importing it is quick and does not import torch: what runs, draws or tabulates i
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,14 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("collie_lab.optim")
     if name in _LAZY:
         return getattr(importlib.import_module(f"collie_lab.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'collie_lab' has no attribute {name!r}")
+    raise AttributeError(f"module 'collie_lab' has no attribute {name!r}{_meant(name)}")
+
+
+def _meant(name: str) -> str:
+    """What is called almost so, LOMO and `LoRa` too."""
+    known = {each.casefold(): each for each in __all__}
+    close = [] if name.startswith("_") else difflib.get_close_matches(name.casefold(), known, n=1)
+    return f"; did you mean `{known[close[0]]}`?" if close else ""
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -18,6 +18,7 @@ from collie_lab.study.commands import report, study_app
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from collie_lab.launch import Run
 
@@ -92,12 +93,12 @@ def plan(file: _File, changes: _Changes = None,
     """Memory of a step by what it is for, before anything runs. Exit code 1 where it does not fit."""
     from collie_lab.view.units import bytes_text
 
+    _check_figure(figure)
     found = _experiment(file, changes).plan(gpu, course=figure is not None)
     print(found)
     _print_table(found.components.map(bytes_text))
     if figure is not None:
-        found.figure().savefig(figure, dpi=200)
-        print(figure)
+        _save_figure(found.figure(), figure)
     raise typer.Exit(int(found.fits is False))
 
 
@@ -123,6 +124,7 @@ def fit(model: Annotated[str, typer.Argument(help="A hub id, a folder, a shape, 
     if len(found.refused):
         _print_table(found.reasons, index=False)
     if to is not None and len(found):
+        to.parent.mkdir(parents=True, exist_ok=True)
         found.best.experiment.to_yaml(to)
         print(to)
     raise typer.Exit(int(not found))
@@ -154,13 +156,13 @@ def residuals(folder: _Folder = Path("runs"),
     """What the plans of all runs were worth: planned and measured peak memory, and the errors by component."""
     from collie_lab.planning import residuals as over
 
+    _check_figure(figure)
     found = over(folder)
     if len(found.frame):
         _print_table(found.table())
     print(found)
     if figure is not None:
-        found.figure().savefig(figure, dpi=200)
-        print(figure)
+        _save_figure(found.figure(), figure)
 
 
 @app.command()
@@ -207,6 +209,23 @@ def _model(name: str) -> Model | Experiment:
         return Experiment.from_yaml(name)
     model = Model(name)
     return model.replace(init="random") if model.is_shape else model
+
+
+def _check_figure(path: Path | None) -> None:
+    """Raise, before the work, where nothing can be drawn to a file of this name."""
+    if path is None:
+        return
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise CellError([Problem("--figure", "", f"{path} is no file of a picture", "its end: ." + ", .".join(known))])
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200)
+    print(path)
 
 
 def _resumed(resume: str | None, folder: Path) -> Run | str | None:

@@ -66,6 +66,9 @@ def test_the_exit_code_tells_how_a_run_ended(file: str) -> None:
     (("run", "exp.yaml", "--resume", "no-such-run"), "no run in 'runs' for 'no-such-run'"),
     (("check", "exp.yaml", "--set", "parallel.dp=4"), "cannot be shared equally by 4"),
     (("plan", "exp.yaml", "--gpu", "3091"), "no GPU '3091' in the catalogue"),
+    (("plan", "exp.yaml", "--figure", "plan.xyz"), "plan.xyz is no file of a picture"),
+    (("residuals", "--figure", "plan"), "plan is no file of a picture"),
+    (("run", "exp.yaml", "--timeout", "-1"), "launch.timeout: 0 or more, got -1"),
     (("doctor", "llama-tiny", "--check", "sanity"), "unknown check 'sanity'"),
     (("export", "no-such-run", "--to", "out"), "no run in 'runs' for 'no-such-run'"),
 ])
@@ -75,9 +78,9 @@ def test_mistakes_are_told_in_words(file: str, arguments: tuple[str, ...], words
 
 
 def test_a_plan_says_whether_it_fits(file: str) -> None:
-    output = _call("plan", file, "--gpu", "3090", "--figure", "plan.png")
+    output = _call("plan", file, "--gpu", "3090", "--figure", "new/plan.png")
     assert "fits on RTX 3090" in output
-    assert Path("plan.png").stat().st_size > 10_000
+    assert Path("new/plan.png").stat().st_size > 10_000
     assert "does not fit" in _call("plan", file, "--gpu", "3090", "--set", "training.batch_size=16384",
                                     "--set", "data.length=256", code=1)
 

@@ -6,11 +6,15 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-__all__ = ["Cell", "CellError", "Problem"]
+__all__ = ["PATH_TEXT", "Cell", "CellError", "Problem"]
+
+#: For fields that hold a path as text: a `Path` becomes one.
+PATH_TEXT: Final = BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,10 @@ class Cell(BaseModel):
         if "kind" not in cls.__dict__:
             cls.kind = _snake_case(cls.__name__)
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, *unnamed: Any, **fields: Any) -> None:
+        if unnamed:
+            raise CellError([Problem(type(self).__name__, "", f"its fields are given by name, got {unnamed[0]!r:.80}",
+                                     "its fields: " + ", ".join(type(self).model_fields))])
         try:
             super().__init__(**fields)
         except ValidationError as error:
@@ -115,7 +122,10 @@ def _snake_case(name: str) -> str:
 
 def _problems(cell: type[Cell], error: ValidationError) -> list[Problem]:
     problems = []
-    for item in error.errors():
+    items = error.errors()
+    if len(items) > 1:  # of a tuple whose items are wrong, pydantic says too that there are too few of them
+        items = [item for item in items if item["type"] != "too_short"] or items
+    for item in items:
         field = ".".join(str(part) for part in item["loc"] if not _is_union_tag(part)) or ""
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(field, cell.model_fields, n=1)
@@ -123,10 +133,14 @@ def _problems(cell: type[Cell], error: ValidationError) -> list[Problem]:
             problems.append(Problem(cell.__name__, field, "unknown field", remedy))
         elif item["type"] == "missing":
             problems.append(Problem(cell.__name__, field, "this field is required"))
+        elif isinstance(inner := item.get("ctx", {}).get("error"), CellError):
+            problems += inner.problems  # of a cell within this one
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = "" if item["type"] == "value_error" else f", got {item['input']!r:.80}"
-            problems.append(Problem(cell.__name__, field, message[0].lower() + message[1:] + given))
+            alone = item["type"] == "tuple_type" and isinstance(item["input"], str)
+            remedy = f"one in a list: [{item['input']!r:.80}]" if alone else ""
+            problems.append(Problem(cell.__name__, field, message[0].lower() + message[1:] + given, remedy))
     return problems
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from collie_lab.cells._base import Cell
+from collie_lab.cells._base import PATH_TEXT, Cell
 
 __all__ = ["IA3", "OFT", "AdaLoRA", "AddedAdapter", "Adapter", "Freeze", "LoRA", "PTuning", "Prefix", "Prompt", "QLoRA",
            "VirtualTokens"]
@@ -24,13 +23,8 @@ class AddedAdapter(Adapter):
 
     kind: ClassVar[str] = ""
 
-    load: str | None = None
+    load: Annotated[str | None, PATH_TEXT] = None
     """Begin with the values of a peft folder, `run.model_path` of an earlier run, say."""
-
-    @field_validator("load", mode="before")
-    @classmethod
-    def _as_text(cls, value: object) -> object:
-        return str(value) if isinstance(value, Path) else value
 
 
 class LoRA(AddedAdapter):

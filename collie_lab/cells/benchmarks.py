@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from collie_lab.cells._base import PATH_TEXT
 from collie_lab.cells.evaluation import Better, Evaluation
 
 __all__ = ["BBH", "GSM8K", "MMLU", "Benchmark", "HumanEval", "LMEval"]
@@ -114,7 +115,7 @@ class LMEval(Evaluation):
 
     tasks: tuple[str, ...] = Field(min_length=1)
     """Names of tasks, groups or tags."""
-    include_path: str | None = None
+    include_path: Annotated[str | None, PATH_TEXT] = None
     """A folder of further task definitions."""
     shots: int | None = Field(default=None, ge=0)
     """Default: each task's own."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
-from collie_lab.cells._base import Cell
+from collie_lab.cells._base import PATH_TEXT, Cell
 from collie_lab.cells.evaluation import Evaluation
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "Statistics", "SystemMeters", "TensorBoard", "WandB", "WeightStatistics",
 ]
 
-_Folder = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 _Mode = Literal["min", "max"]
 _MONITOR: Final = "perplexity"
 
@@ -159,7 +157,7 @@ class TensorBoard(CallbackCell):
     kind = "tensorboard"
     package: ClassVar[str] = "tensorboard"
 
-    folder: _Folder | None = None
+    folder: Annotated[str | None, PATH_TEXT] = None
     """Default: `tensorboard` in the run folder, of which `tensorboard --logdir runs` shows all. Else `<folder>/<run>`,
     which a resumed run goes on with."""
 
@@ -191,5 +189,5 @@ class MLflow(CallbackCell):
 class CSV(CallbackCell):
     """Writes `metrics.csv` and `evaluations.csv`."""
 
-    folder: _Folder | None = None
+    folder: Annotated[str | None, PATH_TEXT] = None
     """Default: the run folder. Else `<folder>/<run>`, which a resumed run goes on with."""

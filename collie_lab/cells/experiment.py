@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from collie_lab.cells._base import Cell, CellError, Problem
 from collie_lab.cells.adapter import Adapter, LoRA, VirtualTokens
@@ -61,20 +61,11 @@ class Experiment(Cell):
             return self.optimizer
         return self.optimizer.replace(lr_scale={**self.optimizer.lr_scale, "*lora_B*": self.adapter.plus})
 
-    @field_validator("model", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _model_by_name(cls, value: Any) -> Any:
-        return Model(value) if isinstance(value, (str, Path)) else value
-
-    @field_validator("callbacks", mode="before")
-    @classmethod
-    def _callbacks_by_instance(cls, value: Any) -> Any:
-        for item in value if isinstance(value, (list, tuple)) else ():
-            if isinstance(item, type) and issubclass(item, (CallbackCell, Callback)):
-                raise ValueError(f"a class, where one of it is wanted: {item.__name__}()")
-            if not (isinstance(item, CallbackCell) or callable(item)):
-                raise ValueError(f"neither a callback nor a function: {item!r:.60}")
-        return value
+    def _cells(cls, fields: Any) -> Any:
+        """Slots take a cell, its mapping as in YAML, or a model's name; no class, and nothing else."""
+        return cls._with_cells(fields) if isinstance(fields, Mapping) else fields
 
     def with_(self, path: str, value: Any) -> Self:
         """A variant with one nested field changed: `exp.with_("optimizer.lr", 3e-5)`.
@@ -86,7 +77,7 @@ class Experiment(Cell):
             raise CellError([Problem("Experiment", head, "unknown field",
                                      "its fields: " + ", ".join(type(self).model_fields))])
         if not rest:
-            return self.replace(**self._with_cells({head: value}))
+            return self.replace(**{head: value})
         return self.replace(**{head: _changed(getattr(self, head), head, rest, value)})
 
     def check(self) -> Report:
@@ -156,7 +147,7 @@ class Experiment(Cell):
         fields: dict[str, Any] = dict(mapping)
         if fields.pop("kind", cls.kind) != cls.kind:
             raise CellError([Problem("Experiment", "kind", f"{mapping['kind']!r} is no experiment")])
-        return cls(**cls._with_cells(fields))
+        return cls(**fields)
 
     @classmethod
     def _with_cells(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,6 +157,9 @@ class Experiment(Cell):
             if made.get(slot) is None:
                 continue
             if slot in ("evaluate", "callbacks"):
+                if not isinstance(made[slot], (list, tuple)):
+                    raise CellError([Problem("Experiment", slot, f"a list is wanted, got {made[slot]!r:.60}",
+                                             f"`{slot}=[...]`")])
                 made[slot] = tuple(_cell_from(item, base, slot) for item in made[slot])
             else:
                 made[slot] = _cell_from(made[slot], base, slot)
@@ -185,13 +179,17 @@ def _changed(cell: Any, place: str, path: str, value: Any) -> Cell:
 
 def _cell_from(value: Any, base: type[Cell], slot: str) -> Any:
     """A cell from its mapping; the classes a slot takes are the subclasses of its base."""
-    if isinstance(value, base) or callable(value):
+    if isinstance(value, type) and issubclass(value, (base, Callback)):
+        raise CellError([Problem("Experiment", slot, f"a class, where one of it is wanted: {value.__name__}()")])
+    if isinstance(value, base) or (base is CallbackCell and callable(value)):
         return value
-    if isinstance(value, str) and base is Model:
+    if isinstance(value, (str, Path)) and base is Model:
         return Model(value)
     if not isinstance(value, Mapping):
-        raise CellError([Problem("Experiment", slot, f"a mapping is wanted, got {value!r:.60}",
-                                 f"e.g. `{slot}: {{kind: ...}}`")])
+        what = "neither a callback nor a function" if base is CallbackCell else "neither a cell nor its mapping"
+        known = ", ".join(sorted(child.__name__ for child in base.kinds().values()))
+        raise CellError([Problem("Experiment", slot, f"{what}: {value!r:.60}",
+                                 f"there are: {known}; in YAML `{slot}: {{kind: ...}}`")])
     fields = dict(value)
     kinds = base.kinds()
     kind = fields.pop("kind", next(iter(kinds)) if len(kinds) == 1 else None)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from collie_lab.cells._base import Cell
+from collie_lab.cells._base import PATH_TEXT, Cell
 from collie_lab.cells.tokenizer import NewTokenizer, TrainTokenizer
 
 __all__ = ["SHAPES", "Model"]
@@ -45,7 +45,7 @@ class Model(Cell):
     source: str = Field(min_length=1)
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: fresh weights, drawn from `Training.seed`."""
-    tokenizer: str | NewTokenizer | None = None
+    tokenizer: Annotated[str | NewTokenizer | None, PATH_TEXT] = None
     """Hub id or folder; `bytes` for the built-in byte tokenizer; `TrainTokenizer(...)` or `ExtendTokenizer(...)` makes
     one. Default: the model's own, `bytes` for a shape."""
     config: dict[str, Any] = Field(default_factory=dict)

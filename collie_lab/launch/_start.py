@@ -50,6 +50,7 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     for problem in report.warnings:
         warnings.warn(str(problem), stacklevel=3)
     world_size = experiment.parallel.world_size
+    _check_numbers(timeout=timeout, stall_timeout=stall_timeout, grace=grace, max_restarts=max_restarts)
     _check_options(world_size, pool, nodes, detach=detach, max_restarts=max_restarts, env=env)
     checkpoint = _checkpoint(resume)
     mapping, packed = code.pack(experiment)
@@ -89,6 +90,13 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     elif show:
         _show(run, wait=False)
     return run
+
+
+def _check_numbers(**options: float | None) -> None:
+    """Raise where one of them is below zero."""
+    for name, value in options.items():
+        if value is not None and not value >= 0:
+            raise CellError([Problem("launch", name, f"0 or more, got {value!r:.60}")])
 
 
 def _check_options(world_size: int, pool: Pool | None, nodes: Nodes | None, **others: Any) -> None:

@@ -229,7 +229,15 @@ class Run:
             key for row in rows for key in row if key not in ("node", "time"))])
 
     def logs(self, rank: int = 0, stream: Literal["out", "err", "both"] = "out", tail: int | None = None) -> str:
-        """What a rank has printed; `tail` gives the last lines only."""
+        """What a rank has printed; `tail` gives the last lines only.
+
+        Raises:
+            ValueError: there is no such rank or stream.
+        """
+        if rank not in range(size := int(self.folder.read("launch.json").get("world_size", rank + 1))):
+            raise ValueError(f"{self.id} has no rank {rank}; there are: 0 to {size - 1}")
+        if stream not in ("out", "err", "both"):
+            raise ValueError(f"no stream is called {stream!r}; there are: out, err, both")
         streams = ("out", "err") if stream == "both" else (stream,)
         return "".join(read_log(self.folder.log(rank, name), tail) for name in streams)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from collie_lab.cells import CellError, Experiment
 from collie_lab.data.progress import Progress
 from collie_lab.folder import read_json, write_json
+from collie_lab.gpus import find_gpu
 from collie_lab.planning import PlanError
 from collie_lab.planning._client import AT_ONCE
 from collie_lab.study.arms import Arm
@@ -58,6 +59,8 @@ class Forecast:
     def _plan(self, arms: Sequence[Arm], gpu: str | None) -> dict[str, dict[str, Any]]:
         """What is planned, these arms with the rest. Those that are alike are planned once, several at once, and kept
         as they come: an interrupt loses none."""
+        if gpu is not None:
+            find_gpu(gpu)  # a name that is none is a mistake, and no note of every arm's
         planned, alike = self.planned, defaultdict[str, list[Arm]](list)
         for arm in (arm for arm in arms if planned.get(arm.id, {"gpu": ""})["gpu"] != gpu):
             alike[repr(_without_luck(arm.experiment))].append(arm)

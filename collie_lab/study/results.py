@@ -23,9 +23,14 @@ class Results(Presentation):
 
     A run without a result (it ran out of memory, it failed) keeps its row: its status stands in place of
     its figures.
+
+    Raises:
+        ValueError: these are no runs by name.
     """
 
     def __init__(self, runs: Mapping[str, Run]):
+        if not isinstance(runs, Mapping) or not all(hasattr(run, "folder") for run in runs.values()):
+            raise ValueError(f'Results takes runs by name, {{"AdamW": run}}, got {runs!r:.60}')
         self._runs = dict(runs)
 
     @property

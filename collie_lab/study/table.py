@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_lowercase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from collie_lab.study import _markup
 from collie_lab.study.artefacts import sidecar, write_sidecar
@@ -184,8 +184,10 @@ def tabulate(
         caption: the table's title.
 
     Raises:
-        ValueError: an unknown axis or metric; arms that differ in an axis that is named nowhere.
+        ValueError: an unknown axis, metric or test; arms that differ in an axis that is named nowhere.
     """
+    if test not in (None, *get_args(Test)):
+        raise ValueError(f"test: no test is called {test!r}; there are: " + ", ".join(get_args(Test)))
     axes = list(outcomes.axes)
     arms = chosen_arms(arm_frame(outcomes), axes, where)
     tuned = tuned_axes(outcomes) if tuned is None else tuned

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -50,13 +50,19 @@ class Comparison:
     histories: tuple[History, ...]
 
 
-def labelled(ids: Sequence[str], labels: Sequence[str] | None, verb: str) -> list[str]:
-    """A label a run: those given, by default the ids. `ValueError` where there are none, or too few or many."""
-    if not ids:
+def labelled(runs: Sequence[Any], labels: Sequence[str] | None, verb: str, wanted: str) -> list[str]:
+    """A label a run: those given, by default the ids.
+
+    `ValueError` where there are none, or too few or many, or what is no run; `wanted` says how runs are given.
+    """
+    strange = [run for run in runs if not hasattr(run, "folder")] if isinstance(runs, (list, tuple)) else [runs]
+    if strange:
+        raise ValueError(f"{verb} takes {wanted}, got {strange[0]!r:.60}")
+    if not runs:
         raise ValueError(f"{verb}: there are no runs to {verb}; give at least one")
-    names = list(labels) if labels is not None else list(ids)
-    if len(names) != len(ids):
-        raise ValueError(f"{verb}: {len(names)} labels for {len(ids)} runs; give one label a run")
+    names = list(labels) if labels is not None else [run.folder.id for run in runs]
+    if len(names) != len(runs):
+        raise ValueError(f"{verb}: {len(names)} labels for {len(runs)} runs; give one label a run")
     return names
 
 

@@ -133,7 +133,7 @@ def compare(runs: Sequence[Watched], labels: Sequence[str] | None = None) -> Pic
 
     `labels` names them in the same order; by default their ids.
     """
-    names = labelled([run.folder.id for run in runs], labels, "compare")
+    names = labelled(runs, labels, "compare", "a list of runs, compare([a, b])")
     histories = [History(run.folder) for run in runs]
     for history, run in zip(histories, runs, strict=True):
         history.update(run.alive)

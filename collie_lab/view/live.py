@@ -135,7 +135,7 @@ def watch(*runs: Watched, labels: Sequence[str] | None = None, poll: float = 0.0
     `poll` is the time in seconds between two looks at the folders. `stops`: the caller stops a run that it
     watches when it is interrupted itself, and watches it again until it has ended.
     """
-    names = labelled([run.folder.id for run in runs], labels, "watch")
+    names = labelled(runs, labels, "watch", "runs one by one, watch(a, b)")
     follower = _interrupted.pop(runs[0].folder.path, None) if stops else None
     if follower is None:
         follower = _follower(runs, names, poll, wait, stops)

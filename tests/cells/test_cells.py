@@ -72,6 +72,15 @@ def test_variants() -> None:
     (lambda: FULL.with_("optimiser.lr", 1), "Experiment.optimiser: unknown field"),
     (lambda: lab.Experiment.from_yaml("model: x\noptimizer: {kind: adam}"),
      "unknown kind 'adam' → there are: adafactor, adalomo"),
+    (lambda: lab.AdamW(1e-3), "AdamW: its fields are given by name, got 0.001 → its fields: in_backward, lr"),  # type: ignore[misc]
+    (lambda: lab.LoRA(targets="q_proj"), "got 'q_proj' → one in a list: ['q_proj']"),  # type: ignore[arg-type]
+    (lambda: lab.Experiment(model="x", optimizer=lab.Lion), "a class, where one of it is wanted: Lion()"),
+    (lambda: lab.Experiment(model="x", optimizer="lion"),
+     "Experiment.optimizer: neither a cell nor its mapping: 'lion' → there are: AdaLomo, Adafactor"),
+    (lambda: lab.Experiment(model="x", evaluate=lab.Perplexity()),
+     "Experiment.evaluate: a list is wanted, got Perplexity("),
+    (lambda: lab.Experiment(model="x", optimizer={"kind": "lion", "lrr": 1}), "Lion.lrr: unknown field"),
+    (lambda: lab.Experiment(model="x", training={"stps": 1}), "Training.stps: unknown field → did you mean `steps`?"),
     (lambda: lab.Experiment.from_yaml("model: x\noptimizer: {lr: 1}"), "`kind` is missing"),
     (lambda: lab.Experiment.from_yaml("model: x\nsteps: 3"), "Experiment.steps: unknown field"),
     (lambda: lab.Experiment.from_yaml("absent.yaml"), "no such file: absent.yaml"),
@@ -81,6 +90,24 @@ def test_mistakes_name_cell_and_field(make: object, message: str) -> None:
     with pytest.raises(lab.CellError) as caught:
         make()  # type: ignore[operator]
     assert any(part in str(caught.value) for part in message.split("|"))
+
+
+def test_of_items_that_are_wrong_it_is_not_said_that_they_are_too_few() -> None:
+    with pytest.raises(lab.CellError) as caught:
+        lab.Generation(metrics=("meteor",))  # type: ignore[arg-type]
+    assert "at least 1 item" not in str(caught.value)
+
+
+def test_paths_become_text() -> None:
+    path = Path("a/b")
+    assert [lab.Model(path, tokenizer=path).tokenizer, lab.LoRA(load=path).load, lab.CSV(folder=path).folder,
+            lab.LMEval("x", include_path=path).include_path] == ["a/b"] * 4  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "meant"), [("LOMO", "Lomo"), ("LoRa", "LoRA"), ("Adam", "AdamW")])
+def test_a_name_that_is_not_there_tells_the_nearest(name: str, meant: str) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'; did you mean `{meant}`"):
+        getattr(lab, name)
 
 
 def test_import_is_light() -> None:

@@ -105,11 +105,18 @@ def test_a_metric_is_seen_at_once_and_a_flood_blocks_nobody(tmp_path: Path, mark
     assert run.wait(timeout=60) == "ok"
     assert run.logs(1, "err", tail=1) == "progress 100%\n"
     assert len(run.logs(1, "err").splitlines()) == 2001
+    with pytest.raises(ValueError, match="has no rank 2; there are: 0 to 1"):
+        run.logs(2)
+    with pytest.raises(ValueError, match="no stream is called 'stderr'; there are: out, err, both"):
+        run.logs(0, "stderr")  # type: ignore[arg-type]
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(lab.CellError, match=r"resume.*is no folder"):
         toy.start("unused", tmp_path / "runs", resume=tmp_path / "nowhere")
+    for option in ("timeout", "stall_timeout", "grace", "max_restarts"):
+        with pytest.raises(lab.CellError, match=rf"launch\.{option}: 0 or more, got -1"):
+            toy.start("unused", tmp_path / "runs", **{option: -1})
     assert not (tmp_path / "runs").exists()
 
 

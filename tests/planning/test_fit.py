@@ -213,9 +213,9 @@ def test_plans_side_by_side() -> None:
 
 
 def test_in_a_shell(no_dry_runs: list[Option]) -> None:
-    arguments = ["fit", "llama-1b", "--gpus", "2", "--gpu", "H200", "--method", "LOMO", "--to", "best.yaml"]
+    arguments = ["fit", "llama-1b", "--gpus", "2", "--gpu", "H200", "--method", "LOMO", "--to", "new/best.yaml"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "LOMO" in result.output
-    assert lab.Experiment.from_yaml("best.yaml").optimizer == lab.Lomo()
+    assert lab.Experiment.from_yaml("new/best.yaml").optimizer == lab.Lomo()
     assert CliRunner().invoke(app, ["fit", "llama-65b", "--gpus", "1", "--gpu", "T4"]).exit_code == 1

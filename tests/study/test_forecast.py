@@ -27,6 +27,9 @@ def test_forecast_is_made_once_and_corrected(tmp_path: Path) -> None:
         "training.batch_size": [2, 4], "optimizer": [{"kind": "adamw"}, {"kind": "lomo"}]})
     study = lab.Study(grid, results=tmp_path)
     with mock.patch.object(lab.Experiment, "plan", autospec=True, side_effect=plan) as planned:
+        with pytest.raises(lab.CellError, match="no GPU 'H2000' in the catalogue"):
+            study.forecast("H2000")
+        assert planned.call_count == 0
         frame = study.forecast("H200")
         assert planned.call_count == 4  # seeds are alike
         study.forecast("H200")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -34,6 +35,12 @@ def results() -> lab.Results:
     good = {"loss": 1.0, "perplexity": 2.5, "exact_match": 0.25, "peak_bytes": 2_000_000, "tokens_per_second": 3000.0,
             "trainable": 1234}
     return lab.Results({"AdamW & co": _run("a", **good), "LOMO": _run("b", "cuda_oom")})
+
+
+@pytest.mark.parametrize("runs", [["run-1"], {"AdamW": "run-1"}])
+def test_what_are_no_runs_by_name_is_said(runs: Any) -> None:
+    with pytest.raises(ValueError, match=r'takes runs by name, {"AdamW": run}, got .*run-1'):
+        lab.Results(runs)
 
 
 def test_table_shows_figures_and_a_failed_run_as_its_status(results: lab.Results) -> None:

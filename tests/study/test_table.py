@@ -86,6 +86,8 @@ def test_missing_arms_are_dashes_and_an_axis_that_nobody_names_is_an_error() -> 
         made.table(["exact_match"])
     with pytest.raises(ValueError, match="no arm has batch = 3"):
         made.table(where={"batch": 3})
+    with pytest.raises(ValueError, match="no test is called 'welsh'; there are: welch, paired"):
+        made.table(["loss"], rows=["method", "batch"], test="welsh")
 
 
 def test_a_tuned_axis_shows_its_best_over_the_seeds_that_all_values_have() -> None:

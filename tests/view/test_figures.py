@@ -70,6 +70,8 @@ def test_compare_says_what_is_wrong(finished: FakeRun) -> None:
         compare([])
     with pytest.raises(ValueError, match="2 labels for 1 runs"):
         compare([finished], ["a", "b"])
+    with pytest.raises(ValueError, match=r"compare takes a list of runs, compare\(\[a, b\]\), got <"):
+        compare(finished, ["a"])  # type: ignore[arg-type]
 
 
 def test_global_settings_stay_as_they_are(finished: FakeRun) -> None:

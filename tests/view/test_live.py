@@ -124,6 +124,8 @@ def test_watch_says_what_is_wrong(finished: FakeRun) -> None:
         watch()
     with pytest.raises(ValueError, match="watch: 1 labels for 2 runs"):
         watch(finished, finished, labels=["a"])
+    with pytest.raises(ValueError, match=r"watch takes runs one by one, watch\(a, b\), got \["):
+        watch([finished, finished])  # type: ignore[arg-type]
 
 
 def test_without_waiting_it_returns_at_once(recorder: Recorder, folder: RunFolder) -> None:
