@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ __all__ = [
 
 
 def build(cell: cells.Optimizer, model: nn.Module, *, reduce: Callable[[Tensor], None] | None = None,
-          max_norm: float | None = None, max_value: float | None = None, **options: Any) -> torch.optim.Optimizer:
+          max_norm: float | None = None, max_value: float | None = None, elsewhere: Iterable[str] = (),
+          **options: Any) -> torch.optim.Optimizer:
     """The torch optimizer of a cell for the trained parameters of `model`.
 
     Args:
@@ -35,13 +36,14 @@ def build(cell: cells.Optimizer, model: nn.Module, *, reduce: Callable[[Tensor],
         reduce: in backward on replicas: averages one gradient over the ranks, in place.
         max_norm: clip by the norm of the whole gradient.
         max_value: clip every element.
+        elsewhere: names of trained parameters that other ranks have, the stages of a pipeline: see `parameter_groups`.
         options: further options of `RuleOptimizer`: `engine`, `seed`, `record_norm`. An optimizer of a library takes
             none of all these: `clip_gradients` is for its loop.
 
     Raises:
         ValueError: the model and the cell do not go together; the message says why.
     """
-    groups = parameter_groups(model, cell, named=isinstance(cell, cells.RuleCell))
+    groups = parameter_groups(model, cell, named=isinstance(cell, cells.RuleCell), elsewhere=elsewhere)
     if isinstance(cell, cells.LibraryOptimizer):
         given = {"max_norm": max_norm, "max_value": max_value, "reduce": reduce, **options}
         if refused := [name for name, value in given.items() if value is not None]:

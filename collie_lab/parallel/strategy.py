@@ -37,10 +37,12 @@ class Strategy:
         tensor: what cuts matrices over ranks, if anything does.
         pipeline: what trains this rank's layers, if others have other layers; known when the model is laid out.
         counts: whether what this rank finds (a loss, a score) counts; tensor-parallel ranks all find the same.
+        trained: names of all trained parameters, where other ranks have some of them; known when the model is laid out.
     """
 
     tensor: TensorParallel | None = None
     pipeline: Pipeline | None = None
+    trained: tuple[str, ...] = ()
 
     def __init__(self, cell: Parallel, device: torch.device, precision: str):
         self.cell, self.device, self.precision = cell, device, precision
@@ -154,6 +156,7 @@ class TorchStrategy(Strategy):
     @override
     def lay_out(self, causal_lm: PreTrainedModel, root: nn.Module) -> None:
         if self.cell.pp > 1:
+            self.trained = tuple(name for name, parameter in root.named_parameters() if parameter.requires_grad)
             self.pipeline = Pipeline(causal_lm, self._mesh["pp"].get_group(), self.cell.schedule, self.device,
                                      self._hidden_dtype(causal_lm), self.tensor)
         if self.tensor is not None:

@@ -57,6 +57,9 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
     elif strategy.tensor is not None and getattr(model.config.get_text_config(), "attention_dropout", None):
         raise ValueError(f"{model.config.model_type}: attention dropout with tp is not supported for this family; "
                          'Model(..., config={"attention_dropout": 0.0})')
+    if not path.flat and strategy.cell.sequence_parallel:
+        raise ValueError(f"{model.config.model_type}: sequence_parallel cuts rows of packed documents, and this family "
+                         "takes padded ones with masks; leave it out")
     if path.whole_logits:
         if strategy.cell.tp * strategy.cell.pp > 1:
             raise ValueError(f"{model.config.model_type} makes its logits in a way of its own, which only whole models "

@@ -17,9 +17,9 @@ def build_optimizer(experiment: Experiment, model: nn.Module, strategy: Strategy
     """For the trained parameters of `model`, by its own names: wrappers lengthen them."""
     cell, training = experiment.scaled_optimizer, experiment.training
     if isinstance(cell, LibraryOptimizer):
-        return optim.build(cell, model)
+        return optim.build(cell, model, elsewhere=strategy.trained)
     return optim.build(strategy.held(cell), model, max_value=training.clip_grad_value, seed=training.seed,
-                       **strategy.optimizer_options(training.clip_grad_norm))
+                       elsewhere=strategy.trained, **strategy.optimizer_options(training.clip_grad_norm))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, experiment: Experiment, step: int) -> None:

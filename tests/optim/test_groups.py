@@ -75,6 +75,16 @@ def test_a_pattern_without_a_match_raises() -> None:
         parameter_groups(_model(True), cells.AdamW(lr_scale={"*lora_B*": 16.0, "*q_proj*": 2.0}))
 
 
+def test_a_pattern_may_be_for_a_parameter_elsewhere() -> None:
+    """On another stage of a pipeline, say; a pattern before it that matches too leaves it without a match."""
+    scales = {"*norm*": 0.5, "*layers.7.*": 2.0}
+    (group, other) = parameter_groups(_model(True), cells.AdamW(decay="all", lr=0.1, lr_scale=scales),
+                                      elsewhere=["model.layers.7.mlp.up_proj.weight"])
+    assert (group["lr"], other["lr"]) == (0.1, 0.1 * 0.5)
+    with pytest.raises(ValueError, match=r"layers\.7"):
+        parameter_groups(_model(True), cells.AdamW(lr_scale=scales), elsewhere=["model.layers.7.norm.weight"])
+
+
 def test_groups_reach_the_updates() -> None:
     """With gradients of 0 only weight decay moves: θ ← θ(1 − ηλ), in the groups that decay, at their own pace."""
     model = _model(True)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from collie_lab.cells import Experiment, Parallel
+from collie_lab.cells import SHAPES, Experiment, Parallel
 from collie_lab.parallel import Strategy, build_strategy
 from collie_lab.training.batch import collate
 from collie_lab.training.model import build_model
@@ -75,6 +75,13 @@ def test_families_equal_the_whole_model() -> None:
     run_ranks(_families, 2)
 
 
+def test_spread_tokens_of_padded_rows_are_refused() -> None:
+    """Gemma 2 caps its attention, which packed documents cannot: its masks are of whole rows."""
+    exp = experiment("gemma")
+    SHAPES["family-test"]["model_type"] = "gemma2"
+    strategy = Strategy(Parallel(tp=2, sequence_parallel=True), CPU, "fp32")
+    with pytest.raises(ValueError, match=r"gemma2: sequence_parallel .* leave it out"):
+        build_model(exp, CPU, strategy)
 
 
 def _generated(exp: Experiment, cell: Parallel) -> Tensor:

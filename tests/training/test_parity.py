@@ -46,6 +46,7 @@ ARMS = {
     "lora": BASE.replace(optimizer=AdamW(lr=5e-3), adapter=LoRA(r=4)),
     "accumulation": ADAMW.with_("training.micro_batch_size", 1),
     "recompute": ADAMW.with_("training.recompute", "full"),
+    "scaled": ADAMW.with_("optimizer.lr_scale", {"*.layers.0.*": 0.3, "model.norm*": 0.5}),  # each on one stage alone
 }
 
 
@@ -89,7 +90,7 @@ DEEP = ("pp2 interleaved", "pp2 zero bubble")
 
 def _arms(layout: str) -> list[str]:
     if layout == "pp2 1f1b":
-        return [*FEW, "adan", "held", "recompute"]
+        return [*FEW, "adan", "held", "recompute", "scaled"]
     return [name for name in ARMS if layout in ("dp2", "dp2 zero3", "tp2") or name in FEW]
 
 
