@@ -56,6 +56,15 @@ class Cell(BaseModel):
         if "kind" not in cls.__dict__:
             cls.kind = _snake_case(cls.__name__)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        # What help shows: the fields with their types, without what checks them.
+        shown = [each.replace(annotation=cls.model_fields[each.name].annotation if each.name in cls.model_fields
+                              else each.annotation)
+                 for each in cls.__signature__.parameters.values() if each.kind is not each.VAR_POSITIONAL]
+        cls.__signature__ = cls.__signature__.replace(parameters=shown)
+
     def __init__(self, *unnamed: Any, **fields: Any) -> None:
         if unnamed:
             raise CellError([Problem(type(self).__name__, "", f"its fields are given by name, got {unnamed[0]!r:.80}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,10 @@ def test_a_name_that_is_not_there_tells_the_nearest(name: str, meant: str) -> No
 def test_import_is_light() -> None:
     code = "import sys, collie_lab; assert not {'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_signatures_show_plain_types() -> None:
+    parameters = inspect.signature(lab.LoRA).parameters
+    assert str(parameters["r"]) == "r: int = 8"
+    assert str(parameters["load"]) == "load: str | None = None"
+    assert {each.kind for each in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
