@@ -118,14 +118,14 @@ def _miniature(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _shrink(text: Any) -> None:
-    """Fewer heads of the same size, and a smaller vocabulary."""
-    heads = text.num_attention_heads
-    width = text.hidden_size // heads
-    keys = getattr(text, "num_key_value_heads", None)
-    text.num_attention_heads = small = min(heads, 4)
-    if keys:
-        text.num_key_value_heads = small if keys == heads else min(keys, 2) if small % min(keys, 2) == 0 else 1
-    text.hidden_size = small * width
+    """Fewer heads of the same size, where there are any, and a smaller vocabulary."""
+    if heads := getattr(text, "num_attention_heads", None):  # a state space has none
+        width = text.hidden_size // heads
+        keys = getattr(text, "num_key_value_heads", None)
+        text.num_attention_heads = small = min(heads, 4)
+        if keys:
+            text.num_key_value_heads = small if keys == heads else min(keys, 2) if small % min(keys, 2) == 0 else 1
+        text.hidden_size = small * width
     text.vocab_size = min(text.vocab_size, _VOCABULARY)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(getattr(text, name, None), int):
