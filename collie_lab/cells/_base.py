@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-__all__ = ["PATH_TEXT", "Cell", "CellError", "Problem"]
+__all__ = ["PATH_TEXT", "Cell", "CellError", "Problem", "known_fields"]
 
 #: For fields that hold a path as text: a `Path` becomes one.
 PATH_TEXT: Final = BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
@@ -68,7 +68,7 @@ class Cell(BaseModel):
     def __init__(self, *unnamed: Any, **fields: Any) -> None:
         if unnamed:
             raise CellError([Problem(type(self).__name__, "", f"its fields are given by name, got {unnamed[0]!r:.80}",
-                                     "its fields: " + ", ".join(type(self).model_fields))])
+                                     known_fields(type(self)))])
         try:
             super().__init__(**fields)
         except ValidationError as error:
@@ -129,6 +129,11 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()
 
 
+def known_fields(cell: type[Cell]) -> str:
+    """The remedy for a field that a cell does not have."""
+    return "its fields: " + ", ".join(cell.model_fields)
+
+
 def _problems(cell: type[Cell], error: ValidationError) -> list[Problem]:
     problems = []
     items = error.errors()
@@ -138,7 +143,7 @@ def _problems(cell: type[Cell], error: ValidationError) -> list[Problem]:
         field = ".".join(str(part) for part in item["loc"] if not _is_union_tag(part)) or ""
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(field, cell.model_fields, n=1)
-            remedy = f"did you mean `{close[0]}`?" if close else "its fields: " + ", ".join(cell.model_fields)
+            remedy = f"did you mean `{close[0]}`?" if close else known_fields(cell)
             problems.append(Problem(cell.__name__, field, "unknown field", remedy))
         elif item["type"] == "missing":
             problems.append(Problem(cell.__name__, field, "this field is required"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from collie_lab.cells._base import Cell, CellError, Problem
+from collie_lab.cells._base import Cell, CellError, Problem, known_fields
 from collie_lab.cells.adapter import Adapter, LoRA, VirtualTokens
 from collie_lab.cells.callback import Callback, CallbackCell
 from collie_lab.cells.data import Data, Skills
@@ -74,8 +74,7 @@ class Experiment(Cell):
         """
         head, _, rest = path.partition(".")
         if head not in type(self).model_fields:
-            raise CellError([Problem("Experiment", head, "unknown field",
-                                     "its fields: " + ", ".join(type(self).model_fields))])
+            raise CellError([Problem("Experiment", head, "unknown field", known_fields(type(self)))])
         if not rest:
             return self.replace(**{head: value})
         return self.replace(**{head: _changed(getattr(self, head), head, rest, value)})

@@ -26,13 +26,9 @@ from collie_lab.optim.rounding import Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, Update
 from collie_lab.optim.table import TYPES, Owners, aligned, blocks, clipping, extra_type, on, pointers, upload
 
-__all__ = ["FACTORS", "VECTOR", "Factored"]
+__all__ = ["Factored"]
 
 _Rows = NDArray[np.int64]
-
-#: What the last pass reads of a matrix and of a vector: the operands of its formula, and how they lie.
-FACTORS = (("row", "column"), ("column", "row"), ("shrink", "number"))
-VECTOR = (("v", "full"), ("shrink", "number"), ("size", "number"))
 
 # A block of the first pass belongs to one warp, which takes some of its rows at a time: it adds up the columns in its
 # registers and the rows by shuffles, and waits for nobody. (Warps that share a block reach a third of the bandwidth.)

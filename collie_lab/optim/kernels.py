@@ -24,11 +24,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from collie_lab.optim.engine import Eager, Engine, Formula
-from collie_lab.optim.factored import FACTORS, VECTOR, Factored
+from collie_lab.optim.factored import Factored
 from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, States, Update
 from collie_lab.optim.table import TYPES, Owners, aligned, blocks, clipping, extra_type, on, upload
-from collie_lab.optim.trace import TRITON, operand_kind, trace
+from collie_lab.optim.trace import FACTORS, TRITON, VECTOR, operand_kind, trace
 
 __all__ = ["Triton", "build_kernel", "kernel_source"]
 

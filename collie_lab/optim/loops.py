@@ -12,14 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from collie_lab.optim.engine import Formula
-from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2
-from collie_lab.optim.trace import C, trace
+from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, compute_dtype
+from collie_lab.optim.trace import FACTORS, VECTOR, C, is_flat, trace
 
-__all__ = ["FACTORS", "VECTOR", "Kind", "Loops", "write_factored", "write_loop", "write_sums"]
-
-#: What the last pass of AdaLomo reads of a matrix and of a vector: the operands of its formula, and how they lie.
-FACTORS = (("row", "column"), ("column", "row"), ("shrink", "number"))
-VECTOR = (("v", "full"), ("shrink", "number"), ("size", "number"))
+__all__ = ["Kind", "Loops", "write_factored", "write_loop", "write_sums"]
 
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++17")
 # Loops over fp32 wait for memory, and an EPYC feeds vectors of 256 bits faster than those of 512 (SGD by a fifth); what
@@ -64,6 +60,7 @@ template <class Part> static inline void split(long m, int threads, Part part) {
 }}
 static inline int worth(int threads, long m, long n) {{ return m * n < {_PARALLEL} ? 1 : threads; }}
 """
+_TENSOR = "struct Tensor { long m, n, noise; W* w; E* e; const G* g; };  // what every row of a table begins with\n"
 _READ = {"exact": "read(w[i])", "stochastic": "read(w[i])", "kahan": "read(w[i]) + read(e[i])", "master": "e[i]"}
 _GRADIENT = {True: "clip(T(read(g[i])), scale, limit)", False: "T(read(g[i]))"}
 _WRITE = {
@@ -95,7 +92,7 @@ _BY_ROWS = """  for (long r = begin; r < end; ++r) {{
     }}
   }}"""
 _RUN = """
-struct Row {{ long m, n, noise; W* w; E* e; const G* g; {fields} }};
+struct Row : Tensor {{ {fields} }};
 extern "C" void run(const Row* row, long count, int threads, T scale, T limit{parameters}) {{
   for (; count--; ++row)
     split(row->m, worth(threads, row->m, row->n), [=](long begin, long end, int) {{
@@ -175,8 +172,8 @@ static Numbers numbers(double squares, double energy, double count, T lr, T weig
   return {{1 - alpha * weight_decay, alpha / (rms < 1 ? T(1) : rms)}};
 }}
 static inline void average(T& state, T q, T beta, T fresh) {{ state = state * beta + (q + T(1e-30)) * fresh; }}
-struct Matrix {{ long m, n, noise; W* w; E* e; const G* g; T *state, *columns; }};
-struct Vector {{ long m, n, noise; W* w; E* e; const G* g; T* state; }};
+struct Matrix : Tensor {{ T *state, *columns; }};
+struct Vector : Tensor {{ T* state; }};
 namespace matrix {{ {matrix} }}
 extern "C" void matrices(const Matrix* row, long count, int threads, T scale, T limit, T beta, T fresh, T lr,
                          T weight_decay, T* scratch) {{
@@ -237,7 +234,7 @@ class Kind(NamedTuple):
     @property
     def compute(self) -> str:
         """The C++ type of the computation."""
-        return _TYPES[torch.promote_types(self.weight, torch.float32)]
+        return _TYPES[compute_dtype(self.weight)]
 
     @property
     def number(self) -> Any:
@@ -249,7 +246,7 @@ class Kind(NamedTuple):
         types = {"T": self.compute, "W": _TYPES[self.weight], "G": _TYPES[self.gradient],
                  "E": "bf16" if self.rounding == "kahan" else self.compute}
         lines = "".join(f"typedef {name} {short};\n" for short, name in types.items())
-        return Loops(_HEAD + lines + source,
+        return Loops(_HEAD + lines + _TENSOR + source,
                      _FLAGS if torch.bfloat16 in (self.weight, self.gradient) else (*_FLAGS, *_NARROW))
 
 
@@ -296,12 +293,11 @@ def _part(formula: Formula, kind: Kind, operands: _Operands, scalars: tuple[str,
     body += [f"const auto {name} = {expression};" for name, expression in statements]
     body += [f"o_{name}_at[i] = {state};" for name, state in new.items()]
     body.append(_WRITE[kind.rounding].format(value))
-    flat = all(lies in ("full", "number") for _, lies in operands)
     return _PART.format(
         operands="".join(f", T* __restrict o_{name}_at" for name, _ in operands),
         scalars="".join(f", T s_{name}" for name in scalars),
         numbers=" ".join(_load(name, "0") for name, lies in operands if lies == "number"),
-        lines=(_FLAT if flat else _BY_ROWS).format(
+        lines=(_FLAT if is_flat(operands) else _BY_ROWS).format(
             body="\n    ".join(body),
             columns=" ".join(_load(name, "r") for name, lies in operands if lies == "column")))
 

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from typing_extensions import override
 from collie_lab.compiler import build, find_compiler
 from collie_lab.optim.engine import Eager, Engine, Formula
 from collie_lab.optim.loops import Kind, Loops, write_factored, write_loop, write_sums
-from collie_lab.optim.rounding import Weight
+from collie_lab.optim.rounding import Weight, compute_dtype
 from collie_lab.optim.rule import Gradient, Scalars, States, Update
-from collie_lab.optim.trace import operand_kind
+from collie_lab.optim.trace import is_flat, operand_kind
 
 __all__ = ["Native", "factored_scratch", "split_factored"]
 
-_COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
+#: The types that the loops know, and in which they compute; a look is quicker than asking torch for each tensor.
+_COMPUTE = {dtype: compute_dtype(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)}
 
 
 class Native(Engine):
@@ -58,7 +59,7 @@ class Native(Engine):
                 self._eager.elementwise(formula, weight, gradient, operands, scalars)
                 continue
             kinds = tuple([(name, operand_kind(tensor, w)) for name, tensor in operands.items()])
-            n = 1 if all(kind in ("full", "number") for _, kind in kinds) else w.shape[-1]
+            n = 1 if is_flat(kinds) else w.shape[-1]
             _table(tables, weight, gradient, kinds).add(weight, gradient, n, operands.values())
         for (*_, kinds), table in tables.items():
             table.run(_loop(formula, table.kind, kinds, tuple(scalars)), *scalars.values())
@@ -69,9 +70,9 @@ class Native(Engine):
         mine, left = split_factored(updates)
         tables: dict[Any, _Table] = {}
         for weight, gradient, states, _ in mine:
-            m_n = weight.tensor.shape
-            _table(tables, weight, gradient, len(m_n) == 2).add(
-                weight, gradient, m_n[1] if len(m_n) == 2 else 1, states.values())
+            is_matrix = weight.tensor.ndim == 2
+            n = weight.tensor.shape[1] if is_matrix else 1
+            _table(tables, weight, gradient, is_matrix).add(weight, gradient, n, states.values())
         scratch = factored_scratch(mine)
         for (*_, are_matrices), table in tables.items():
             functions, beta = _factored(matrix, vector, table.kind), scalars["beta"]
@@ -115,10 +116,9 @@ def split_factored(updates: Sequence[Update]) -> tuple[list[Update], list[Update
 
 def factored_scratch(updates: Sequence[Update]) -> Tensor:
     """Memory for what AdaLomo's passes note of the largest matrix: of its rows, and for each thread of its columns."""
-    threads = torch.get_num_threads()
-    numbers = [(update.weight.tensor.shape[0] + update.weight.tensor.shape[1] * threads) * update.weight.dtype.itemsize
-               for update in updates if update.weight.tensor.ndim == 2]
-    return torch.empty(max(numbers, default=0), dtype=torch.uint8)
+    threads, weights = torch.get_num_threads(), [update.weight for update in updates if update.weight.tensor.ndim == 2]
+    sizes = [(weight.tensor.shape[0] + weight.tensor.shape[1] * threads) * weight.dtype.itemsize for weight in weights]
+    return torch.empty(max(sizes, default=0), dtype=torch.uint8)
 
 
 class _Table:
@@ -144,9 +144,9 @@ class _Table:
         function(rows.buffer_info()[0], self._count, torch.get_num_threads(), *self._clip, *rest)
 
 
-def _table(tables: dict[Any, _Table], weight: Weight, gradient: Gradient, *what: Any) -> _Table:
+def _table(tables: dict[Any, _Table], weight: Weight, gradient: Gradient, what: Hashable) -> _Table:
     """The table of all that has the same types, clipping, and `what` else."""
-    key = weight.rounding, weight.tensor.dtype, gradient.raw.dtype, id(gradient.scale), gradient.limit, *what
+    key = weight.rounding, weight.tensor.dtype, gradient.raw.dtype, id(gradient.scale), gradient.limit, what
     table = tables.get(key)
     if table is None:
         table = tables[key] = _Table(weight, gradient)

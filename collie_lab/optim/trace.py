@@ -10,7 +10,11 @@ from torch import Tensor, fx
 
 from collie_lab.optim.engine import Formula
 
-__all__ = ["C", "TRITON", "operand_kind", "trace"]
+__all__ = ["FACTORS", "TRITON", "VECTOR", "C", "is_flat", "operand_kind", "trace"]
+
+#: What the last pass of AdaLomo reads of a matrix and of a vector: the operands of its formula, and how they lie.
+FACTORS = (("row", "column"), ("column", "row"), ("shrink", "number"))
+VECTOR = (("v", "full"), ("shrink", "number"), ("size", "number"))
 
 _OPERATORS: dict[Any, str] = {
     operator.add: "{} + {}", operator.sub: "{} - {}", operator.mul: "{} * {}", operator.truediv: "{} / {}",
@@ -68,3 +72,8 @@ def operand_kind(operand: Tensor, weight: Tensor) -> str:
     if operand.numel() == 1:
         return "number"
     return "column" if operand.shape[-1] == 1 else "row"
+
+
+def is_flat(operands: tuple[tuple[str, str], ...]) -> bool:
+    """Whether rows and columns are nothing to operands (name, kind): one loop over all elements does."""
+    return all(kind in ("full", "number") for _, kind in operands)
