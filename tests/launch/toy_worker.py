@@ -38,6 +38,16 @@ class Trainer:
         path = self.folder.read("launch.json")["resume_from"]
         return int(Path(path).name.removeprefix("step-")) if path else 0
 
+    def stopping(self) -> bool:
+        """Whether the stop flag is there, for all ranks as rank 0 sees it: none waits for one that has left."""
+        flag = self.folder.stop_flag.exists()
+        dist = sys.modules.get("torch.distributed")
+        if dist is not None and dist.is_initialized():
+            flags = [flag]
+            dist.broadcast_object_list(flags, src=0)
+            flag = flags[0]
+        return flag
+
     def close(self) -> None:
         """No rank may be gone while another still waits for it."""
         self.beat.close()
@@ -71,7 +81,7 @@ def main() -> None:
                 trainer.say("metrics", {"step": trainer.step, "time": time.time(), "loss": 1.0 / trainer.step,
                                         "lr": 0.1, "grad_norm": None, "tokens": 8, "tokens_per_second": 80.0,
                                         "mfu": None, "memory_allocated": None})
-            if folder.stop_flag.exists():
+            if trainer.stopping():
                 status = "stopped"
                 if trainer.rank == 0:
                     trainer.say("events", {"time": time.time(), "kind": "stopping", "step": trainer.step})
