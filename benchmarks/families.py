@@ -50,11 +50,13 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "nemotron": {"num_key_value_heads": 4},
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
                    "linear_num_key_heads": 2},
     "xlstm": {"num_heads": 2},
 }
+_MOST = 2**27  # parameters: more is no miniature
 # Lists with an entry a layer.
 BY_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types")
 
@@ -79,7 +81,12 @@ def miniature(family: str, folder: Path) -> None:
 
 def own_forward(folder: Path) -> None:
     """Transformers' own model of that configuration takes a few tokens, or raises."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if size > _MOST:
+        raise ValueError(f"it has {size:,} parameters: other models in it have sizes of their own")
+    model = AutoModelForCausalLM.from_config(config)
     model(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False)
 
 

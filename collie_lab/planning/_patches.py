@@ -80,8 +80,10 @@ class _DryEngine(Eager):
 
 
 @contextlib.contextmanager
-def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
+def patched(fake: FakeTensorMode, ledger: Ledger, *, padded: bool) -> Iterator[None]:
     """The context of a dry run, from the building of the model to its last step.
+
+    `padded`: rows that lie together may differ in length, and some are filled up.
 
     From where a rank would give the model its weights on, everything is fake and counted: within the context the two
     modes are entered there.
@@ -90,6 +92,7 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.distributed.pipelining import schedules
     from torch.distributed.tensor import _utils
+    from transformers import masking_utils
 
     import collie_lab.optim.optimizer as optimizer
     import collie_lab.parallel.pipeline as pipeline
@@ -122,6 +125,8 @@ def patched(fake: FakeTensorMode, ledger: Ledger) -> Iterator[None]:
         put(optimizer, "choose_engine", lambda _, device: _DryEngine(ledger.work, device))
         put(strategy, "DistributedDataParallel", type("_Replicas", (_Replicas,), {"ledger": ledger}))
         put(pipeline._Stage, "forward", _first_batch)
+        put(masking_utils, "_ignore_causal_mask_sdpa",
+            _knowing_rows(masking_utils._ignore_causal_mask_sdpa, padded))
         if not ledger.on_gpu:
             put(torch, "get_rng_state", _counted_state(torch.get_rng_state, ledger))
         put(torch.distributed.tensor._utils, "compute_local_shape_and_global_offset",
@@ -284,6 +289,15 @@ def _in_role(role: Role, function: Callable[..., Any], ledger: Ledger) -> Callab
     def call(*args: Any, **kwargs: Any) -> Any:
         with ledger.as_role(role):
             return function(*args, **kwargs)
+
+    return call
+
+
+def _knowing_rows(ignore: Callable[..., bool], padded: bool) -> Callable[..., bool]:
+    """Where no row is filled up, transformers leaves out the mask of attention, which it tells by values."""
+    def call(padding_mask: Tensor | None, *args: Any, **kwargs: Any) -> bool:
+        filled = padding_mask is not None and padded and len(padding_mask) > 1
+        return ignore(padding_mask if filled else None, *args, **kwargs)
 
     return call
 

@@ -55,8 +55,8 @@ class Trace:
     moments: list[tuple[int, str]]
 
 
-def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, steps: int = 2, on_gpu: bool = False
-            ) -> Trace:
+def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, steps: int = 2, on_gpu: bool = False,
+            padded: bool = False) -> Trace:
     """The memory of `rank` over the first steps on these documents.
 
     Args:
@@ -65,6 +65,7 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
             Of a step's micro-batches three run, where there is no pipeline: the first, the second, to which all others
             but the last are alike and whose work counts for theirs, and the last.
         on_gpu: as a GPU's allocator counts: not what lies in the host's memory, and the rest in its granules.
+        padded: rows that lie together may differ in length, though these do not.
     """
     training, parallel, device = experiment.training, experiment.parallel, torch.device("cpu")
     ledger, begins, updates = Ledger(GRANULE if on_gpu else 1), [], []
@@ -74,7 +75,7 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
                       dp_size=parallel.dp, micro_batch_size=parallel.micro_batch_size(
                           training.batch_size, training.micro_batch_size))
         # Of a CPU: fake tensors of a GPU fail without one.
-        with patched(FakeTensorMode(allow_non_fake_inputs=True), ledger):
+        with patched(FakeTensorMode(allow_non_fake_inputs=True), ledger, padded=padded):
             whole = next(order.steps())
             plan = whole if parallel.pp > 1 else _without_alike(whole)
             step = TrainingStep(experiment, device, strategy, say=_counter(ledger.work, whole, plan))

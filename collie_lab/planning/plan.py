@@ -170,7 +170,8 @@ class Plan:
 
         worst = self.worst
         if not worst["course"]:
-            request = {"length": self.length, "rank": worst["rank"], "on_gpu": self.gpu is not None}
+            request = {"length": self.length, "rank": worst["rank"], "on_gpu": self.gpu is not None,
+                       "padded": worst.get("padded", False)}
             bare = _bare(self.experiment.replace(evaluate=(), callbacks=()), self.length)
             worst, = ask(bare, [{**request, "course": True}])
         return draw(worst, self.gpu)
@@ -217,8 +218,8 @@ def plan(experiment: Experiment, gpu: GPU | str | None = None, *, course: bool =
     length = longest_document(experiment)
     bare, parallel = _bare(cells, length), experiment.parallel
     ranks = [stage * parallel.dp * parallel.tp for stage in range(parallel.pp)]
-    requests = [{"length": length, "rank": rank, "on_gpu": chosen is not None, "course": course}
-                for rank in ranks]
+    requests = [{"length": length, "rank": rank, "on_gpu": chosen is not None, "course": course,
+                 "padded": not isinstance(experiment.data, RandomTokens)} for rank in ranks]
     return Plan(experiment, chosen, length, tuple(ask(bare, requests, quiet)))
 
 

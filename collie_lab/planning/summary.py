@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from collie_lab.cells import Experiment, Freeze
 from collie_lab.planning._apart import apart
@@ -46,6 +46,7 @@ class Summary:
         layers_run: how many layers were traced, of how many.
         work: the operations of a step, a row each: the fields of `Operation`, and how many.
         flops: of the whole model, as MFU counts them: those of a token, and of a pair of tokens in attention.
+        padded: whether rows that lie together may differ in length, and some are filled up.
     """
 
     rank: int
@@ -60,32 +61,55 @@ class Summary:
     layers_run: tuple[int, int] = (0, 0)
     work: list[list[Any]] = field(default_factory=list)
     flops: tuple[int, ...] = (0, 0)
+    padded: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
 
 
-def forecast(experiment: Experiment, length: int, *, rank: int = 0, on_gpu: bool = False, course: bool = False
-             ) -> Summary:
+class _Case(NamedTuple):
+    """What of a step is not in its cells."""
+
+    length: int
+    rank: int
+    on_gpu: bool
+    padded: bool
+
+    def trace(self, experiment: Experiment) -> Trace:
+        documents = full_documents(experiment.training.batch_size, self.length)
+        return dry_run(experiment, documents, rank=self.rank, on_gpu=self.on_gpu, padded=self.padded)
+
+    def follow(self, experiment: Experiment) -> _Course:
+        return _Course(self.trace(experiment))
+
+
+def forecast(experiment: Experiment, length: int, *, rank: int = 0, on_gpu: bool = False, padded: bool = False,
+             course: bool = False) -> Summary:
     """The memory of a rank, for batches of full documents of `length` tokens.
+
+    With `padded`, other rows are shorter: what transformers masks of them takes memory, where documents are rows.
 
     With `course`, all layers and all stages' micro-batches are run, and the course of a step is kept.
     """
+    found = _summary(experiment, _Case(length, rank, on_gpu, padded), course)
+    return replace(found, padded=padded)
+
+
+def _summary(experiment: Experiment, case: _Case, course: bool) -> Summary:
     layers, at_depth = _depths(experiment)
-    if not course and (stage := _by_fewer_micro_batches(experiment, length, rank, on_gpu, layers)) is not None:
+    if not course and (stage := _by_fewer_micro_batches(experiment, case, layers)) is not None:
         return stage
     if not course and at_depth is not None and layers > max(_DEPTHS):
         small = {depth: experiment.replace(model=experiment.model.replace(config=at_depth(depth))) for depth in _DEPTHS}
         probe_once(small[_DEPTHS[0]])  # for all of them
-        some = apart([functools.partial(_follow, small[depth], length, rank, on_gpu) for depth in _DEPTHS[::-1]])
-        if (extended := _extended(some[::-1], rank, layers)) is not None:
+        some = apart([functools.partial(case.follow, small[depth]) for depth in _DEPTHS[::-1]])
+        if (extended := _extended(some[::-1], case.rank, layers)) is not None:
             return extended
-    return _summarise(_trace(experiment, length, rank, on_gpu), rank, layers, course)
+    return _summarise(case.trace(experiment), case.rank, layers, course)
 
 
-def _by_fewer_micro_batches(experiment: Experiment, length: int, rank: int, on_gpu: bool, layers: int
-                            ) -> Summary | None:
+def _by_fewer_micro_batches(experiment: Experiment, case: _Case, layers: int) -> Summary | None:
     """A stage's summary from steps of few micro-batches: from where 1F1B has as many of them under way as there are
     stages, each adds the same bytes (torch keeps what stages send and receive) and the same work. None where there are
     few, where three do not lie on a line, or where the schedule is another."""
@@ -98,8 +122,7 @@ def _by_fewer_micro_batches(experiment: Experiment, length: int, rank: int, on_g
     some = []
     for number in numbers:
         fewer = training.replace(batch_size=number * micro * parallel.dp, micro_batch_size=micro)
-        trace = _trace(experiment.replace(training=fewer), length, rank, on_gpu)
-        some.append(_summarise(trace, rank, layers, course=False))
+        some.append(_summarise(case.trace(experiment.replace(training=fewer)), case.rank, layers, course=False))
     sizes = _on_a_line([{"first": each.first, "peak": each.peak} for each in some], more)
     components = _on_a_line([each.components for each in some], more)
     held = _on_a_line([each.held for each in some], more)
@@ -117,14 +140,6 @@ def _on_a_line(some: list[dict[Any, int]], more: int) -> dict[Any, int] | None:
     if changes[0] != changes[1]:
         return None
     return {name: value + more * changes[1][name] for name, value in some[-1].items()}
-
-
-def _follow(experiment: Experiment, length: int, rank: int, on_gpu: bool) -> _Course:
-    return _Course(_trace(experiment, length, rank, on_gpu))
-
-
-def _trace(experiment: Experiment, length: int, rank: int, on_gpu: bool) -> Trace:
-    return dry_run(experiment, full_documents(experiment.training.batch_size, length), rank=rank, on_gpu=on_gpu)
 
 
 def _depths(experiment: Experiment) -> tuple[int, Callable[[int], dict[str, Any]] | None]:

@@ -118,6 +118,23 @@ def test_experts_are_planned_and_take_adapters(tmp_path: Path) -> None:
         assert forecast(experiment, 192).peak == pytest.approx(measured, rel=2e-3), name
 
 
+def test_what_hides_the_filling_of_rows_counts_where_there_is_some(tmp_path: Path) -> None:
+    fields = {"model_type": "stablelm", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    full = BASE.replace(model=lab.Model(tmp_path, init="random", tokenizer="bytes"))
+    texts = ["x" * 400, "y" * 189] * 4
+    filled = full.replace(data=lab.Text(texts, max_length=192, overlong="truncate", holdout=0.0, shuffle=False))
+    one_by_one = filled.with_("training.micro_batch_size", 1)
+    planned = {}
+    for name, experiment in {"full": full, "filled": filled, "one by one": one_by_one}.items():
+        measured = run_here(experiment, tmp_path / name).read("result.json")["peak_bytes"]
+        planned[name] = experiment.plan().peak_bytes
+        assert planned[name] == pytest.approx(measured, rel=5e-3), name
+    # A mask of numbers, 4 x 192 x 192, is kept of each layer.
+    assert planned["filled"] - planned["full"] > 2 * 4 * 4 * 192**2
+
+
 def test_packed_random_tokens_fill_rows(tmp_path: Path) -> None:
     experiment = BASE.replace(data=lab.RandomTokens(length=48, documents=100, packing=True, max_length=100))
     measured = run_here(experiment, tmp_path / "run").read("result.json")["peak_bytes"]
