@@ -65,10 +65,12 @@ def miniature(family: str, folder: Path) -> None:
     """Write the small configuration of a family."""
     whole = AutoConfig.for_model(family)
     text, default = whole.get_text_config(), vars(whole.get_text_config())
-    sizes = {name: size for name, size in SIZES.items() if default.get(name) is not None}
+    sizes: dict[str, Any] = {name: size for name, size in SIZES.items() if default.get(name) is not None}
     sizes |= {name: default[name][:2] for name in BY_LAYER if isinstance(default.get(name), list)}
     if "qk_rope_head_dim" in sizes:  # latent attention: a head is what is turned
         sizes["head_dim"] = sizes["qk_rope_head_dim"]
+    if getattr(text, "is_decoder", None) is False:  # else it sees the tokens that it is to predict
+        sizes["is_decoder"] = True
     sizes |= OWN.get(family, {})
     if text is whole:
         small = AutoConfig.for_model(family, **sizes)

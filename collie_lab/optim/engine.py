@@ -13,7 +13,7 @@ import subprocess
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Formula(Protocol):
 class Engine(ABC):
     """Computes updates in place. Operands are local, dense tensors."""
 
-    together: ClassVar[bool] = False
+    together: bool = False
     """Whether many updates at once cost it less than one after the other."""
 
     @abstractmethod

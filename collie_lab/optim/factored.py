@@ -25,17 +25,11 @@ from torch import Tensor
 from collie_lab.optim.rounding import Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, Update
 from collie_lab.optim.table import TYPES, Owners, aligned, blocks, clipping, extra_type, on, pointers, upload
+from collie_lab.optim.tiles import ACROSS, COLUMNS, DEEP, DOWN, LONG, ROWS, STEP, WIDE, scratch_sizes
 
 __all__ = ["Factored"]
 
 _Rows = NDArray[np.int64]
-
-# A block of the first pass belongs to one warp, which takes some of its rows at a time: it adds up the columns in its
-# registers and the rows by shuffles, and waits for nobody. (Warps that share a block reach a third of the bandwidth.)
-_DOWN, _ACROSS, _STEP = 128, 256, 4
-_ROWS, _COLUMNS = 16, 256  # a tile of the second pass
-_DEEP, _WIDE = 32, 128  # a tile of the sums over blocks
-_LONG = 4096  # a piece of a vector
 
 # The fields of a tensor's row in the table: sizes, the first of its programs in a launch, and addresses.
 _NAMES = ("m", "n", "first_block", "first_row_chunk", "first_column_chunk", "first_tile", "w", "e", "g", "row_sums",
@@ -56,7 +50,7 @@ class Factored:
     def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
         """See `Engine.moments`."""
         m, n = weight.tensor.shape
-        down, across = triton.cdiv(m, _DOWN), triton.cdiv(n, _ACROSS)
+        down, across = triton.cdiv(m, DOWN), triton.cdiv(n, ACROSS)
         rows, columns, squares = (torch.empty(shape, device=self._device)
                                   for shape in ((across, m), (down, n), (down * across,)))
         fields = {"m": m, "n": n, "row_sums": rows.data_ptr(), "column_sums": columns.data_ptr(),
@@ -68,7 +62,7 @@ class Factored:
     def energy(self, gradient: Gradient, row: Tensor, column: Tensor) -> Tensor:
         """See `Engine.energy`."""
         m, n = gradient.raw.shape
-        count = triton.cdiv(m, _ROWS)
+        count = triton.cdiv(m, ROWS)
         energies = torch.empty(count, device=self._device)
         fields = {"m": m, "n": n, "g": gradient.raw.data_ptr(), "row": row.data_ptr(), "column": column.data_ptr(),
                   "energies": energies.data_ptr()}
@@ -81,11 +75,9 @@ class Factored:
         weight, gradient = updates[0].weight, updates[0].gradient
         shapes = np.array([each.weight.tensor.shape for each in updates], dtype=np.int64)
         m, n = shapes[:, 0], shapes[:, 1]
-        down, across, rows = -(-m // _DOWN), -(-n // _ACROSS), -(-m // _ROWS)
-        row_chunks, column_chunks = -(-m // _WIDE), -(-n // _WIDE)
-        scratch, places = self._scratch({
-            "row_sums": across * m, "column_sums": down * n, "squares": down * across, "means": column_chunks,
-            "energies": rows, "row": m, "column": n, "numbers": np.ones_like(m)})
+        down, across, rows = -(-m // DOWN), -(-n // ACROSS), -(-m // ROWS)
+        row_chunks, column_chunks = -(-m // WIDE), -(-n // WIDE)
+        scratch, places = self._scratch(scratch_sizes(m, n))
         table = self._table({
             "m": m, "n": n, "first_block": blocks(down * across), "first_tile": blocks(rows),
             "first_row_chunk": blocks(row_chunks), "first_column_chunk": blocks(column_chunks), **places,
@@ -128,10 +120,10 @@ class Factored:
         _energy[(sum(counts),)](table.rows, self._owners(counts), **_gradient(gradient), ALIGNED=table.aligned)
 
     def _scratch(self, sizes: dict[str, _Rows]) -> tuple[Tensor, dict[str, _Rows]]:
-        """One fp32 tensor for arrays of so many numbers, and their addresses, multiples of 16."""
-        padded = np.concatenate([-(-size // 4) * 4 for size in sizes.values()])
-        scratch = torch.empty(int(padded.sum()), device=self._device)
-        addresses = scratch.data_ptr() + 4 * blocks(padded)
+        """One fp32 tensor for arrays of so many numbers, and their addresses."""
+        whole = np.concatenate(list(sizes.values()))
+        scratch = torch.empty(int(whole.sum()), device=self._device)
+        addresses = scratch.data_ptr() + 4 * blocks(whole)
         return scratch, dict(zip(sizes, np.split(addresses, len(sizes)), strict=True))
 
     def _table(self, fields: dict[str, Any]) -> _Table:
@@ -210,8 +202,8 @@ def _read_weight(w_ptr, e_ptr, at, mask, KAHAN: tl.constexpr, MASTER: tl.constex
 @triton.jit
 def _moments(table_ptr, owner_ptr, scale_ptr, limit, W: tl.constexpr, E: tl.constexpr,  # type: ignore
              G: tl.constexpr, KAHAN: tl.constexpr, MASTER: tl.constexpr, SCALED: tl.constexpr, LIMITED: tl.constexpr,
-             ALIGNED: tl.constexpr, DOWN: tl.constexpr = _DOWN, ACROSS: tl.constexpr = _ACROSS,
-             STEP: tl.constexpr = _STEP):
+             ALIGNED: tl.constexpr, DOWN: tl.constexpr = DOWN, ACROSS: tl.constexpr = ACROSS,
+             STEP: tl.constexpr = STEP):
     row_ptr = _entry(table_ptr, owner_ptr)
     block = tl.program_id(0) - tl.load(row_ptr + _FIRST_BLOCK)
     m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N)
@@ -240,8 +232,8 @@ def _moments(table_ptr, owner_ptr, scale_ptr, limit, W: tl.constexpr, E: tl.cons
 
 
 @triton.jit
-def _means(table_ptr, owner_ptr, beta, fresh, OF_ROWS: tl.constexpr, DOWN: tl.constexpr = _DOWN,  # type: ignore
-           ACROSS: tl.constexpr = _ACROSS, DEEP: tl.constexpr = _DEEP, WIDE: tl.constexpr = _WIDE):
+def _means(table_ptr, owner_ptr, beta, fresh, OF_ROWS: tl.constexpr, DOWN: tl.constexpr = DOWN,  # type: ignore
+           ACROSS: tl.constexpr = ACROSS, DEEP: tl.constexpr = DEEP, WIDE: tl.constexpr = WIDE):
     row_ptr = _entry(table_ptr, owner_ptr)
     m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N)
     if OF_ROWS:
@@ -265,7 +257,7 @@ def _means(table_ptr, owner_ptr, beta, fresh, OF_ROWS: tl.constexpr, DOWN: tl.co
 
 
 @triton.jit
-def _factors(table_ptr, WIDE: tl.constexpr = _WIDE, LONG: tl.constexpr = _LONG):  # type: ignore[no-untyped-def]
+def _factors(table_ptr, WIDE: tl.constexpr = WIDE, LONG: tl.constexpr = LONG):  # type: ignore[no-untyped-def]
     row_ptr = table_ptr + tl.program_id(0) * _FIELDS
     m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N).to(tl.int32)
     mean = _total(_numbers_at(row_ptr, _MEANS), tl.cdiv(n, WIDE), LONG) / n
@@ -281,8 +273,8 @@ def _factors(table_ptr, WIDE: tl.constexpr = _WIDE, LONG: tl.constexpr = _LONG):
 
 @triton.jit
 def _energy(table_ptr, owner_ptr, scale_ptr, limit, G: tl.constexpr, SCALED: tl.constexpr,  # type: ignore
-            LIMITED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr = _ROWS,
-            COLUMNS: tl.constexpr = _COLUMNS):
+            LIMITED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr = ROWS,
+            COLUMNS: tl.constexpr = COLUMNS):
     row_ptr = _entry(table_ptr, owner_ptr)
     block = tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)
     m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N).to(tl.int32)
@@ -311,8 +303,8 @@ def _shrink_and_size(squares, energy, count, lr, weight_decay):  # type: ignore[
 
 
 @triton.jit
-def _sizes(table_ptr, lr, weight_decay, DOWN: tl.constexpr = _DOWN, ACROSS: tl.constexpr = _ACROSS,  # type: ignore
-           ROWS: tl.constexpr = _ROWS, LONG: tl.constexpr = _LONG):
+def _sizes(table_ptr, lr, weight_decay, DOWN: tl.constexpr = DOWN, ACROSS: tl.constexpr = ACROSS,  # type: ignore
+           ROWS: tl.constexpr = ROWS, LONG: tl.constexpr = LONG):
     row_ptr = table_ptr + tl.program_id(0) * _FIELDS
     m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N).to(tl.int32)
     squares = _total(_numbers_at(row_ptr, _SQUARES), tl.cdiv(m, DOWN) * tl.cdiv(n, ACROSS), LONG)
@@ -328,7 +320,7 @@ def _sizes(table_ptr, lr, weight_decay, DOWN: tl.constexpr = _DOWN, ACROSS: tl.c
 @triton.jit
 def _vectors(table_ptr, beta, fresh, lr, weight_decay, scale_ptr, limit, W: tl.constexpr,  # type: ignore
              E: tl.constexpr, G: tl.constexpr, KAHAN: tl.constexpr, MASTER: tl.constexpr, SCALED: tl.constexpr,
-             LIMITED: tl.constexpr, LONG: tl.constexpr = _LONG):
+             LIMITED: tl.constexpr, LONG: tl.constexpr = LONG):
     row_ptr = table_ptr + tl.program_id(0) * _FIELDS
     n = tl.load(row_ptr + _N).to(tl.int32)
     w_ptr = tl.load(row_ptr + _W).to(tl.pointer_type(W))

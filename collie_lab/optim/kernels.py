@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import linecache
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -140,7 +140,7 @@ class _Launch(NamedTuple):
 class Triton(Engine):
     """Kernels for contiguous fp32 and bf16 weights; float64, which no one trains in, is left to torch."""
 
-    together: ClassVar[bool] = True
+    together = True
 
     def __init__(self, device: torch.device):
         self._device, self._eager, self._owners = device, Eager(device), Owners(device)

@@ -30,6 +30,15 @@ _COLLECTIVES: Final = frozenset({"c10d", "_c10d_functional", "c10d_functional", 
 _COPIED_BY_GLOO: Final = frozenset({torch.ops.c10d._allgather_base_.default,
                                     torch.ops.c10d._reduce_scatter_base_.default})
 
+_aten: Final = torch.ops.aten
+#: What begins the gradient of an indexed tensor, and what then adds to it: out of place for fake tensors alone.
+_ZEROS: Final = frozenset({_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default})
+_IN_PLACE: Final = {
+    _aten.scatter_add.default: _aten.scatter_add_.default, _aten.index_add.default: _aten.index_add_.default,
+    _aten.index_put.default: _aten.index_put_.default, _aten.scatter.src: _aten.scatter_.src,
+    _aten.scatter.value: _aten.scatter_.value,
+}
+
 
 class Event(NamedTuple):
     """Bytes that a storage takes from now on (a free storage takes 0)."""
@@ -62,6 +71,7 @@ class Ledger(Roles, TorchDispatchMode):
         self._held: dict[int, tuple[int, int]] = {}  # by address: the number of the storage, and its bytes
         self._count = 0
         self._sum: tuple[int, Event] | None = None  # of gradients, and the number of the first
+        self._zeros = 0  # the address of the storage that the last operator filled with zeros
 
     def begin(self, moment: str) -> None:
         """From here on it is another moment of the step."""
@@ -135,6 +145,7 @@ class Ledger(Roles, TorchDispatchMode):
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self._run(func, args, kwargs or {})
+        self._zeros = out.untyped_storage()._cdata if func in _ZEROS and isinstance(out, FakeTensor) else 0
         if self._paused:
             return out
         self.work.note(func, args, kwargs, out, loss=self.role == "loss")
@@ -154,6 +165,8 @@ class Ledger(Roles, TorchDispatchMode):
             # Products of experts: torch makes them in every type, and its fake ones in bf16 alone.
             return _create_grouped_mm_output_tensor(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("offs"),
                                                     kwargs.get("out_dtype") or args[0].dtype)
+        if func in _IN_PLACE and self._zeros and _in_backward() and self._zeros == args[0].untyped_storage()._cdata:
+            func = _IN_PLACE[func]
         try:
             return func(*args, **kwargs)
         except DataDependentOutputException:  # an optimizer that scales by a norm reads it; it takes no memory

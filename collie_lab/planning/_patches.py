@@ -6,7 +6,9 @@ Each patch stands for one thing that torch cannot do without values, or does beh
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 from unittest import mock
@@ -25,6 +27,7 @@ from collie_lab.optim.engine import Eager, Formula
 from collie_lab.optim.native import factored_scratch, split_factored
 from collie_lab.optim.rounding import Weight
 from collie_lab.optim.rule import Gradient, Scalars, States, Update
+from collie_lab.optim.tiles import scratch_sizes
 from collie_lab.parallel.sharding import blocks
 from collie_lab.planning._ledger import Ledger
 from collie_lab.planning._roles import Role
@@ -38,9 +41,10 @@ __all__ = ["KNOWN_PATHS", "patched", "probe_once"]
 class _DryEngine(Eager):
     """An engine that writes in place and nothing else, as compiled loops and kernels do."""
 
-    def __init__(self, work: Work, device: torch.device):
+    def __init__(self, work: Work, device: torch.device, *, on_gpu: bool):
         super().__init__(device)
-        self._work = work
+        self._work, self._on_gpu = work, on_gpu
+        self.together = on_gpu
 
     @override
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
@@ -53,7 +57,7 @@ class _DryEngine(Eager):
                  ) -> Sequence[Update]:
         """Whole matrices and vectors as loops and kernels have them: passes, with little scratch."""
         mine, left = split_factored(updates)
-        scratch = factored_scratch(mine)
+        scratch = _kernels_scratch(mine) if self._on_gpu else factored_scratch(mine)
         for weight, gradient, states, _ in mine:
             is_matrix, number = weight.tensor.ndim == 2, gradient.raw.view(-1)[0]
             self._work.read(weight.tensor, gradient.raw)
@@ -77,6 +81,13 @@ class _DryEngine(Eager):
         """An uninitialised sum."""
         self._work.read(gradient.raw)
         return torch.empty_like(row, dtype=dtype).sum()
+
+
+def _kernels_scratch(updates: Sequence[Update]) -> Tensor:
+    """What `optim.factored` takes of a GPU's memory; weights of one model are of one type, and share a launch."""
+    shapes = np.array([update.weight.tensor.shape for update in updates if update.weight.tensor.ndim == 2])
+    sizes = scratch_sizes(*shapes.reshape(-1, 2).T).values()
+    return torch.empty(int(sum(size.sum() for size in sizes)), dtype=torch.float32)
 
 
 @contextlib.contextmanager
@@ -116,17 +127,21 @@ def patched(fake: FakeTensorMode, ledger: Ledger, *, padded: bool) -> Iterator[N
             for parameter in root.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(ledger.mark_gradient)
+            for name in {type(module).__module__ for module in root.modules()}:  # which have imported it
+                if hasattr(family := sys.modules[name], "create_recurrent_attention_mask"):
+                    put(family, "create_recurrent_attention_mask",
+                        _knowing_rows(family.create_recurrent_attention_mask, "attention_mask", padded))
             ledger.watch(blocks(root))
             ledger.role = "optimizer"
 
         put(model, "find_path", _find_path_once(find_path))
         put(model, "fill", fill)
         put(model, "set_first_values", lambda *_: None)
-        put(optimizer, "choose_engine", lambda _, device: _DryEngine(ledger.work, device))
+        put(optimizer, "choose_engine", lambda _, device: _DryEngine(ledger.work, device, on_gpu=ledger.on_gpu))
         put(strategy, "DistributedDataParallel", type("_Replicas", (_Replicas,), {"ledger": ledger}))
         put(pipeline._Stage, "forward", _first_batch)
         put(masking_utils, "_ignore_causal_mask_sdpa",
-            _knowing_rows(masking_utils._ignore_causal_mask_sdpa, padded))
+            _knowing_rows(masking_utils._ignore_causal_mask_sdpa, "padding_mask", padded))
         if not ledger.on_gpu:
             put(torch, "get_rng_state", _counted_state(torch.get_rng_state, ledger))
         put(torch.distributed.tensor._utils, "compute_local_shape_and_global_offset",
@@ -293,11 +308,16 @@ def _in_role(role: Role, function: Callable[..., Any], ledger: Ledger) -> Callab
     return call
 
 
-def _knowing_rows(ignore: Callable[..., bool], padded: bool) -> Callable[..., bool]:
-    """Where no row is filled up, transformers leaves out the mask of attention, which it tells by values."""
-    def call(padding_mask: Tensor | None, *args: Any, **kwargs: Any) -> bool:
-        filled = padding_mask is not None and padded and len(padding_mask) > 1
-        return ignore(padding_mask if filled else None, *args, **kwargs)
+def _knowing_rows(function: Callable[..., Any], argument: str, padded: bool) -> Callable[..., Any]:
+    """Where no row is filled up, transformers leaves out the mask that an argument is; it tells by values."""
+    signature = inspect.signature(function)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        mask = bound.arguments[argument]
+        if mask is not None and not (padded and len(mask) > 1):
+            bound.arguments[argument] = None
+        return function(*bound.args, **bound.kwargs)
 
     return call
 

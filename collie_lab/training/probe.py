@@ -1,4 +1,5 @@
-"""A model family is believed only after a try: two documents in one batch against each of them alone.
+"""A model family is believed only after a try: two documents in one batch against each of them alone, and what is
+predicted of a token whatever comes after it.
 
 Families differ in ways that no attribute tells: attention that keeps a state or sinks, arguments that a layer
 does not pass on, logits that are capped at the end. A difference is found here, before training, not in a paper. What
@@ -61,7 +62,7 @@ def find_path(model: PreTrainedModel, packing: bool) -> Path:
     """Try the ways, fastest first. What has to be given up is said in a warning.
 
     Raises:
-        ValueError: none of them is right.
+        ValueError: none of them is right, or the model sees the tokens that it is to predict.
     """
     family = model.config.model_type
     path = _first_right(model)
@@ -81,6 +82,11 @@ def _first_right(model: PreTrainedModel) -> Path | None:
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(0)
         small = _miniature(model)
+    if not _is_causal(small):
+        is_switch = getattr(model.config, "is_decoder", None) is False
+        remedy = ': Model(..., config={"is_decoder": True})' if is_switch else ""
+        raise ValueError(f"{model.config.model_type}: what is predicted of a token depends on later ones; this is no "
+                         f"causal language model{remedy}")
     reference, plain, attention = _reference(small), small.forward, small.config._attn_implementation
     attach_loss(small)
     if supports_packed_attention(small):
@@ -130,6 +136,17 @@ def _shrink(text: Any) -> None:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(getattr(text, name, None), int):
             setattr(text, name, 0)
+
+
+@torch.no_grad()
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether the first half of a document has the same logits whatever the second."""
+    model.eval()
+    ids = torch.from_numpy(_documents(model).tokens[:_LENGTHS[0]].astype(np.int64))
+    half, vocabulary = len(ids) // 2, model.get_input_embeddings().weight.shape[0]
+    other = torch.cat([ids[:half], (ids[half:] + 1) % vocabulary])
+    first, second = (model(input_ids=each[None], use_cache=False).logits[0, :half].float() for each in (ids, other))
+    return bool((first - second).abs().max() <= _TOLERANCE * first.std())
 
 
 @torch.no_grad()

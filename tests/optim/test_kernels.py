@@ -207,17 +207,17 @@ def compile_for_h200() -> None:
         half = "*fp32" if rounding == "exact" else "*bf16"
         flags = {"KAHAN": rounding == "kahan", "MASTER": rounding == "master", **clipped,
                  **_types(half, "*fp32" if rounding == "master" else half)}
-        block = {"DOWN": factored._DOWN, "ACROSS": factored._ACROSS}
+        block = {"DOWN": factored.DOWN, "ACROSS": factored.ACROSS}
         assert "ld.global.v4.b32" in compiled(factored._moments, numbers, {
-            **flags, **block, "STEP": factored._STEP, "ALIGNED": True})
-        compiled(factored._vectors, numbers, {**flags, "LONG": factored._LONG})
+            **flags, **block, "STEP": factored.STEP, "ALIGNED": True})
+        compiled(factored._vectors, numbers, {**flags, "LONG": factored.LONG})
     assert "ld.global.v4.b32" in compiled(factored._energy, numbers, {
-        **clipped, "G": tl.bfloat16, "ROWS": factored._ROWS, "COLUMNS": factored._COLUMNS, "ALIGNED": True})
+        **clipped, "G": tl.bfloat16, "ROWS": factored.ROWS, "COLUMNS": factored.COLUMNS, "ALIGNED": True})
     for of_rows in (True, False):
         compiled(factored._means, numbers, {
-            **block, "DEEP": factored._DEEP, "WIDE": factored._WIDE, "OF_ROWS": of_rows})
-    compiled(factored._factors, numbers, {"WIDE": factored._WIDE, "LONG": factored._LONG})
-    compiled(factored._sizes, numbers, {**block, "ROWS": factored._ROWS, "LONG": factored._LONG})
+            **block, "DEEP": factored.DEEP, "WIDE": factored.WIDE, "OF_ROWS": of_rows})
+    compiled(factored._factors, numbers, {"WIDE": factored.WIDE, "LONG": factored.LONG})
+    compiled(factored._sizes, numbers, {**block, "ROWS": factored.ROWS, "LONG": factored.LONG})
 
 
 def _types(weight: str, extra: str) -> dict[str, Any]:

@@ -118,6 +118,27 @@ def test_experts_are_planned_and_take_adapters(tmp_path: Path) -> None:
         assert forecast(experiment, 192).peak == pytest.approx(measured, rel=2e-3), name
 
 
+def test_gradients_of_what_is_indexed_are_added_up_in_place(tmp_path: Path) -> None:
+    fields = {"model_type": "bert", "is_decoder": True, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 320,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    experiment = BASE.replace(model=lab.Model(tmp_path, init="random", tokenizer="bytes"),
+                              data=lab.RandomTokens(length=48, documents=8)).with_("training.batch_size", 2)
+    measured = run_here(experiment, tmp_path / "run").read("result.json")["peak_bytes"]
+    assert forecast(experiment, 48).peak == pytest.approx(measured, abs=64)
+
+
+def test_gradients_that_wait_for_a_launch_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lomo = BASE.replace(optimizer=lab.Lomo(lr=0.1), data=lab.RandomTokens(length=8, documents=8)).with_(
+        "training.batch_size", 1)
+    at_once = forecast(lomo, 8).peak
+    monkeypatch.setattr("collie_lab.optim.native.Native.together", True)  # as kernels on a GPU
+    measured = run_here(lomo, tmp_path / "run").read("result.json")["peak_bytes"]
+    planned = forecast(lomo, 8, on_gpu=True).peak
+    assert planned == pytest.approx(measured, rel=5e-3)
+    assert planned > 1.1 * at_once
+
+
 def test_what_hides_the_filling_of_rows_counts_where_there_is_some(tmp_path: Path) -> None:
     fields = {"model_type": "stablelm", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}

@@ -12,6 +12,7 @@ from collie_lab.cells import SHAPES, Experiment, Model, Training
 from collie_lab.data import Documents
 from collie_lab.training.batch import collate
 from collie_lab.training.model import build_model
+from collie_lab.training.probe import Path, find_path
 
 CPU = torch.device("cpu")
 
@@ -102,6 +103,16 @@ def test_a_document_does_not_see_its_neighbours() -> None:
     same = torch.cat([torch.arange(30), torch.arange(55, 75)])
     torch.testing.assert_close(outputs[0][same], outputs[1][same], atol=1e-6, rtol=0)
     assert not torch.allclose(outputs[0][30:55], outputs[1][30:55])
+
+
+def test_a_model_that_sees_what_it_is_to_predict_is_refused() -> None:
+    fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "vocab_size": 320}
+    sees = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **fields))
+    with pytest.raises(ValueError, match=r'depends on later ones.*config=\{"is_decoder": True\}'):
+        find_path(sees, packing=False)
+    decoder = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", is_decoder=True, **fields))
+    assert find_path(decoder, packing=False) == Path(flat=False, whole_logits=True)
 
 
 def test_padded_and_flat_batches_give_the_same_loss() -> None:
