@@ -292,7 +292,7 @@ class Forward:
                 else:
                     if not model.cut_vocabulary:
                         with memory.as_role("temporaries"):
-                            memory.new(whole)  # of the logarithm of the sum, inside
+                            memory.new(whole + 2 * rows * 4)  # of the logarithm of the sum, inside
                     gradient = logits
                 gradient = gradient if compute == 4 else tape.new(rows * vocabulary, compute)
                 if of_hidden is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
@@ -214,6 +215,9 @@ def _scratch(func: Any, args: Any, on_gpu: bool) -> int:
     if not on_gpu and func in _COPIED_BY_GLOO:
         return max(int(tensor.nbytes) for tensor in args[:2])
     if func is torch.ops.aten.logsumexp.default:
-        logits: Tensor = args[0]
-        return logits.numel() * logits.element_size()  # exp(x - max), whole
+        logits, dims = args[:2]  # exp(x - max), whole, and beside the result the maxima
+        return int(logits.nbytes + 2 * logits.nbytes // math.prod(logits.shape[dim] for dim in dims))
+    if func is _aten._safe_softmax.default:  # beside the result: which scores are -inf, and in which rows all are
+        scores, dim = args[:2]
+        return int(scores.nbytes + scores.numel() + scores.numel() // scores.shape[dim])
     return 0

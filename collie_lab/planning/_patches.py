@@ -41,7 +41,7 @@ __all__ = ["KNOWN_PATHS", "patched", "probe_once"]
 class _DryEngine(Eager):
     """An engine that writes in place and nothing else, as compiled loops and kernels do."""
 
-    def __init__(self, work: Work, device: torch.device, *, on_gpu: bool):
+    def __init__(self, work: Work, device: torch.device, *, on_gpu: bool = False):
         super().__init__(device)
         self._work, self._on_gpu = work, on_gpu
         self.together = on_gpu
