@@ -116,7 +116,8 @@ def try_family(family: str, folder: Path, pool: lab.Pool) -> dict[str, Any]:
 
 
 def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
+    said = str(error).split("\n\n")[0]  # a rank's error, without its traceback
+    return f"{type(error).__name__}: {said}".replace("\n", " ")[:300]
 
 
 @contextlib.contextmanager
