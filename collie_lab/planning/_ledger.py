@@ -216,7 +216,8 @@ def _scratch(func: Any, args: Any, on_gpu: bool) -> int:
         return max(int(tensor.nbytes) for tensor in args[:2])
     if func is torch.ops.aten.logsumexp.default:
         logits, dims = args[:2]  # exp(x - max), whole, and beside the result the maxima
-        return int(logits.nbytes + 2 * logits.nbytes // math.prod(logits.shape[dim] for dim in dims))
+        width = math.prod(logits.shape[dim] for dim in dims) if dims and logits.ndim else logits.numel()
+        return int(logits.nbytes + 2 * logits.nbytes // max(1, width))
     if func is _aten._safe_softmax.default:  # beside the result: which scores are -inf, and in which rows all are
         scores, dim = args[:2]
         return int(scores.nbytes + scores.numel() + scores.numel() // scores.shape[dim])

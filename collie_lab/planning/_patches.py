@@ -84,7 +84,7 @@ class _DryEngine(Eager):
 
 
 def _kernels_scratch(updates: Sequence[Update]) -> Tensor:
-    """What `optim.factored` takes of a GPU's memory; weights of one model are of one type, and share a launch."""
+    """What `optim.factored` takes of a GPU's memory at most, where all matrices share a launch; without its tables."""
     shapes = np.array([update.weight.tensor.shape for update in updates if update.weight.tensor.ndim == 2])
     sizes = scratch_sizes(*shapes.reshape(-1, 2).T).values()
     return torch.empty(int(sum(size.sum() for size in sizes)), dtype=torch.float32)
@@ -94,7 +94,7 @@ def _kernels_scratch(updates: Sequence[Update]) -> Tensor:
 def patched(fake: FakeTensorMode, ledger: Ledger, *, padded: bool) -> Iterator[None]:
     """The context of a dry run, from the building of the model to its last step.
 
-    `padded`: rows that lie together may differ in length, and some are filled up.
+    `padded`: some rows are filled up.
 
     From where a rank would give the model its weights on, everything is fake and counted: within the context the two
     modes are entered there.
@@ -315,7 +315,7 @@ def _knowing_rows(function: Callable[..., Any], argument: str, padded: bool) -> 
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         mask = bound.arguments[argument]
-        if mask is not None and not (padded and len(mask) > 1):
+        if mask is not None and not padded:
             bound.arguments[argument] = None
         return function(*bound.args, **bound.kwargs)
 

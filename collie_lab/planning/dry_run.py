@@ -65,15 +65,17 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
             Of a step's micro-batches three run, where there is no pipeline: the first, the second, to which all others
             but the last are alike and whose work counts for theirs, and the last.
         on_gpu: as a GPU's allocator counts: not what lies in the host's memory, and the rest in its granules.
-        padded: rows that lie together may differ in length, though these do not.
+        padded: documents may differ in length, though these do not.
     """
     training, parallel, device = experiment.training, experiment.parallel, torch.device("cpu")
     ledger, begins, updates = Ledger(GRANULE if on_gpu else 1), [], []
     with _pretended_ranks(rank, parallel.world_size):
         strategy = build_strategy(parallel, device, training.precision)
+        rows = parallel.micro_batch_size(training.batch_size, training.micro_batch_size)
         order = Order(documents, batch_size=training.batch_size, shuffle=False, dp_rank=strategy.place.dp,
-                      dp_size=parallel.dp, micro_batch_size=parallel.micro_batch_size(
-                          training.batch_size, training.micro_batch_size))
+                      dp_size=parallel.dp, micro_batch_size=rows)
+        # A row alone is full, unless stages want all micro-batches as wide, or it holds documents that get rows each.
+        padded = padded and (rows > 1 or parallel.pp > 1 or experiment.data.packing)
         # Of a CPU: fake tensors of a GPU fail without one.
         with patched(FakeTensorMode(allow_non_fake_inputs=True), ledger, padded=padded):
             whole = next(order.steps())

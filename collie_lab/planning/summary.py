@@ -46,7 +46,7 @@ class Summary:
         layers_run: how many layers were traced, of how many.
         work: the operations of a step, a row each: the fields of `Operation`, and how many.
         flops: of the whole model, as MFU counts them: those of a token, and of a pair of tokens in attention.
-        padded: whether rows that lie together may differ in length, and some are filled up.
+        padded: whether documents may differ in length, so that some rows are filled up.
     """
 
     rank: int
@@ -100,13 +100,24 @@ def _summary(experiment: Experiment, case: _Case, course: bool) -> Summary:
     layers, at_depth = _depths(experiment)
     if not course and (stage := _by_fewer_micro_batches(experiment, case, layers)) is not None:
         return stage
-    if not course and at_depth is not None and layers > max(_DEPTHS):
+    if not course and at_depth is not None and layers > max(_DEPTHS) and not (case.on_gpu and _many_wait(experiment)):
         small = {depth: experiment.replace(model=experiment.model.replace(config=at_depth(depth))) for depth in _DEPTHS}
         probe_once(small[_DEPTHS[0]])  # for all of them
         some = apart([functools.partial(case.follow, small[depth]) for depth in _DEPTHS[::-1]])
         if (extended := _extended(some[::-1], case.rank, layers)) is not None:
             return extended
     return _summarise(case.trace(experiment), case.rank, layers, course)
+
+
+def _many_wait(experiment: Experiment) -> bool:
+    """Whether gradients of more layers than are tried may wait for a launch (`optim.waves`): they are no more than the
+    largest, that of the embedding, or 4 MB, and memory is a straight line over the depth up to that only."""
+    if not getattr(experiment.optimizer, "in_backward", False) or experiment.parallel.zero == 3:
+        return False
+    text = configuration(experiment.model).get_text_config()
+    width, vocabulary = getattr(text, "hidden_size", 0), getattr(text, "vocab_size", 0)
+    few = min(_DEPTHS) * 8 * width**2  # parameters; a small layer has 8 width²
+    return experiment.adapter is not None or few < max(vocabulary * width, 2**21)
 
 
 def _by_fewer_micro_batches(experiment: Experiment, case: _Case, layers: int) -> Summary | None:

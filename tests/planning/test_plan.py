@@ -139,6 +139,13 @@ def test_gradients_that_wait_for_a_launch_count(tmp_path: Path, monkeypatch: pyt
     assert planned > 1.1 * at_once
 
 
+def test_what_waits_is_no_line_over_the_depth() -> None:
+    config = {"num_hidden_layers": 8, "vocab_size": 8192}
+    lomo = BASE.replace(model=MODEL.replace(config=config, tokenizer=None), optimizer=lab.Lomo(lr=0.1)).with_(
+        "training.batch_size", 1).with_("training.recompute", "full")
+    assert forecast(lomo, 8, on_gpu=True).peak == forecast(lomo, 8, on_gpu=True, course=True).peak
+
+
 def test_what_hides_the_filling_of_rows_counts_where_there_is_some(tmp_path: Path) -> None:
     fields = {"model_type": "stablelm", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
