@@ -25,7 +25,7 @@ from torch import Tensor
 from collie_lab.optim.rounding import Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, Update
 from collie_lab.optim.table import TYPES, Owners, aligned, blocks, clipping, extra_type, on, pointers, upload
-from collie_lab.optim.tiles import ACROSS, COLUMNS, DEEP, DOWN, LONG, ROWS, STEP, WIDE, scratch_sizes
+from collie_lab.optim.tiles import ACROSS, COLUMNS, DEEP, DOWN, LONG, ROWS, STEP, WIDE, Counts, scratch_sizes
 
 __all__ = ["Factored"]
 
@@ -75,8 +75,7 @@ class Factored:
         weight, gradient = updates[0].weight, updates[0].gradient
         shapes = np.array([each.weight.tensor.shape for each in updates], dtype=np.int64)
         m, n = shapes[:, 0], shapes[:, 1]
-        down, across, rows = -(-m // DOWN), -(-n // ACROSS), -(-m // ROWS)
-        row_chunks, column_chunks = -(-m // WIDE), -(-n // WIDE)
+        down, across, rows, row_chunks, column_chunks = Counts.of(m, n)
         scratch, places = self._scratch(scratch_sizes(m, n))
         table = self._table({
             "m": m, "n": n, "first_block": blocks(down * across), "first_tile": blocks(rows),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ACROSS", "COLUMNS", "DEEP", "DOWN", "LONG", "ROWS", "STEP", "WIDE", "scratch_sizes"]
+__all__ = ["ACROSS", "COLUMNS", "DEEP", "DOWN", "LONG", "ROWS", "STEP", "WIDE", "Counts", "scratch_sizes"]
 
 _Sizes = NDArray[np.int64]
 
@@ -26,12 +26,27 @@ WIDE: Final = 128
 LONG: Final = 4096
 
 
+class Counts(NamedTuple):
+    """How many pieces of each pass matrices of m rows and n columns have."""
+
+    down: _Sizes
+    across: _Sizes
+    tiles: _Sizes
+    row_chunks: _Sizes
+    column_chunks: _Sizes
+
+    @classmethod
+    def of(cls, m: _Sizes, n: _Sizes) -> Counts:
+        """From the matrices' sizes."""
+        return cls(-(-m // DOWN), -(-n // ACROSS), -(-m // ROWS), -(-m // WIDE), -(-n // WIDE))
+
+
 def scratch_sizes(m: _Sizes, n: _Sizes) -> dict[str, _Sizes]:
     """How many fp32 numbers the arrays between the passes have, a name an array, for matrices of m rows and n columns.
 
     Multiples of four: 16 bytes, to which addresses are aligned.
     """
-    down, across = -(-m // DOWN), -(-n // ACROSS)
-    sizes = {"row_sums": across * m, "column_sums": down * n, "squares": down * across, "means": -(-n // WIDE),
-             "energies": -(-m // ROWS), "row": m, "column": n, "numbers": np.ones_like(m)}
+    count = Counts.of(m, n)
+    sizes = {"row_sums": count.across * m, "column_sums": count.down * n, "squares": count.down * count.across,
+             "means": count.column_chunks, "energies": count.tiles, "row": m, "column": n, "numbers": np.ones_like(m)}
     return {name: -(-size // 4) * 4 for name, size in sizes.items()}
