@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
@@ -19,18 +18,13 @@ from torch.utils._pytree import tree_iter
 from typing_extensions import override
 
 from collie_lab.planning._roles import Role, Roles
+from collie_lab.planning._scratch import scratch
 from collie_lab.planning._work import Work
 
 __all__ = ["Event", "Ledger"]
 
 #: Namespaces of operators that only move data between ranks.
 _COLLECTIVES: Final = frozenset({"c10d", "_c10d_functional", "c10d_functional", "fsdp"})
-
-
-#: What gloo does in a tensor of its own.
-_COPIED_BY_GLOO: Final = frozenset({torch.ops.c10d._allgather_base_.default,
-                                    torch.ops.c10d._reduce_scatter_base_.default})
-
 _aten: Final = torch.ops.aten
 #: What begins the gradient of an indexed tensor, and what then adds to it: out of place for fake tensors alone.
 _ZEROS: Final = frozenset({_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default})
@@ -150,8 +144,6 @@ class Ledger(Roles, TorchDispatchMode):
         if self._paused:
             return out
         self.work.note(func, args, kwargs, out, loss=self.role == "loss")
-        if scratch := _scratch(func, args, on_gpu=self.on_gpu):
-            self.scratch(scratch)
         if func is torch.ops.aten.add.Tensor and isinstance(out, FakeTensor) and _in_backward():
             self._take_sum(out, args[0])
             return out
@@ -159,6 +151,8 @@ class Ledger(Roles, TorchDispatchMode):
             for value in tree_iter(out):
                 if isinstance(value, (FakeTensor, DTensor)):  # of a DTensor's own operators only the result is seen
                     self.take(value)
+        if size := scratch(func, args, on_gpu=self.on_gpu):
+            self.scratch(size)
         return out
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -208,17 +202,3 @@ class Ledger(Roles, TorchDispatchMode):
 def _in_backward() -> bool:
     """Whether a backward pass is under way, and nothing is computed again: that alone records a graph."""
     return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
-
-
-def _scratch(func: Any, args: Any, on_gpu: bool) -> int:
-    """Bytes of what an operator makes inside, where no dispatch sees it."""
-    if not on_gpu and func in _COPIED_BY_GLOO:
-        return max(int(tensor.nbytes) for tensor in args[:2])
-    if func is torch.ops.aten.logsumexp.default:
-        logits, dims = args[:2]  # exp(x - max), whole, and beside the result the maxima
-        width = math.prod(logits.shape[dim] for dim in dims) if dims and logits.ndim else logits.numel()
-        return int(logits.nbytes + 2 * logits.nbytes // max(1, width))
-    if func is _aten._safe_softmax.default:  # beside the result: which scores are -inf, and in which rows all are
-        scores, dim = args[:2]
-        return int(scores.nbytes + scores.numel() + scores.numel() // scores.shape[dim])
-    return 0
