@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from collie_lab.cells import Experiment, LibraryOptimizer, Parallel, Problem, RuleCell
+from collie_lab.cells.parallel import check_micro_batches
 
 __all__ = ["parallel_problems"]
 
@@ -79,6 +80,12 @@ def _pipeline(experiment: Experiment, config: Mapping[str, Any]) -> Iterator[Pro
     elif (count := share // cell.micro_batch_size(training.batch_size, training.micro_batch_size)) < stages:
         yield Problem("Parallel", "micro_batches", f"{count} micro-batches cannot fill {stages} pipeline stages",
                       f"Training(batch_size=...) of at least {stages * cell.dp}, or smaller micro-batches")
+    else:
+        try:
+            check_micro_batches(cell.schedule, cell.pp, count)
+        except ValueError as error:
+            message, _, remedy = str(error).partition("; ")
+            yield Problem("Parallel", "micro_batches", message, remedy)
 
 
 def _without_effect(cell: Parallel) -> Iterator[Problem]:

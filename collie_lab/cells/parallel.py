@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from collie_lab.cells._base import Cell
 
-__all__ = ["Parallel"]
+__all__ = ["Parallel", "Schedule", "check_micro_batches"]
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 
@@ -46,13 +46,15 @@ class Parallel(Cell):
     offload: Literal["optimizer", "parameters"] | None = None
     """Keep the optimizer's state in the host's memory and update there; `parameters`: the weights too."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _choose_engine(cls, fields: object) -> object:
-        """DeepSpeed alone has ZeRO-1 and offload."""
-        if isinstance(fields, dict) and "engine" not in fields and (fields.get("zero") == 1 or fields.get("offload")):
-            return {**fields, "engine": "deepspeed"}
-        return fields
+    def _choose_engine(cls, fields: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """DeepSpeed alone has ZeRO-1 and offload. Nobody has set it then: a variant chooses anew."""
+        if not isinstance(fields, dict) or "engine" in fields or not (fields.get("zero") == 1 or fields.get("offload")):
+            return validate(fields)
+        cell = validate({**fields, "engine": "deepspeed"})
+        cell.model_fields_set.discard("engine")
+        return cell
 
     @model_validator(mode="after")
     def _shards_divide(self) -> Self:
@@ -80,3 +82,17 @@ class Parallel(Cell):
     def virtual_stages(self) -> int:
         """Pipeline stages on each rank."""
         return 2 if self.pp > 1 and self.schedule in ("interleaved", "zero_bubble") else 1
+
+
+def check_micro_batches(schedule: Schedule, ranks: int, count: int) -> None:
+    """Whether a schedule can do with so many micro-batches of a step.
+
+    Raises:
+        ValueError: it cannot; what would do.
+    """
+    if schedule == "1f1b" and count < ranks:
+        raise ValueError(f"schedule='1f1b' needs at least as many micro-batches as stages: {count} < pp={ranks}; "
+                         "use smaller micro-batches, or schedule='gpipe'")
+    if schedule == "interleaved" and count % max(1, count // ranks):
+        raise ValueError(f"schedule='interleaved' deals micro-batches in equal rounds of at least pp={ranks}, which "
+                         f"{count} are not; use a multiple of {ranks}, or schedule='1f1b'")

@@ -151,7 +151,6 @@ class DeepSpeed(Strategy):
         finally:
             offload.setup_zero_stage3_hooks()
 
-
     @override
     def gather(self, tensor: Tensor) -> Tensor:
         with self._deepspeed.zero.GatheredParameters([tensor]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -34,7 +35,15 @@ def build_mesh(cell: Parallel, device_type: str) -> DeviceMesh:
     """
     if dist.get_world_size() != cell.world_size:
         raise ValueError(f"the layout wants {cell.world_size} ranks, there are {dist.get_world_size()}")
+    world = dist.group.WORLD
     if cell.shard is None or cell.shard == cell.dp:
-        return init_device_mesh(device_type, (cell.pp, cell.dp, cell.tp), mesh_dim_names=("pp", "dp", "tp"))
-    return init_device_mesh(device_type, (cell.pp, cell.dp // cell.shard, cell.shard, cell.tp),
-                            mesh_dim_names=("pp", "replicate", "shard", "tp"))
+        return _mesh(world, device_type, (cell.pp, cell.dp, cell.tp), ("pp", "dp", "tp"))
+    return _mesh(world, device_type, (cell.pp, cell.dp // cell.shard, cell.shard, cell.tp),
+                 ("pp", "replicate", "shard", "tp"))
+
+
+@functools.cache
+def _mesh(_world: dist.ProcessGroup | None, device_type: str, shape: tuple[int, ...], names: tuple[str, ...]
+          ) -> DeviceMesh:
+    """One for all runs of a pool: a mesh has process groups, which stay as long as the process."""
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)

@@ -14,7 +14,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,31 +31,17 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from collie_lab.cells.parallel import Schedule, check_micro_batches
 from collie_lab.parallel.deferred import DeferredLinears
 from collie_lab.parallel.stages import Parts, Skip, cut
 from collie_lab.parallel.tensor import TensorParallel
 
-__all__ = ["Pipeline", "check_micro_batches", "loss_rank"]
+__all__ = ["Pipeline", "loss_rank"]
 
-Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 Batch = dict[str, Any]
 
 _CLASSES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B,
                             "zero_bubble": ScheduleZBVZeroBubble}
-
-
-def check_micro_batches(schedule: Schedule, ranks: int, count: int) -> None:
-    """Whether a schedule can do with so many micro-batches of a step.
-
-    Raises:
-        ValueError: it cannot; what would do.
-    """
-    if schedule == "1f1b" and count < ranks:
-        raise ValueError(f"schedule='1f1b' needs at least as many micro-batches as stages: {count} < pp={ranks}; "
-                         "use smaller micro-batches, or schedule='gpipe'")
-    if schedule == "interleaved" and count % max(1, count // ranks):
-        raise ValueError(f"schedule='interleaved' deals micro-batches in equal rounds of at least pp={ranks}, which "
-                         f"{count} are not; use a multiple of {ranks}, or schedule='1f1b'")
 
 
 def loss_rank(schedule: Schedule, ranks: int) -> int:

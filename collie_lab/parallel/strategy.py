@@ -49,8 +49,9 @@ class Strategy:
         self.place = Place.of(dist.get_rank(), cell) if dist.is_initialized() else Place()
         self.counts = self.place.tp == 0
 
-    def lay_out(self, causal_lm: PreTrainedModel, root: nn.Module) -> None:
-        """Cut the model for this rank, in place, while its weights are on meta. `root` is what the loop calls."""
+    def lay_out(self, causal_lm: PreTrainedModel, root: nn.Module, dtype: torch.dtype) -> None:
+        """Cut the model for this rank, in place, while its weights are on meta. `root` is what the loop calls, `dtype`
+        the type that its weights will have."""
 
     def wrap(self, root: nn.Module, in_backward: bool) -> nn.Module:
         """The model as the loop calls it, when its weights are there."""
@@ -154,21 +155,19 @@ class TorchStrategy(Strategy):
         return self.cell.zero > 0 and self.cell.dp > 1
 
     @override
-    def lay_out(self, causal_lm: PreTrainedModel, root: nn.Module) -> None:
+    def lay_out(self, causal_lm: PreTrainedModel, root: nn.Module, dtype: torch.dtype) -> None:
         if self.cell.pp > 1:
             self.trained = tuple(name for name, parameter in root.named_parameters() if parameter.requires_grad)
-            self.pipeline = Pipeline(causal_lm, self._mesh["pp"].get_group(), self.cell.schedule, self.device,
-                                     self._hidden_dtype(causal_lm), self.tensor)
+            # What blocks hand on: under autocast with fp32 weights that is fp32.
+            hidden = torch.bfloat16 if self._sharded and self.precision == "bf16" else dtype
+            self.pipeline = Pipeline(causal_lm, self._mesh["pp"].get_group(), self.cell.schedule, self.device, hidden,
+                                     self.tensor)
         if self.tensor is not None:
             self.tensor.cut(causal_lm)
         if self._sharded:
             names = self._mesh.mesh_dim_names or ()
             mesh = self._mesh["replicate", "shard"] if "shard" in names else self._mesh["dp"]
             shard(root, mesh, self.precision, reshard=self._reshard)
-
-    def _hidden_dtype(self, model: PreTrainedModel) -> torch.dtype:
-        """What blocks hand on: under autocast with fp32 weights that is fp32."""
-        return torch.bfloat16 if self._sharded and self.precision == "bf16" else model.dtype
 
     @property
     @override

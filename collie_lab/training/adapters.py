@@ -21,8 +21,9 @@ from collie_lab.data.tensor_names import names_one_of
 __all__ = ["adapt"]
 
 
-def adapt(model: PreTrainedModel, cell: Adapter, steps: int = 100) -> nn.Module:
-    """The model as the cell trains it in so many steps: the same with `Freeze`, else peft's wrapper.
+def adapt(model: PreTrainedModel, cell: Adapter, steps: int = 100, revision: str | None = None) -> nn.Module:
+    """The model as the cell trains it in so many steps: the same with `Freeze`, else peft's wrapper, which notes of
+    which revision of the model it is.
 
     Raises:
         ValueError: a target or pattern that names nothing in the model.
@@ -36,7 +37,7 @@ def adapt(model: PreTrainedModel, cell: Adapter, steps: int = 100) -> nn.Module:
             raise ValueError(f"{type(cell).__name__}.targets: {type(model).__name__} has no layer {target!r}; its "
                              "linear layers: " + ", ".join(sorted(_linear_names(model))))
     with _stand_ins(model):
-        adapted: nn.Module = peft.get_peft_model(model, _peft_config(cell, steps, model))
+        adapted: nn.Module = peft.get_peft_model(model, _peft_config(cell, steps, model), revision=revision)
     return adapted
 
 

@@ -10,6 +10,7 @@ wrote, and each rank reads the slices that it holds.
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import shutil
 import time
@@ -96,7 +97,7 @@ class Checkpointer:
         self._folder, self._keep, self._on_written, self._on_refused = folder, keep, on_written, on_refused
         self._rank, world = _rank_and_world()
         self._header = {"world_size": world, "layout": dict(layout or {}), "identity": dict(identity or {})}
-        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self._group = _host_group(dist.group.WORLD) if world > 1 else None
         self._memory = HostMemory()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: tuple[Future[bool], Written] | None = None
@@ -107,7 +108,7 @@ class Checkpointer:
         if self._rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for partial in folder.glob(_PARTIAL):
-                shutil.rmtree(partial)
+                shutil.rmtree(partial, ignore_errors=True)
         if self._group is not None:
             dist.barrier(self._group)
 
@@ -254,10 +255,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(state, storage_reader=reader, no_dist=True)
     _set_optimizer_state(model, optimizer, state)
-    if f"random.{rank}.cpu" in state:
+    torch.manual_seed(int(np.random.default_rng([seed, header["step"]]).integers(2**63)))
+    if f"random.{rank}.cpu" in state:  # of a GPU too, if it was written on one
         _set_random_state(rank, state)
-    else:
-        torch.manual_seed(int(np.random.default_rng([seed, header["step"]]).integers(2**63)))
     return int(header["step"])
 
 
@@ -387,10 +387,19 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _remove(path: Path) -> None:
-    """Killed in the middle, it leaves no folder that looks like a checkpoint."""
+    """Killed in the middle, it leaves no folder that looks like a checkpoint; nor does what cannot be deleted yet, for
+    somebody has it open on a file server."""
     hidden = path.with_name(f".{path.name}.old.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
-    shutil.rmtree(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+@functools.cache
+def _host_group(_world: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """All ranks, for messages between their hosts; one for all runs of a pool."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
 
 
 def _rank_and_world() -> tuple[int, int]:

@@ -33,6 +33,7 @@ def merge(adapter: str | Path, target: str | Path, base: str | Path | None = Non
     if name := _WITHOUT_WEIGHTS.get(config["peft_type"]):
         raise _error("adapter", f"{name} changes no weights: its tokens stand before every document",
                      "serve it with peft.PeftModel.from_pretrained")
+    revision = None if base else config.get("revision")
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise _error("base", "the adapter names no model: the one it was trained on had random weights",
@@ -43,7 +44,8 @@ def merge(adapter: str | Path, target: str | Path, base: str | Path | None = Non
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    whole = AutoModelForCausalLM.from_pretrained(base, revision=revision or "main")
+    model: Any = PeftModel.from_pretrained(whole, folder)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.merge_and_unload().save_pretrained(partial)

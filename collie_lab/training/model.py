@@ -71,7 +71,8 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
         _recompute_blocks(model)
     if isinstance(experiment.adapter, QLoRA):
         quantize_linears(model, experiment.adapter, torch.bfloat16 if training.precision == "bf16" else torch.float32)
-    root = model if experiment.adapter is None else adapt(model, experiment.adapter, training.steps)
+    root = model if experiment.adapter is None else adapt(
+        model, experiment.adapter, training.steps, experiment.model.revision)
     if isinstance(experiment.adapter, VirtualTokens):
         attach_virtual_tokens(root, experiment.adapter, flat=path.flat, recompute=training.recompute == "full")
     if isinstance(experiment.adapter, AdaLoRA):
@@ -79,12 +80,12 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
     if extension is not None and not model.get_input_embeddings().weight.requires_grad:
         warnings.warn("the embedding is frozen: the rows of new tokens stay what they begin with", ModelWarning, 2)
     size, flops = size_of(root, experiment), StepFlops.of_model(model)
-    strategy.lay_out(model, root)
+    dtype = torch.bfloat16 if training.weights == "bf16" else torch.float32
+    strategy.lay_out(model, root, dtype)
     if not any(parameter.requires_grad for parameter in root.parameters()):
         raise ValueError("Parallel.pp: one stage of the pipeline has nothing to train with this adapter; take less pp, "
                          "or let it train something in every layer")
-    fill(root, experiment.model, training.seed, device, torch.bfloat16 if training.weights == "bf16" else torch.float32,
-         extension)
+    fill(root, experiment.model, training.seed, device, dtype, extension)
     set_first_values(root, experiment.adapter, strategy.gather, tokenizer, training.seed)
     return BuiltModel(model, root, flops, size)
 

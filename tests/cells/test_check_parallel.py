@@ -25,6 +25,8 @@ ERRORS = [
     (lambda: _experiment(lab.Parallel(pp=4, schedule="interleaved")), "8 pipeline stages, but the model has 4 layers"),
     (lambda: _experiment(lab.Parallel(pp=4, dp=4)), "2 micro-batches cannot fill 4 pipeline stages → "
      "Training(batch_size=...) of at least 16"),
+    (lambda: _experiment(lab.Parallel(pp=2, schedule="interleaved"), training=lab.Training(batch_size=9)),
+     "Parallel.micro_batches: schedule='interleaved' deals micro-batches in equal rounds of at least pp=2, which 9 "),
     (lambda: _experiment(lab.Parallel(pp=2, micro_batches=3)), "Parallel.micro_batches: 3 does not divide the 8"),
     (lambda: _experiment(lab.Parallel(pp=2, micro_batches=4), training=lab.Training(batch_size=8, micro_batch_size=1)),
      "4 micro-batches of 8 sequences are not of Training.micro_batch_size=1 → give one of the two"),
@@ -79,3 +81,9 @@ def test_micro_batches_of_a_pipeline_fill_its_stages() -> None:
     assert cell.micro_batch_size(32, 4) == 4
     assert lab.Parallel(pp=2, micro_batches=4).micro_batch_size(32, None) == 8
     assert lab.Parallel(dp=2).micro_batch_size(32, None) == 16
+
+
+def test_an_engine_that_nobody_has_set_is_chosen_anew() -> None:
+    cell = lab.Parallel(dp=2, zero=1)
+    assert (cell.engine, cell.replace(zero=3).engine) == ("deepspeed", "torch")
+    assert lab.Parallel(dp=2, zero=2, engine="deepspeed").replace(zero=3).engine == "deepspeed"

@@ -16,8 +16,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from collie_lab.parallel.pipeline import Pipeline, check_micro_batches
+import collie_lab as lab
+from collie_lab.cells.parallel import check_micro_batches
+from collie_lab.parallel import build_strategy
+from collie_lab.parallel.pipeline import Pipeline
 from collie_lab.parallel.stages import balance
+from collie_lab.training.model import build_model
 from collie_lab.training.padding import level
 from tests.parallel.pipelines import (
     SCALE,
@@ -92,6 +96,7 @@ def _two_stages() -> None:
     _autocast("zero_bubble")
     _cut_on_meta("1f1b")
     _cut_on_meta("interleaved")
+    _bf16_weights()
     _frozen_stage()
     _recompute()
     _refusals()
@@ -184,6 +189,18 @@ def _cut_on_meta(schedule: str) -> None:
     everywhere: list[Any] = [None, None]
     dist.all_gather_object(everywhere, [name for name, parameter in mine.items() if parameter not in pipeline.copies])
     assert sorted(everywhere[0] + everywhere[1]) == sorted(whole)
+
+
+def _bf16_weights() -> None:
+    """They compute in bf16 on every stage, as in one process: the logits are the same."""
+    experiment = lab.Experiment(model=lab.Model("llama-tiny", init="random"),
+                                training=lab.Training(weights="bf16", precision="bf16"))
+    ids, cpu = torch.arange(1, 15)[None], torch.device("cpu")
+    strategy = build_strategy(lab.Parallel(pp=2), cpu, "bf16")
+    whole, cut = (build_model(experiment, cpu, each).root for each in (None, strategy))
+    with torch.no_grad(), strategy.compute():
+        expected, found = (model(input_ids=ids).logits for model in (whole, cut))
+    assert torch.equal(found, expected)
 
 
 def _frozen_stage() -> None:

@@ -90,6 +90,8 @@ def test_lora_plus_is_a_larger_learning_rate_of_b(tmp_path: Path) -> None:
     plain = plus.replace(adapter=ADAPTERS["lora"])
     curves = [losses(run_here(each, tmp_path / str(index))) for index, each in enumerate((named, plus, plain))]
     assert curves[0] == curves[1] != curves[2]
+    assert plus.replace(optimizer=named.optimizer.replace(lr_scale={"*lora_B*": 4})).scaled_optimizer.lr_scale == {
+        "*lora_B*": 4}
 
 
 @pytest.mark.parametrize("name", [*ADAPTERS, *MUTATED])
@@ -112,6 +114,11 @@ def test_a_resumed_adapter_goes_on_as_if_nothing_had_happened(name: str, tmp_pat
     whole = run_here(experiment, tmp_path / "whole")
     resumed = run_here(experiment, tmp_path / "resumed", resume=next(whole.checkpoints.glob("*3")))
     assert losses(resumed) == losses(whole)[3:]
+
+
+def test_the_revision_of_the_base_stands_with_the_adapter() -> None:
+    adapted = adapt(blueprint(BASE.model), lab.LoRA(), revision="0123abc")
+    assert adapted.peft_config["default"].revision == "0123abc"
 
 
 def test_frozen_random_weights_are_not_resumed_on_what_draws_others(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -19,9 +20,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessExitedException
 
-from collie_lab.cells import AdaLomo, AdamW
+from collie_lab.cells import AdaLomo, AdamW, Parallel
 from collie_lab.folder import RunFolder, checkpoints_in, read_json
 from collie_lab.optim import RuleOptimizer, build
+from collie_lab.parallel import build_strategy
 from collie_lab.training._share import choose_share
 from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoint
 from tests.ranks import run_ranks
@@ -242,6 +244,42 @@ def test_a_disk_that_fails_raises_in_the_loop(tmp_path: Path) -> None:
         checkpoints.save(2, model, optimizer)
         with pytest.raises(RuntimeError, match=r"checkpoint of step 2 could not be written to .*checkpoints"):
             checkpoints.finish()
+
+
+def test_a_file_that_is_held_open_does_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On NFS the folder of a deleted file that is open stays until it is closed."""
+    model, optimizer = trained()
+
+    def held(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with contextlib.closing(Checkpointer(tmp_path, keep=1)) as checkpoints:
+        checkpoints.save(2, model, optimizer)
+        checkpoints.finish()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rmdir", held)
+            checkpoints.save(3, model, optimizer)
+            checkpoints.finish()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-000003"]
+    save(tmp_path, 4, model, optimizer, keep=1)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000004"]
+
+
+def _two_runs(folder: str) -> None:
+    def groups() -> int:
+        return len(dist.distributed_c10d._world.pg_map)
+
+    counts = []
+    for run in "ab":
+        build_strategy(Parallel(dp=2, zero=3), torch.device("cpu"), "fp32")
+        Checkpointer(Path(folder) / run, keep=1).close()
+        counts.append(groups())
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.ranks
+def test_runs_of_a_pool_share_their_groups(tmp_path: Path) -> None:
+    run_ranks(_two_runs, 2, str(tmp_path))
 
 
 # --- killed -----------------------------------------------------------------------------------------
