@@ -23,7 +23,7 @@ from collie_lab.data.tokenizer import save_tokenizer
 from collie_lab.folder import read_json
 from collie_lab.machine import visible_gpus
 
-__all__ = ["Report", "check", "check_cells", "check_resume"]
+__all__ = ["Report", "check", "check_cells", "check_resume", "identity"]
 
 
 class Report:
@@ -94,16 +94,24 @@ def _cells(experiment: Experiment, problems: list[Problem]) -> dict[str, Any]:
     return config
 
 
+def identity(experiment: Experiment, fingerprint: str) -> dict[str, Any]:
+    """What a run and the one that it goes on from have in common: the optimizer, and the course of the data."""
+    training, data = experiment.training, experiment.data
+    return {"optimizer": experiment.optimizer.kind, "batch_size": training.batch_size, "seed": training.seed,
+            "data": fingerprint, "shuffle": data.shuffle, "group_by_length": data.group_by_length,
+            "packing": data.packing and (data.max_length or True)}
+
+
 def check_resume(experiment: Experiment, fingerprint: str, checkpoint: Path) -> None:
     """Whether a run can go on from a checkpoint exactly as the one that wrote it would have.
 
     Raises:
-        CellError: another optimizer, batch size, seed or data; or the checkpoint is already at the last step.
+        CellError: another optimizer, batch size, seed, data or order of them; or the checkpoint is already at the last
+            step.
     """
     state = read_json(checkpoint / "state.json")
     training = experiment.training
-    now = {"optimizer": experiment.optimizer.kind, "batch_size": training.batch_size, "seed": training.seed,
-           "data": fingerprint}
+    now = identity(experiment, fingerprint)
     problems = [Problem("launch", "resume", f"{name} was {then!r} in {checkpoint}, and is {now[name]!r}",
                         "resume goes on with the same run; to start from its weights: Model(run.model_path)")
                 for name, then in state.get("identity", {}).items() if name in now and then != now[name]]

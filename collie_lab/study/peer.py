@@ -136,7 +136,7 @@ def run(experiment: Experiment, folder: RunFolder, device: torch.device) -> None
         trainer.train()
         status, reason = watch.end()
         result = {"status": status, "steps": watch.step, **watch.meters.summary(),
-                  **worst_rank(watch.memory, {}, device), "seconds": time.perf_counter() - began,
+                  **worst_rank(watch.memory.peak_bytes, {}, device), "seconds": time.perf_counter() - began,
                   "world_size": parallel.world_size, **counts, **ending(status, reason, folder)}
         if number == 0:
             folder.write("result.json", result)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from collie_lab import check
 from collie_lab.cells import Experiment
 from collie_lab.folder import read_json
 
@@ -15,9 +16,8 @@ __all__ = ["check_frozen", "identity"]
 
 
 def identity(experiment: Experiment, data: str, counts: Mapping[str, int], device: torch.device) -> dict[str, Any]:
-    """Optimizer, batch size, seed, the data's fingerprint, and what drew frozen random weights."""
-    return {"optimizer": experiment.optimizer.kind, "batch_size": experiment.training.batch_size,
-            "seed": experiment.training.seed, "data": data, "drawn_on": _drawn_on(experiment, counts, device)}
+    """What `check_resume` compares, of data with that fingerprint; and what drew frozen random weights."""
+    return {**check.identity(experiment, data), "drawn_on": _drawn_on(experiment, counts, device)}
 
 
 def _drawn_on(experiment: Experiment, counts: Mapping[str, int], device: torch.device) -> str | None:

@@ -111,11 +111,10 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return local.untyped_storage()
 
 
-def worst_rank(memory: CudaMemory | CpuMemory | NoMemory, held: dict[str, int], device: torch.device
-               ) -> dict[str, int | None]:
+def worst_rank(peak_bytes: int | None, held: dict[str, int], device: torch.device) -> dict[str, int | None]:
     """`peak_bytes` of the rank that needed most (None: not measured), and what it held; on all ranks together, which
     name the same things."""
-    own = torch.tensor([float(memory.peak_bytes or 0), *held.values()], dtype=torch.float64, device=device)
+    own = torch.tensor([float(peak_bytes or 0), *held.values()], dtype=torch.float64, device=device)
     rows = [own]
     if dist.is_initialized():
         rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]

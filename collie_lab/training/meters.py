@@ -81,7 +81,7 @@ class Meters:
         self._pending: list[_Pending] = []
         self._logged: dict[str, float | Tensor] = {}
         self._losses: list[float] = []
-        self._speed: list[tuple[int, float]] = []  # tokens and seconds of the steps after the warm-up
+        self._tokens, self._seconds = 0, 0.0  # of the steps after the warm-up
         self._seen = 0
 
     def mark(self) -> Any:
@@ -138,7 +138,8 @@ class Meters:
         self._seen += 1
         self._losses.append(loss)
         if self._seen > _WARM_UP:
-            self._speed.append((step.record["tokens"], seconds))
+            self._tokens += step.record["tokens"]
+            self._seconds += seconds
         record = {**step.record, "loss": loss, "grad_norm": grad_norm,
                   "tokens_per_second": step.record["tokens"] / seconds, "mfu": self._mfu(step.flops, seconds)}
         if math.isfinite(unclipped):
@@ -155,6 +156,14 @@ class Meters:
     def summary(self) -> dict[str, float | None]:
         """Loss (mean of the last steps) and useful tokens per second over all ranks, warm-up left out."""
         last = [loss for loss in self._losses[-_LAST:] if math.isfinite(loss)]
-        tokens, seconds = (sum(column) for column in zip(*self._speed, strict=True)) if self._speed else (0, 0)
         return {"loss": sum(last) / len(last) if last else None,
-                "tokens_per_second": tokens / seconds if seconds else None}
+                "tokens_per_second": self._tokens / self._seconds if self._seconds else None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `summary` is made of, for a run that goes on."""
+        return {"losses": self._losses[-_LAST:], "tokens": self._tokens, "seconds": self._seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Sum up from there on; the first steps here are a warm-up again."""
+        self._losses = list(state.get("losses", []))
+        self._tokens, self._seconds = state.get("tokens", 0), state.get("seconds", 0.0)

@@ -70,19 +70,20 @@ class Trainer:
         # What evaluations have found: by the step of the weights, then by the evaluation's place.
         self._figures: dict[int, dict[int, dict[str, float]]] = {}
         self._best: Mapping[str, Any] | None = None  # the checkpoint to go back to at the end
-        self._began_at, self._held = 0, dict[str, int]()
+        self._began, self._began_at, self._held = time.perf_counter(), 0, dict[str, int]()
+        self._seconds_before, self._peak_before = 0.0, 0  # of the runs that this one goes on from
         self._callbacks = Callbacks(experiment)
 
     # --- the loop ---------------------------------------------------------------------------------
 
     def run(self) -> str:
         """Train to the last step; the status: `ok`, `stopped` or `diverged`."""
-        began = time.perf_counter()
         try:
             self._build()
             self._callbacks.on_start(self)
             with contextlib.closing(self._checkpoints):
-                status = self._finish(self._loop(), began)
+                self._catch_up()
+                status = self._finish(self._loop())
         except BaseException as error:
             self._callbacks.on_exception(self, error)
             raise
@@ -111,7 +112,15 @@ class Trainer:
                 self.save_checkpoint(rolling=rolling)
             if self._complete:
                 break
-        return self._verdict(self._pull(all_=True)) or status
+        late = self._verdict(self._pull(all_=True))
+        return status if late is None or status == "diverged" else late
+
+    def _catch_up(self) -> None:
+        """A run that was stopped left undone what was due after its last step."""
+        if self.resumed_from is not None:
+            self._evaluate(self._due)
+            if self._best_wish:
+                self.save_checkpoint(rolling=False)
 
     def _pull(self, *, all_: bool = False) -> list[StepFigures]:
         """The figures that have come in, which callbacks get too."""
@@ -144,7 +153,7 @@ class Trainer:
     # --- what a callback may use ------------------------------------------------------------------
 
     def stop(self) -> None:
-        """End the run after this step, with a checkpoint and a result."""
+        """End the run with a checkpoint and a result: after the step that is under way, or else the next."""
         self._stop_wish = True
 
     def finish(self, reason: str) -> None:
@@ -156,7 +165,8 @@ class Trainer:
     def log(self, figures: Mapping[str, float | Tensor]) -> None:
         """Add columns to the step's line of `metrics.jsonl`: numbers, or 0-d tensors, for which nothing waits.
 
-        Rank 0's count. ValueError for the name of a column that is there already.
+        Rank 0's count. Between two steps (from `on_evaluation`, say) they go to the line of the next. ValueError for
+        the name of a column that is there already.
         """
         self._meters.log(figures)
 
@@ -165,7 +175,20 @@ class Trainer:
         self._beat.say("checkpoint")
         self._best_wish = False
         self._checkpoints.save(self.step, *self._strategy.snapshot(self._adapted, self.optimizer), rolling=rolling,
-                               extra={"callbacks": self._callbacks.state_dict()})
+                               extra={"callbacks": self._callbacks.state_dict(), "so_far": self._so_far()})
+
+    def _so_far(self) -> dict[str, Any]:
+        """What a run that goes on from here is to know, for its figures to be those of the whole."""
+        return {"evaluated": self._figures.get(self.step, {}), "meters": self._meters.state_dict(),
+                "seconds": self._seconds, "peak_bytes": self._peak_bytes}
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._began
+
+    @property
+    def _peak_bytes(self) -> int:
+        return max(self._peak_before, self._memory.peak_bytes or 0)
 
     @property
     def stages(self) -> tuple[dist.ProcessGroup | None, Collection[Tensor]]:
@@ -235,9 +258,17 @@ class Trainer:
         if self.resumed_from is not None:
             check_frozen(self.resumed_from, shared["drawn_on"])
             self.step = self._began_at = self._load(self.resumed_from)
-            self._callbacks.load_state_dict(read_json(self.resumed_from / "state.json").get("callbacks", {}))
+            self._go_on(read_json(self.resumed_from / "state.json"))
         self.event("start", step=self.step, steps=training.steps, world_size=experiment.parallel.world_size,
                    device=str(self.device.type), **asdict(built.size))
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint knows beside the weights."""
+        self._callbacks.load_state_dict(state.get("callbacks", {}))
+        so_far = state.get("so_far", {})
+        self._figures[self.step] = {int(place): found for place, found in so_far.get("evaluated", {}).items()}
+        self._seconds_before, self._peak_before = so_far.get("seconds", 0.0), so_far.get("peak_bytes", 0)
+        self._meters.load_state_dict(so_far.get("meters", {}))
 
     def _load(self, checkpoint: Path) -> int:
         """Weights, optimizer and random state of a checkpoint; its step."""
@@ -294,9 +325,10 @@ class Trainer:
         later ones.
         """
         at = self.step if step is None else step
-        known, found = self._figures.setdefault(at, {}), dict[str, float]()
+        known, found = self._figures.get(at, {}), dict[str, float]()
         for place, (cell, documents) in enumerate(zip(self.experiment.evaluate, self._held_out, strict=True)):
             if due(cell) and place not in known:
+                self._figures[at] = known
                 with optim.averaged(self.optimizer):
                     known[place] = evaluate(
                         cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._step.flat,
@@ -317,7 +349,7 @@ class Trainer:
         with optim.averaged(self.optimizer):
             self._answers.give(self.step, self._adapted, self._strategy, lambda: self._beat.say("answer"))
 
-    def _finish(self, status: str, began: float) -> str:
+    def _finish(self, status: str) -> str:
         """Keep what was trained (checkpoint, model) before anything else can fail; evaluate; write the result."""
         self.event("ending", step=self.step)
         training = self.experiment.training
@@ -337,7 +369,7 @@ class Trainer:
             self._checkpoints.finish()
         result = {
             "status": status, "steps": self.step, **self._meters.summary(), **figures,
-            **worst_rank(self._memory, self._held, self.device), "seconds": time.perf_counter() - began,
+            **worst_rank(self._peak_bytes, self._held, self.device), "seconds": self._seconds,
             "world_size": self.experiment.parallel.world_size, **self._counts,
             **({"restored": step} if step != self.step else {}), **ending(status, self._reason, self.folder),
         }

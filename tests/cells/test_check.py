@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import collie_lab as lab
-from collie_lab.check import check_resume
+from collie_lab.check import check_resume, identity
 from collie_lab.folder import write_json
 
 GOOD = lab.Experiment(model=lab.Model("llama-tiny", init="random"), data=lab.Skills(size=40, test_size=10),
@@ -78,13 +78,15 @@ def test_options_without_effect_warn(experiment: lab.Experiment, message: str) -
 
 
 def test_resuming_another_run_is_refused(tmp_path: Path) -> None:
-    identity = {"optimizer": "adamw", "batch_size": 4, "seed": 0, "data": "abc"}
-    write_json(tmp_path / "state.json", {"step": 1, "identity": identity})
+    write_json(tmp_path / "state.json", {"step": 1, "identity": identity(GOOD, "abc")})
     check_resume(GOOD, "abc", tmp_path)
     for other, message in [
         (GOOD.replace(optimizer=lab.SGD()), "launch.resume: optimizer was 'adamw'"),
         (GOOD.with_("training.batch_size", 8), "batch_size was 4"),
         (GOOD.with_("training.steps", 1), "is at step 1 of 1"),
+        (GOOD.with_("data.shuffle", False), "shuffle was True"),
+        (GOOD.with_("data.packing", True), "packing was False"),
+        (GOOD.with_("data.group_by_length", True), "group_by_length was False"),
     ]:
         with pytest.raises(lab.CellError, match=message):
             check_resume(other, "abc", tmp_path)

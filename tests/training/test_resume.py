@@ -9,8 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from collie_lab import AdaLomo, AdamW, Adan, Experiment, Lion, Lomo, LoRA, Model, Parallel, Skills, Sophia, Training
-from collie_lab.folder import RunFolder
+from collie_lab import (
+    AdaLomo,
+    AdamW,
+    Adan,
+    Experiment,
+    Lion,
+    Lomo,
+    LoRA,
+    Model,
+    Parallel,
+    Perplexity,
+    Skills,
+    Sophia,
+    Training,
+)
+from collie_lab.folder import RunFolder, Tail
 from collie_lab.training._safe_reader import SafeReader
 from tests.ranks import losses, run_here, run_ranks
 
@@ -126,6 +140,29 @@ def test_stop_flag_ends_the_run_with_a_checkpoint_and_a_result(tmp_path: Path) -
     resumed = run_here(BASE, tmp_path / "resumed", resume=run.latest_checkpoint())
     whole = run_here(BASE, tmp_path / "whole")
     assert losses(run) + losses(resumed) == losses(whole)
+
+
+def test_the_figures_of_a_resumed_run_are_those_of_the_whole(tmp_path: Path) -> None:
+    def stop_at_three(trainer: object) -> None:
+        if trainer.step == 3:  # type: ignore[attr-defined]
+            trainer.stop()  # type: ignore[attr-defined]
+
+    experiment = BASE.replace(evaluate=[Perplexity(every=2, limit=4)])
+    begun = run_here(experiment.replace(callbacks=(stop_at_three,)), tmp_path / "begun")
+    run = run_here(experiment, tmp_path / "run", resume=begun.latest_checkpoint())
+    whole = run_here(experiment, tmp_path / "whole")
+    earlier, resumed, expected = (each.read("result.json") for each in (begun, run, whole))
+    assert earlier["steps"] == 4
+    assert resumed["loss"] == expected["loss"]
+    assert resumed["tokens_per_second"] == earlier["tokens_per_second"]  # the one step here is a warm-up
+    assert resumed["seconds"] > earlier["seconds"]
+    assert resumed["peak_bytes"] >= earlier["peak_bytes"]
+    # What was due after the last step of a run that was stopped is made up for.
+    assert [*_evaluated(begun), *_evaluated(run)] == _evaluated(whole) == [2, 4, 5]
+
+
+def _evaluated(run: RunFolder) -> list[int]:
+    return [event["step"] for event in Tail(run.path / "events.jsonl").new() if event["kind"] == "evaluation"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
