@@ -206,6 +206,18 @@ def _schedule(run: Conditions) -> str | None:
     return ", ".join(words) or None
 
 
+def _loss(run: Conditions) -> str | None:
+    training = run.cell("training")
+    return (training.get("loss") or "cross-entropy") if training else None
+
+
+def _clipping(run: Conditions) -> str | None:
+    training = run.cell("training")
+    words = [f"{key.removeprefix('clip_grad_')} {training[key]}" for key in ("clip_grad_norm", "clip_grad_value")
+             if training.get(key)]
+    return (", ".join(words) or "none") if training else None
+
+
 #: What is compared, the gravest first. The tuning budget no single run knows.
 ASPECTS: Final = (
     Aspect("tokens per step", ("training.batch_size", "data", "model"), lambda run: run.tokens_per_step,
@@ -221,6 +233,8 @@ ASPECTS: Final = (
     Aspect("precision", ("training.precision", "training.weights", "optimizer.rounding"), _precision),
     Aspect("learning-rate schedule", ("training.schedule", "training.warmup", "training.decay",
                                       "training.final_lr"), _schedule),
+    Aspect("loss", ("training.loss",), _loss),
+    Aspect("gradient clipping", ("training.clip_grad_norm", "training.clip_grad_value"), _clipping),
     Aspect("evaluation set", ("evaluate", "data"), _evaluation, _evaluation_text),
     Aspect("hardware", (), _hardware),
     Aspect("ranks", ("parallel",), _ranks),

@@ -17,8 +17,6 @@ __all__ = ["Identity", "identify"]
 #: Fields of cells that name files or folders, where they name any.
 _FIELDS: Final = ("source", "tokenizer", "load", "path", "include_path")
 _SUFFIXES: Final = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz")
-#: Bytes at either end of a file in a folder that count; a model's files are large.
-_SAMPLE: Final = 1 << 16
 
 
 class Identity(NamedTuple):
@@ -36,7 +34,7 @@ def identify(experiment: Experiment, runner: str) -> Identity:
     """The identity of an arm.
 
     A file, or the files of a pattern, count with every byte, and not with their place; the files in a folder (a model)
-    with their names, sizes and both ends. What the hub holds counts with its name alone. The experiment's own name,
+    with their names too. What the hub holds counts with its name alone. The experiment's own name,
     which only its folder has, does not count.
     """
     fields = {key: value for key, value in experiment.to_dict().items() if key != "name"}
@@ -107,9 +105,6 @@ def _folder(*states: tuple[str, int, int], root: str) -> str:
     digest = hashlib.sha256()
     for name, size, _ in states:
         digest.update(f"{Path(name).relative_to(root)} {size}\n".encode())
-        with open(name, "rb") as file:
-            digest.update(file.read(_SAMPLE))
-            if size > _SAMPLE:
-                file.seek(-min(_SAMPLE, size - _SAMPLE), 2)
-                digest.update(file.read(_SAMPLE))
+        with open(name, "rb") as file:  # all of it: models that were tuned in a few layers differ in the middle
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

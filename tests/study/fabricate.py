@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 import collie_lab as lab
+from collie_lab.code import pack
 from collie_lab.folder import JsonLines, RunFolder
 from collie_lab.study.outcomes import run_figures
 from collie_lab.study.presentation import Presentation
@@ -70,7 +72,7 @@ def made_run(
         lines.append({"step": step, "time": 1.7e9 + step, "loss": loss(step), "lr": 1e-3, "grad_norm": 1.0,
                       "tokens": tokens, "tokens_per_second": tokens, "mfu": None, "memory_allocated": 10})
     lines.close()
-    experiment.to_yaml(folder.path / "experiment.yaml")
+    (folder.path / "experiment.yaml").write_text(yaml.safe_dump(pack(experiment)[0]), encoding="utf-8")
     folder.write("env.json", {**ENVIRONMENT, **(environment or {})})
     folder.write("launch.json", {"world_size": 1, "resume_from": None})
     folder.write("status.json", {"status": status, "pid": 1, "pid_started": 0.0, "started": 1.7e9,

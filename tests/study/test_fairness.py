@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import collie_lab as lab
 from collie_lab.study.conditions import ASPECTS, Conditions
@@ -78,6 +79,8 @@ def test_other_seeds() -> None:
     ("data order", {"experiment": BASE.with_("data.packing", False)}),
     ("learning-rate schedule", {"experiment": BASE.with_("training.schedule", "cosine")}),
     ("recomputation", {"experiment": BASE.with_("training.recompute", "full")}),
+    ("loss", {"experiment": BASE.with_("training.loss", torch.nn.functional.cross_entropy)}),
+    ("gradient clipping", {"experiment": BASE.with_("training.clip_grad_norm", 0.5)}),
     ("evaluation set", {"experiment": BASE.replace(evaluate=(lab.Perplexity(limit=50),))}),
     ("hardware", {"environment": {"gpu": "NVIDIA H200"}}),
     ("ranks", {"environment": {"threads": 2}}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,12 @@ def test_the_bytes_of_a_benchmark_decide_and_its_place_does_not(tmp_path: Path) 
     first = id_of(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
     assert id_of(tmp_path / "b") == first
+    large = tmp_path / "b" / "large.bin"
+    large.write_bytes(bytes(2**18))
+    with_zeros = id_of(tmp_path / "b")
+    large.write_bytes(bytes(2**17) + b"1" + bytes(2**17 - 1))  # a model that was tuned in its middle
+    os.utime(large, ns=(0, 0))
+    assert id_of(tmp_path / "b") != with_zeros
     (tmp_path / "b" / "questions.csv").write_text("1+1,3")
     assert id_of(tmp_path / "b") != first
 
