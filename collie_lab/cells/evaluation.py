@@ -84,7 +84,7 @@ class _Answers(HeldOut):
 class ExactMatch(_Answers):
     """Share of the held-out prompts whose greedy answer is the reference, stripped of outer blanks."""
 
-    better: ClassVar[Better | None] = {"exact_match": "max", "exact_match_se": "min"}
+    better: ClassVar[Better | None] = {"exact_match": "max"}
 
     score: Callable[[str, str], float] | None = None
     """`score(answer, reference)`, a finite number in 0..1, instead of equality."""

@@ -43,10 +43,10 @@ class Tokenizer:
         self.prefix = marked[: marked.index(bare[0])] if bare else []
         self.unk_id = self._unknown()
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
-        return int(self._rust.get_vocab_size(with_added_tokens=True))
+        return 1 + max(self._rust.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,6 +164,8 @@ def _sizes(text: str, offsets: list[tuple[int, int]]) -> list[int]:
     ends = np.maximum.accumulate(until[[end for _, end in offsets]])
     ends[-1] = until[-1]
     return list(np.diff(ends, prepend=0).tolist())
+
+
 def _flags(offsets: list[tuple[int, int]], segments: Sequence[tuple[str, bool]]) -> NDArray[np.bool_]:
     """The flag of the segment in which each token begins."""
     ends = np.cumsum([len(text) for text, _ in segments])

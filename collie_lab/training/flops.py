@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from collie_lab.gpus import gpu_of_device
 
@@ -26,7 +26,7 @@ class StepFlops:
 
     6·N per token for a trained weight that multiplies (all matrices but the embedding, the output head
     included), 4·N for a frozen one, which needs no gradient of its own; 6·L·d·s per token for causal
-    attention. Recomputation does not count.
+    attention. Of experts those count that a token goes to. Recomputation does not count.
     """
 
     per_token: int
@@ -39,10 +39,24 @@ class StepFlops:
         embedding = model.get_input_embeddings().weight
         # Tied to the head, the embedding's matrix multiplies once; else it is only looked up.
         looked_up = embedding if model.get_output_embeddings().weight is not embedding else None
-        per_token = sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters()
-                        if p.ndim >= 2 and p is not looked_up)
+        chosen, experts = _experts(config)
+        per_token = 0
+        for name, p in model.named_parameters():
+            if p.ndim >= 2 and p is not looked_up:
+                active = p.numel() * chosen // experts if "experts" in name.split(".") else p.numel()
+                per_token += (6 if p.requires_grad else 4) * active
         return cls(per_token, 6 * config.num_hidden_layers * config.hidden_size)
 
     def of(self, tokens: int, attended: int) -> float:
         """FLOPs of so many tokens; `attended` is the sum of the squared document lengths."""
         return float(self.per_token * tokens + self.per_attended * attended)
+
+
+def _experts(config: PreTrainedConfig) -> tuple[int, int]:
+    """To how many of a layer's experts a token goes, and how many there are."""
+    def first(names: tuple[str, ...]) -> int | None:
+        return next((found for name in names if isinstance(found := getattr(config, name, None), int)), None)
+
+    experts = first(("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"))
+    chosen = first(("num_experts_per_tok", "moe_topk", "moe_k"))
+    return (chosen, experts) if chosen and experts else (1, 1)

@@ -125,7 +125,7 @@ class _LinearLoss(torch.autograd.Function):
             for begin, end in _chunks(len(labels_N), *weight.shape):
                 hidden = hidden_NC[begin:end].to(compute)
                 logits = F.linear(hidden, weight, bias).float()
-                labels, differentiate = labels_N[begin:end], need_hidden or need_weight
+                labels, differentiate = labels_N[begin:end], any(ctx.needs_input_grad[:3])
                 if group is None:
                     loss, d_logits = _loss_and_gradient(logits, labels, token_loss, differentiate)
                 elif token_loss is None:

@@ -40,13 +40,18 @@ class ModelWarning(UserWarning):
 
 @contextlib.contextmanager
 def model_warnings(tell: Callable[[str], None]) -> Iterator[None]:
-    """Within it, the texts of such warnings are gathered, and told at its end."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ModelWarning)
-        yield
-    for warning in caught:
-        if issubclass(warning.category, ModelWarning):
-            tell(str(warning.message))
+    """Within it, the texts of such warnings are gathered, and told at its end; others are given then as they came."""
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ModelWarning)
+            yield
+    finally:
+        for warning in caught:
+            if issubclass(warning.category, ModelWarning):
+                tell(str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class Path(NamedTuple):

@@ -51,6 +51,14 @@ def test_frozen_head_gets_no_gradient() -> None:
     assert weight.grad is None
 
 
+def test_a_bias_may_be_all_that_is_trained() -> None:
+    hidden, weight, bias = torch.randn(5, 8), torch.randn(12, 8), torch.zeros(12, requires_grad=True)
+    labels = torch.randint(0, 12, (5,))
+    linear_loss(hidden, weight, bias, labels).backward()
+    expected = torch.softmax(hidden @ weight.T, -1).sum(0) - F.one_hot(labels, 12).sum(0)
+    torch.testing.assert_close(bias.grad, expected)
+
+
 def test_no_full_logits_are_held() -> None:
     """The largest allocation is a chunk of logits, not tokens × vocabulary."""
     tokens, hidden_size, vocabulary = 8192, 32, 4096

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from collie_lab import AdamW, Experiment, Model, RandomTokens, Skills, Training
 from collie_lab.training.flops import StepFlops
@@ -45,6 +46,15 @@ def test_flops_by_hand() -> None:
     assert StepFlops.of_model(model).of(tokens=50, attended=2 * 25**2) == 6 * matmul * 50 + attention
     model.requires_grad_(False)
     assert StepFlops.of_model(model).of(tokens=50, attended=2 * 25**2) == 4 * matmul * 50 + attention
+
+
+def test_of_experts_those_count_that_a_token_goes_to() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "vocab_size": 100, "num_local_experts": 8, "num_experts_per_tok": 2}
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(**sizes))
+    matmul = 2 * (4 * 64 * 64 + 8 * 64 + 2 * 3 * 64 * 96) + 100 * 64
+    assert StepFlops.of_model(model).per_token == 6 * matmul
 
 
 def test_peak_memory_holds_weights_gradients_and_states(tmp_path: Path) -> None:
