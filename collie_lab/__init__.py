@@ -59,6 +59,7 @@ from collie_lab.cells import (
     Perplexity,
     Prefix,
     Problem,
+    Profile,
     Prompt,
     PTuning,
     QLoRA,
@@ -98,10 +99,11 @@ __all__ = [
     "ExactMatch", "Experiment", "ExtendTokenizer", "Freeze", "GPU", "GPUS", "GSM8K", "GaLore", "Generation",
     "GradientStatistics", "HumanEval", "IA3", "Instructions", "LMEval", "Lion", "LoRA", "Lomo", "MLflow", "MMLU",
     "Model", "MultipleChoice", "Muon", "Nodes", "OFT", "Optimizer", "PTuning", "Parallel", "Perplexity", "Plan",
-    "PlanError", "Pool", "Prefix", "Problem", "Prompt", "QLoRA", "RandomTokens", "RankError", "Ray", "Results", "Run",
-    "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Slurm", "Sophia", "Study", "SystemMeters", "TensorBoard",
-    "Text", "TrainTokenizer", "Training", "WandB", "WeightStatistics", "__version__", "attach", "calibrate", "compare",
-    "compose", "doctor", "estimate", "figure", "fit", "merge", "optim", "pull", "residuals", "runs", "watch",
+    "PlanError", "Pool", "Prefix", "Problem", "Profile", "Prompt", "QLoRA", "RandomTokens", "RankError", "Ray",
+    "Results", "Run", "SGD", "SHAPES", "SKILLS", "ScheduleFree", "Skills", "Slurm", "Sophia", "Study", "SystemMeters",
+    "TensorBoard", "Text", "TrainTokenizer", "Training", "WandB", "WeightStatistics", "__version__", "attach",
+    "calibrate", "compare", "compose", "doctor", "estimate", "figure", "fit", "merge", "optim", "pull", "residuals",
+    "runs", "watch",
 ]
 
 

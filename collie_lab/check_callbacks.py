@@ -13,6 +13,7 @@ from collie_lab.cells import (
     GradientStatistics,
     Monitor,
     Problem,
+    Profile,
     RuleCell,
     Statistics,
     WeightStatistics,
@@ -35,6 +36,8 @@ def callback_problems(experiment: Experiment) -> Iterator[Problem]:
             yield from _monitor(cell, experiment)
         if isinstance(cell, Statistics):
             yield from _statistics(cell, experiment)
+        if isinstance(cell, Profile) and cell.first > experiment.training.steps:
+            yield _warning("Profile", "first", f"without effect within {experiment.training.steps} steps", "lower it")
         package = getattr(cell, "package", None)
         if package is not None and not _installed(package):
             yield Problem("Experiment", "callbacks", f"{type(cell).__name__} needs the package {package}",

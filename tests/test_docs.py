@@ -147,7 +147,7 @@ def test_the_defaults_of_callbacks_are_those_in_their_table() -> None:
     calls = [ast.parse(row, mode="eval").body for row in rows]
     told = {call.func.id: {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
             for call in calls if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.keywords}
-    assert len(told) == 9
+    assert len(told) == 10
     for name, defaults in told.items():
         cell = getattr(lab, name)()
         assert {field: getattr(cell, field) for field in defaults} == defaults, name

@@ -25,6 +25,7 @@ from collie_lab.cells.callback import (
     GradientStatistics,
     MLflow,
     Monitor,
+    Profile,
     Statistics,
     SystemMeters,
     TensorBoard,
@@ -64,7 +65,7 @@ __all__ = [
     "Cell", "CellError", "Classification", "Data", "EarlyStopping", "Evaluation", "ExactMatch", "Experiment",
     "ExtendTokenizer", "Freeze", "GaLore", "Generation", "GradientStatistics", "HeldOut", "HumanEval", "Instructions",
     "LMEval", "LibraryOptimizer", "Lion", "LoRA", "Lomo", "MLflow", "Model", "Monitor", "MultipleChoice", "Muon",
-    "NewTokenizer", "Nodes", "Optimizer", "PTuning", "Parallel", "Perplexity", "Prefix", "Problem", "Prompt", "QLoRA",
-    "RandomTokens", "RuleCell", "ScheduleFree", "Skills", "Sophia", "Statistics", "SystemMeters", "TensorBoard", "Text",
-    "TrainTokenizer", "Training", "VirtualTokens", "WandB", "WeightStatistics",
+    "NewTokenizer", "Nodes", "Optimizer", "PTuning", "Parallel", "Perplexity", "Prefix", "Problem", "Profile", "Prompt",
+    "QLoRA", "RandomTokens", "RuleCell", "ScheduleFree", "Skills", "Sophia", "Statistics", "SystemMeters",
+    "TensorBoard", "Text", "TrainTokenizer", "Training", "VirtualTokens", "WandB", "WeightStatistics",
 ]

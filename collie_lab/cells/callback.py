@@ -12,7 +12,7 @@ from collie_lab.cells.evaluation import Evaluation
 
 __all__ = [
     "CSV", "BestCheckpoint", "Callback", "CallbackCell", "EarlyStopping", "GradientStatistics", "MLflow", "Monitor",
-    "Statistics", "SystemMeters", "TensorBoard", "WandB", "WeightStatistics",
+    "Profile", "Statistics", "SystemMeters", "TensorBoard", "WandB", "WeightStatistics",
 ]
 
 _Mode = Literal["min", "max"]
@@ -151,6 +151,15 @@ class SystemMeters(CallbackCell):
     every_seconds: float = Field(default=10.0, gt=0.0)
 
 
+class Profile(CallbackCell):
+    """Records some steps with torch's profiler: a trace of every rank for https://ui.perfetto.dev or chrome://tracing,
+    and `run.profile`, a table of the operators. These steps are slower than others."""
+
+    first: int = Field(default=4, ge=1)
+    """The first of them, counted from where the run starts or goes on; those before warm up."""
+    steps: int = Field(default=2, ge=1)
+
+
 class TensorBoard(CallbackCell):
     """Writes a run's figures for TensorBoard."""
 
@@ -160,7 +169,6 @@ class TensorBoard(CallbackCell):
     folder: Annotated[str | None, PATH_TEXT] = None
     """Default: `tensorboard` in the run folder, of which `tensorboard --logdir runs` shows all. Else `<folder>/<run>`,
     which a resumed run goes on with."""
-
 
 
 class WandB(CallbackCell):

@@ -59,7 +59,8 @@ class Experiment(Cell):
         """The optimizer with the factor that LoRA+ wants; those that it names itself count first."""
         if not isinstance(self.adapter, LoRA) or self.adapter.plus == 1.0:
             return self.optimizer
-        return self.optimizer.replace(lr_scale={**self.optimizer.lr_scale, "*lora_B*": self.adapter.plus})
+        own, pattern = self.optimizer.lr_scale, "*lora_B*"
+        return self.optimizer.replace(lr_scale={**own, pattern: own.get(pattern, self.adapter.plus)})
 
     @model_validator(mode="before")
     @classmethod
@@ -84,6 +85,12 @@ class Experiment(Cell):
         from collie_lab.check import check
 
         return check(self)
+
+    def steps_for(self, epochs: float) -> int:
+        """Optimizer steps of so many passes over the data: `exp.with_("training.steps", exp.steps_for(epochs=3))`."""
+        from collie_lab.data.epochs import steps_for
+
+        return steps_for(self, epochs)
 
     def size(self) -> Size:
         """Parameters, how many of them are trained, and their bytes; found by another process in some seconds."""

@@ -20,7 +20,8 @@ class Training(Cell):
     """
 
     steps: int = Field(default=100, ge=1)
-    """Optimizer steps. The data are repeated, in a new order each epoch, as often as that needs."""
+    """Optimizer steps. The data are repeated, in a new order each epoch, as often as that needs;
+    `exp.steps_for(epochs=3)` tells how many steps so many epochs are."""
     batch_size: int = Field(default=8, ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Default: the whole share of a rank, without accumulation."""

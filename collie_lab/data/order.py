@@ -7,6 +7,7 @@ to the others, and a run resumes in mid-epoch from its step number alone.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,9 +53,13 @@ class Order:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._seed, self._shuffle, self._group = seed, shuffle, group_by_length
 
+    def sequences(self) -> int:
+        """How many sequences the first pass over the documents makes."""
+        return len(next(self._epochs()))
+
     def steps(self, start: int = 0) -> Iterator[Step]:
         """The steps from `start` (counted from 0) on, without end."""
-        stream = self._sequences()
+        stream = itertools.chain.from_iterable(self._epochs())
         for _ in range(start * self._batch_size):
             next(stream)
         while True:
@@ -69,22 +74,21 @@ class Order:
         everything = np.concatenate(batch)
         return Step(micro_batches, int(self._lengths[everything].sum()), int(self._targets[everything].sum()))
 
-    def _sequences(self) -> Iterator[Sequence]:
-        epoch = dealt = 0
-        while True:
+    def _epochs(self) -> Iterator[list[Sequence] | NDArray[np.int64]]:
+        dealt = 0
+        for epoch in itertools.count():
             rng = np.random.default_rng([self._seed, epoch])
             order = rng.permutation(len(self._lengths)) if self._shuffle else np.arange(len(self._lengths))
             if self._packing is None:
                 if self._group:
                     order = self._grouped(order, -dealt % self._batch_size, rng)
                 dealt += len(order)
-                yield from order[:, None]
+                yield order[:, None]
             else:
                 sequences = pack(self._lengths, order, self._packing)
                 if self._shuffle:
                     sequences = [sequences[index] for index in rng.permutation(len(sequences))]
-                yield from sequences
-            epoch += 1
+                yield sequences
 
     def _grouped(self, order: NDArray[np.int64], lead: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """The order with documents of like length in every step: those of many steps are sorted, longest first, and the

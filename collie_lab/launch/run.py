@@ -228,6 +228,17 @@ class Run:
         return pd.DataFrame(rows, columns=["node", "time", *dict.fromkeys(
             key for row in rows for key in row if key not in ("node", "time"))])
 
+    @property
+    def profile(self) -> pd.DataFrame:
+        """What `Profile` has recorded on rank 0, a row an operator, the longest first: `operator`, `calls`, and the
+        seconds in it alone, on the `host` and on the `device` (0 on CPUs). Traces lie in `profile` in the run folder.
+        """
+        import pandas as pd
+
+        rows = Tail(self.folder.path / "profile" / "operators.jsonl").new()
+        frame = pd.DataFrame(rows, columns=["operator", "calls", "host", "device"])
+        return frame.sort_values(["device", "host"], ascending=False, ignore_index=True)
+
     def logs(self, rank: int = 0, stream: Literal["out", "err", "both"] = "out", tail: int | None = None) -> str:
         """What a rank has printed; `tail` gives the last lines only.
 

@@ -19,7 +19,8 @@ GOOD = lab.Experiment(
     model=lab.Model("llama-tiny", init="random"), data=lab.Skills(size=40, test_size=10),
     training=lab.Training(steps=40, batch_size=4), evaluate=[lab.Perplexity(every=5), lab.ExactMatch(name="own")],
     callbacks=[lab.EarlyStopping(), lab.BestCheckpoint(monitor="own_exact_match"), lab.GradientStatistics(),
-               lab.WeightStatistics(groups={"norms": ("*norm*",)}), lab.SystemMeters(), lab.CSV(folder="x"), print])
+               lab.WeightStatistics(groups={"norms": ("*norm*",)}), lab.SystemMeters(), lab.Profile(),
+               lab.CSV(folder="x"), print])
 
 
 def _with(*callbacks: Any, **cells: Any) -> lab.Experiment:
@@ -35,7 +36,7 @@ def test_a_sound_experiment_has_only_advice() -> None:
 
 @pytest.mark.parametrize(("experiment", "message"), [
     (_with(lab.EarlyStopping(monitor="accuracy")), "EarlyStopping.monitor: no evaluation gives 'accuracy' → there are: "
-     "perplexity, nll, bits_per_byte, own_exact_match, own_exact_match_se"),
+     "perplexity, nll, bits_per_byte, own_exact_match"),
     (_with(lab.BestCheckpoint(), evaluate=[]), "BestCheckpoint.monitor: nothing is evaluated"),
     (_with(lab.EarlyStopping(), lab.EarlyStopping(patience=1)), "two of a kind"),
     (_with(lab.BestCheckpoint(restore=True), lab.BestCheckpoint(monitor="nll", restore=True)),

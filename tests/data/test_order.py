@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from collie_lab import Instructions, Model
-from collie_lab.data import Documents, Order, pack, read_documents, save_tokenizer
+from collie_lab import Experiment, Instructions, Model, Skills, Training
+from collie_lab.data import Documents, Order, pack, prepare, read_documents, save_tokenizer
 from collie_lab.data.prepare import tokenize
+from collie_lab.folder import RunFolder
 
 
 def _documents(count: int = 100) -> Documents:
@@ -52,6 +54,22 @@ def test_ranks_share_the_batches_of_one_process(packing: int | None, group: bool
         dealt = np.concatenate([micro_batch for part in parts for micro_batch in part.micro_batches])
         assert sorted(dealt.tolist()) == sorted(np.concatenate(one.micro_batches).tolist())
         assert one.tokens == documents.lengths[np.concatenate(one.micro_batches)].sum()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_steps_for_an_epoch_see_every_document(packing: bool, tmp_path: Path) -> None:
+    experiment = Experiment(model=Model("llama-tiny", init="random"), training=Training(batch_size=4, seed=5),
+                            data=Skills(size=90, test_size=10, packing=packing, max_length=96))
+    prepare(experiment, RunFolder(tmp_path))
+    documents = Documents.load(tmp_path / "data" / "train")
+    order = Order(documents, batch_size=4, micro_batch_size=4, seed=5, packing=96 if packing else None)
+    count = experiment.steps_for(epochs=1)
+    steps = [np.concatenate(step.micro_batches) for step in islice(order.steps(), count)]
+    assert set(np.concatenate(steps)) == set(range(len(documents)))
+    assert set(np.concatenate(steps[:-1])) != set(range(len(documents)))
+    assert experiment.steps_for(epochs=2.5) == math.ceil(2.5 * order.sequences() / 4)
+    with pytest.raises(ValueError, match="a positive number of passes"):
+        experiment.steps_for(epochs=0)
 
 
 @pytest.mark.parametrize("group", [False, True])

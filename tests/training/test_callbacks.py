@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -307,6 +308,22 @@ def test_a_group_that_nothing_belongs_to_is_a_mistake(tmp_path: Path) -> None:
     experiment = BASE.replace(callbacks=[lab.WeightStatistics(groups={"norms": "*norm*", "mlp": "*feed_forward*"})])
     with pytest.raises(ValueError, match=r"no trained parameter's name matches '\*feed_forward"):
         run_here(experiment, tmp_path / "run")
+
+
+def test_a_profile_tells_operators_and_leaves_traces(tmp_path: Path) -> None:
+    run = Run(run_here(BASE.replace(callbacks=[lab.Profile(first=2, steps=2)]), tmp_path / "run"))
+    table = run.profile
+    assert {"aten::mm", "aten::embedding"} <= set(table["operator"])
+    embedding = table[table["operator"] == "aten::embedding"]
+    assert list(embedding["calls"]) == [2]  # once a step
+    assert (table["host"] >= 0).all()
+    assert table["host"].is_monotonic_decreasing
+    with gzip.open(run.folder.path / "profile" / "rank-0.json.gz") as trace:
+        assert json.load(trace)["traceEvents"]
+    plain = run_here(BASE, tmp_path / "plain")
+    assert losses(plain) == losses(run.folder)
+    short = Run(run_here(BASE.replace(callbacks=[lab.Profile(first=BASE.training.steps, steps=9)]), tmp_path / "short"))
+    assert len(short.profile)
 
 
 def test_system_meters_see_the_machine_and_end(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import override
 from collie_lab import cells
 from collie_lab.cells import Callback, Experiment
 from collie_lab.training.callbacks.monitors import EarlyStop, KeepBest
+from collie_lab.training.callbacks.profiler import Profiler
 from collie_lab.training.callbacks.statistics import TensorStatistics
 from collie_lab.training.callbacks.system import SystemThread
 
@@ -111,6 +112,8 @@ def _build(item: cells.CallbackCell | Callable[..., Any], experiment: Experiment
             return TensorStatistics(item)
         case cells.SystemMeters():
             return SystemThread(item)
+        case cells.Profile():
+            return Profiler(item)
         case cells.CSV() | cells.TensorBoard() | cells.WandB() | cells.MLflow():
             from collie_lab.training.callbacks.sinks import build_sink
 
