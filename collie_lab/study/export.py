@@ -13,8 +13,8 @@ from collie_lab.folder import write_json
 from collie_lab.study.artefacts import origins, sidecar
 from collie_lab.study.contents import default_figures, default_tables
 from collie_lab.study.fairness import Fairness, fairness
+from collie_lab.study.outcomes import attempts
 from collie_lab.study.report import write_report
-from collie_lab.study.series import attempts
 
 if TYPE_CHECKING:
     from collie_lab.study._canvas import StudyFigure

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from collie_lab.launch import Run
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from collie_lab.launch import Run
     from collie_lab.study.columns import Column
 
-__all__ = ["FINISHED", "SEED", "Outcomes", "arm_frame", "run_figures", "seedless", "tuned_axes"]
+__all__ = ["FINISHED", "SEED", "Outcomes", "arm_frame", "attempts", "run_figures", "seedless", "tokens_per_step",
+           "tuned_axes"]
 
 #: Statuses whose figures count. Every other one stands in a table as a word.
 FINISHED: Final = ("ok", "stopped")
@@ -41,21 +44,43 @@ class Outcomes(Protocol):
         """The run of each arm that has one, by the arm's name."""
 
 
+def attempts(run: Run) -> list[Run]:
+    """A run and those in the same folder that it went on from, the oldest first."""
+    found = [run]
+    while resumed := found[0].folder.read("launch.json").get("resume_from"):
+        earlier = Path(resumed).parents[1]  # <run>/checkpoints/step-N
+        if earlier.parent != run.folder.path.parent or not (earlier / "launch.json").is_file():
+            break
+        found.insert(0, Run(earlier))
+    return found
+
+
 def run_figures(run: Run) -> dict[str, Any]:
-    """What a run adds to its row of `Outcomes.frame`: its summary, and
+    """What a run adds to its row of `Outcomes.frame`: its summary, and, over all attempts,
 
     - `tgs`: useful (non-padding) tokens per rank and second;
-    - `mfu`: the mean over its steps, the first two left out; NaN where the hardware's peak is not known;
+    - `mfu`: the mean over its steps, the first two of each attempt left out; NaN where the peak of the hardware is not
+      known;
     - `tokens_per_step`: useful tokens of a step over all ranks, the mean of its steps.
     """
-    summary, metrics = run.summary, run.metrics
-    speed, missing = summary.get("tokens_per_second"), float("nan")
+    import pandas as pd
+
+    parts = [each.metrics for each in attempts(run)]
+    summary, speed, missing = run.summary, run.summary.get("tokens_per_second"), float("nan")
     return {
         **summary,
         "tgs": missing if speed is None else speed / summary.get("world_size", 1),
-        "mfu": float(metrics["mfu"].iloc[2:].mean()),
-        "tokens_per_step": float(metrics["tokens"].mean()),
+        "mfu": float(pd.concat([part["mfu"].iloc[2:].astype(float) for part in parts]).mean()),
+        "tokens_per_step": tokens_per_step(run),
     }
+
+
+def tokens_per_step(run: Run) -> float:
+    """Useful tokens of a step over all ranks, the mean of the steps of all attempts; NaN of a run without any."""
+    import pandas as pd
+
+    steps = pd.concat([each.metrics[["step", "tokens"]] for each in attempts(run)])
+    return float(steps.drop_duplicates("step", keep="last")["tokens"].mean())
 
 
 def tuned_axes(outcomes: Outcomes) -> Mapping[str, str | Column]:

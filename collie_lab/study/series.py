@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from collie_lab.launch import Run
 from collie_lab.study.columns import Column, column
 from collie_lab.study.groups import Group, Value, group_arms, known_axes, ordered
-from collie_lab.study.outcomes import FINISHED, Outcomes, arm_frame, tuned_axes
+from collie_lab.study.outcomes import FINISHED, Outcomes, arm_frame, attempts, tuned_axes
 from collie_lab.view.curves import Array, smooth
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Band", "Fit", "Line", "Panel", "Point", "attempts", "bands", "fit", "lines", "points_frame"]
+    from collie_lab.launch import Run
+
+__all__ = ["Band", "Fit", "Line", "Panel", "Point", "bands", "fit", "lines", "points_frame"]
 
 
 @dataclass(frozen=True)
@@ -175,17 +175,6 @@ def bands(
     if not any(made for _, made, _ in found):
         raise ValueError(f"figure: no run has recorded {metric!r}" if any(group.decided for group in groups) else
                          "figure: of the values that are tuned none is the best yet")
-    return found
-
-
-def attempts(run: Run) -> list[Run]:
-    """A run and those in the same folder that it went on from, the oldest first."""
-    found = [run]
-    while resumed := found[0].folder.read("launch.json").get("resume_from"):
-        earlier = Path(resumed).parents[1]  # <run>/checkpoints/step-N
-        if earlier.parent != run.folder.path.parent or not (earlier / "launch.json").is_file():
-            break
-        found.insert(0, Run(earlier))
     return found
 
 
