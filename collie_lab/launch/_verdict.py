@@ -107,32 +107,38 @@ def _judge_failure(facts: Facts) -> Verdict:
     if rank is None:
         return Verdict("error", _without_culprit(facts.agent_code, facts.log))
     record = next((record for record in facts.records if record["rank"] == rank), None)
-    if (short := next((told for told in facts.records if _is_out_of_memory(told)), None)) is not None:
-        return _out_of_memory(short, short["rank"], "out of GPU memory" if short["on_gpu"] else "out of host memory")
+    for told in facts.records:
+        if (short := _out_of(told)) is not None:
+            return _out_of_memory(short, told, told["rank"])
     if record is None and facts.oom_kills and _code(facts, rank) == -signal.SIGKILL:
-        return _out_of_memory(facts.beats.get(rank, {}), rank, "killed (SIGKILL) by the system, out of host memory")
+        return _out_of_memory("host_oom", facts.beats.get(rank, {}), rank, "killed (SIGKILL) by the system, ")
     ending = summary_line(record) if record else how_it_ended(_code(facts, rank))
     return Verdict("error", f"rank {rank}: {ending}", rank)
 
 
-def _is_out_of_memory(record: Mapping[str, Any]) -> bool:
-    """torch has an exception of its own for a GPU alone."""
-    return record["type"] in ("OutOfMemoryError", "MemoryError") or \
-        "DefaultCPUAllocator: can't allocate memory" in record["message"]
+def _out_of(record: Mapping[str, Any]) -> Literal["cuda_oom", "host_oom"] | None:
+    """Which memory an error was for want of, if it was: a rank on a GPU also runs out of the host's."""
+    kind, message = record["type"], record["message"]
+    # torch has an exception of its own for its allocator alone, not for the driver and the libraries.
+    if kind == "OutOfMemoryError" or "CUDA error: out of memory" in message or "ALLOC_FAILED" in message:
+        return "cuda_oom"
+    return "host_oom" if kind == "MemoryError" or "DefaultCPUAllocator" in message else None
 
 
-def _out_of_memory(where: Mapping[str, Any], rank: int, what: str) -> Verdict:
+def _out_of_memory(status: Literal["cuda_oom", "host_oom"], where: Mapping[str, Any], rank: int,
+                   how: str = "") -> Verdict:
     """`where`: an error record, or a beat."""
-    words = f"rank {rank}: {what}"
+    on_gpu = status == "cuda_oom"
+    words = f"rank {rank}: {how}out of {'GPU' if on_gpu else 'host'} memory"
     if where.get("step"):
         words += f" in step {where['step']:,}"
     if (shape := where.get("shape")) is not None:
         words += f", with a micro-batch of {shape[0]:,} × {shape[1]:,} tokens"
-    if (peak := where.get("memory")) is not None:
+    peak = where.get("memory") if where.get("on_gpu", False) == on_gpu else None  # else it is the other memory's
+    if peak is not None:
         words += f"; it held {peak / 1e9:.2f} GB"
         if where.get("memory_limit"):
             words += f" of {where['memory_limit'] / 1e9:.2f} GB"
-    status = "cuda_oom" if "GPU" in what else "host_oom"
     return Verdict(status, words, rank, peak, tuple(shape) if shape is not None else None)
 
 

@@ -65,6 +65,23 @@ def test_verdicts(facts: Facts, verdict: Verdict) -> None:
     assert judge(facts) == verdict
 
 
+@pytest.mark.parametrize(("type_", "message", "verdict"), [
+    ("MemoryError", "", Verdict("host_oom", "rank 0: out of host memory in step 3", 0)),
+    ("RuntimeError", "[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: not enough memory: you tried to "
+                     "allocate 8 bytes.", Verdict("host_oom", "rank 0: out of host memory in step 3", 0)),
+    ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+     Verdict("cuda_oom", "rank 0: out of GPU memory in step 3; it held 79.00 GB", 0, 79e9)),
+    ("AcceleratorError", "CUDA error: out of memory\nCUDA kernel errors might be reported at another call",
+     Verdict("cuda_oom", "rank 0: out of GPU memory in step 3; it held 79.00 GB", 0, 79e9)),
+    ("AcceleratorError", "CUDA error: an illegal memory access was encountered",
+     Verdict("error", "rank 0: AcceleratorError: CUDA error: an illegal memory access was encountered", 0)),
+])
+def test_which_memory_a_rank_on_a_gpu_ran_out_of(type_: str, message: str, verdict: Verdict) -> None:
+    """What it held is told of that memory alone."""
+    told = record(0, type_, message=message, on_gpu=True, step=3, memory=79e9)
+    assert judge(Facts("ended", 1, [Exit(0, 1, 7)], [told])) == verdict
+
+
 REPORT = """
 W1123 00:00:00.000000 9 torch/distributed/elastic/multiprocessing/api.py:900] Sending process 99 closing signal SIGTERM
 Failures:
