@@ -46,22 +46,23 @@ class Answers:
         model.eval()
         try:
             with torch.no_grad(), strategy.compute(), strategy.whole(model):
-                while (question := self._question()) is not None:
-                    self._answer(question, step, model, strategy, tick)
-                    self._next += 1
+                while (asked := self._question()) is not None:
+                    number, question = asked
+                    self._answer(number, question, step, model, strategy, tick)
+                    self._next = number + 1
         finally:
             model.train(was_training)
 
-    def _question(self) -> dict[str, Any] | None:
-        """The next question, the same on all ranks."""
-        found = [self._asks.question(self._next) if self.wanted else None]
+    def _question(self) -> tuple[int, dict[str, Any]] | None:
+        """The next question and its number, the same on all ranks."""
+        found = [(self._next, self._asks.question(self._next)) if self.wanted else None]
         if dist.is_initialized():
             dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def _answer(self, question: dict[str, Any], step: int, model: PreTrainedModel, strategy: Strategy,
+    def _answer(self, number: int, question: dict[str, Any], step: int, model: PreTrainedModel, strategy: Strategy,
                 tick: Callable[[], None]) -> None:
-        lines = JsonLines(self._asks.answer(self._next)) if self._rank == 0 else None
+        lines = JsonLines(self._asks.answer(number)) if self._rank == 0 else None
 
         def tell(record: dict[str, Any]) -> None:
             if lines is not None:
@@ -71,7 +72,7 @@ class Answers:
         error = ""
         devices = [strategy.device] if strategy.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # what training draws is not touched; all ranks draw the same
-            torch.manual_seed(self._seed + 1_000_003 * step + self._next)
+            torch.manual_seed(self._seed + 1_000_003 * step + number)
             try:
                 tokens = question_tokens(question["prompt"], self._style, self._tokenizer)
                 context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import collie_lab as lab
+from collie_lab.asks import Asks
 from collie_lab.data import Tokenizer, question_tokens, read_documents
 from collie_lab.data.prepare import tokenize
+from collie_lab.folder import RunFolder
+from collie_lab.training import answers
 
 RECORDS = [{"instruction": f"Say {number}.", "input": "", "output": f"It is {number}."} for number in range(40)]
 
@@ -85,6 +90,33 @@ def test_a_question_that_cannot_be_answered_loses_nothing(pool: lab.Pool, tmp_pa
     assert run.wait(timeout=120) == "ok"
     with pytest.raises(ValueError, match="max_new_tokens"):
         run.ask("Say 7.", max_new_tokens=0)
+
+
+def test_all_ranks_draw_alike_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only rank 0 sees that the first question was answered before it."""
+    folder, seeds, sent = RunFolder(tmp_path), list[int](), list[Any]()
+    for number in (1, 2):
+        Asks(folder).put({"prompt": "Say 7.", "max_new_tokens": 1, "temperature": 1.0})
+        if number == 1:
+            Asks(folder).answer(number).touch()
+
+    def broadcast(found: list[Any], src: int) -> None:
+        if rank == src:
+            sent.append(found[0])
+        else:
+            found[0] = sent.pop(0)
+
+    monkeypatch.setattr(answers.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(answers.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(answers, "question_tokens", lambda *_: [1])
+    monkeypatch.setattr(answers, "generate", lambda *_: seeds.append(torch.initial_seed()))
+    model = torch.nn.Linear(1, 1)
+    model.config = mock.Mock(**{"get_text_config.return_value.max_position_embeddings": None})
+    strategy = mock.Mock(device=torch.device("cpu"), compute=contextlib.nullcontext, whole=contextlib.nullcontext)
+    for rank in (0, 1):
+        answers.Answers(folder, rank, mock.Mock(), mock.Mock(), seed=0).give(5, model, strategy, lambda: None)
+    assert len(seeds) == 2
+    assert seeds[0] == seeds[1]
 
 
 CHAT = [{"messages": [{"role": "user", "content": "Say 7."}, {"role": "assistant", "content": "It is 7."}]}] * 2
