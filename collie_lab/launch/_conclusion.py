@@ -8,11 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import psutil
-
 from collie_lab.beat import read_beats
 from collie_lab.folder import read_json
-from collie_lab.launch import _stacks
+from collie_lab.launch import _processes, _stacks
 from collie_lab.launch._course import Course
 from collie_lab.launch._verdict import Cause, Facts, Report, Verdict, judge
 
@@ -51,7 +49,7 @@ def conclude(course: Course, reports: Mapping[int, Report | None], absent: Seque
 def write_status(course: Course, status: str, **more: Any) -> None:
     """Write a run's status, in the name of this process."""
     course.folder.write("status.json", {
-        "status": status, "pid": os.getpid(), "pid_started": psutil.Process().create_time(),
-        "started": course.began, "ended": None, "exit_codes": {}, "detail": "", "rank": None,
-        "attempts": course.attempts, "pooled": course.plan.get("pooled", False), **more,
+        "status": status, **_processes.identity(os.getpid()), "started": course.began, "ended": None,
+        "exit_codes": {}, "detail": "", "rank": None, "attempts": course.attempts,
+        "pooled": course.plan.get("pooled", False), **more,
     })

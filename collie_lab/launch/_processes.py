@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-__all__ = ["adopt_orphans", "end_tree", "is_process", "oom_kills", "ranks"]
+__all__ = ["adopt_orphans", "end_tree", "identity", "is_process", "oom_kills", "ranks"]
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -24,6 +26,11 @@ def adopt_orphans() -> None:
     """Make this process the parent of descendants whose own parent dies, so that none escapes `end_tree`."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def identity(pid: int) -> dict[str, Any]:
+    """How a status names the process of a supervisor: `is_process` knows it again, on the same machine."""
+    return {"host": socket.gethostname(), "pid": pid, "pid_started": psutil.Process(pid).create_time()}
 
 
 def is_process(pid: int, started: float) -> bool:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection
+from typing import Final
 
 from collie_lab.beat import read_beats
 from collie_lab.folder import RunFolder
 
-__all__ = ["StallWatch"]
+__all__ = ["StallWatch", "shows_life"]
 
 _LOOK = 0.5
+
+#: Seconds without a sign of life after which a run is lost to those who cannot see its processes: as long as a stall
+#: takes by default, for ranks that load a large model show none.
+_SILENCE: Final = 1800.0
 
 
 class StallWatch:
@@ -43,3 +49,12 @@ class StallWatch:
     def forget(self) -> None:
         """Have it that the ranks have not been seen yet."""
         self._seen.clear()
+
+
+def shows_life(folder: RunFolder) -> bool:
+    """Whether supervisors or ranks have written to their files of late, as the file server dates them."""
+    latest = 0.0
+    for path in (folder.path / "status.json", *folder.beats.glob("*"), *folder.path.glob("nodes/*")):
+        with contextlib.suppress(OSError):  # put aside at this moment
+            latest = max(latest, path.stat().st_mtime)
+    return time.time() < latest + _SILENCE

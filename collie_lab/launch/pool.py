@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import cloudpickle
-import psutil
 
 from collie_lab.cells import CellError, Problem
 from collie_lab.commands import Commands
@@ -115,8 +114,7 @@ class Pool:
     def begin(self, run: RunFolder) -> None:
         """Give the ranks a run; its folder is written."""
         self._wake()
-        supervisor = psutil.Process(self._process.pid)
-        run.write("status.json", {"status": "running", "pid": supervisor.pid, "pid_started": supervisor.create_time(),
+        run.write("status.json", {"status": "running", **_processes.identity(self._process.pid),
                                   "started": time.time(), "ended": None, "pooled": True})
         self._give({"kind": "run", "folder": str(run.path)})
 

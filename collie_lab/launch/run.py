@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from collie_lab.asks import Answer, Asks
 from collie_lab.folder import RunFolder, Tail, best_checkpoints
 from collie_lab.launch import _processes, _stacks
+from collie_lab.launch._stall import shows_life
 from collie_lab.launch.errors import RankError, rank_error
 from collie_lab.logs import read_log
 
@@ -61,13 +63,24 @@ class Run:
 
     @property
     def alive(self) -> bool:
-        """Whether its processes have not all ended yet."""
+        """Whether its processes have not all ended yet.
+
+        On another machine, which has to share the folder, they cannot be seen. There it is whether the run has no final
+        status, and has written a sign of life within half an hour.
+        """
         if isinstance(self._owner, subprocess.Popen):
             return self._owner.poll() is None
         state = self.folder.read("status.json")
         if not state or (state.get("pooled") and state["ended"] is not None):  # a pool outlives its runs
             return False
+        if self.host != socket.gethostname():
+            return state["ended"] is None and shows_life(self.folder)
         return _processes.is_process(state["pid"], state["pid_started"])
+
+    @property
+    def host(self) -> str:
+        """The machine that it was launched on."""
+        return str(self.folder.read("status.json").get("host", socket.gethostname()))
 
     @property
     def status(self) -> str:
@@ -272,14 +285,18 @@ class Run:
         They write a checkpoint and their result. Ranks that do not heed it within the launch's `grace`
         (two steps, where a step takes longer) are killed.
         """
-        if self.alive:
+        if self.alive or self.status == "lost":  # on another machine it may but seem so
             self.folder.stop_flag.touch()
 
     def kill(self) -> None:
-        """End all processes of the run now; returns when they are gone."""
+        """End all processes of the run now; returns when they are gone.
+
+        Raises:
+            RuntimeError: they are on another machine.
+        """
         if not self.alive:
             return
-        pid = self.folder.read("status.json")["pid"]
+        pid = self._supervisor("kill")
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
@@ -336,15 +353,25 @@ class Run:
         """What every rank is doing: the Python stacks of all its threads, innermost frame first.
 
         Of a run that was ended because it took too long or stalled, what its ranks were doing then.
+
+        Raises:
+            RuntimeError: it is under way on another machine.
         """
         if not self.alive:
             return _stacks.kept(self.folder)
-        supervisor, plan = self.folder.read("status.json")["pid"], self.folder.read("launch.json")
+        supervisor, plan = self._supervisor("stacks"), self.folder.read("launch.json")
         pids = _processes.ranks(supervisor)
         if not plan["nodes"]:
             return _stacks.take(self.folder, pids.values(), pids)
         return _stacks.take(self.folder, pids.values(), range(plan["world_size"]),
                             lambda: os.kill(supervisor, signal.SIGUSR2))  # which tells the other nodes
+
+    def _supervisor(self, verb: str) -> int:
+        """The pid of its supervisor, for signals of this machine."""
+        if (own := socket.gethostname()) != self.host:
+            raise RuntimeError(f"{self.id} runs on {self.host}, whose processes are out of reach of this machine "
+                               f"({own}): call run.{verb}() there; run.stop() stops it from here")
+        return int(self.folder.read("status.json")["pid"])
 
     def _new_metrics(self) -> list[dict[str, Any]]:
         for record in self._metrics_tail.new():

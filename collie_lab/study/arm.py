@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -161,7 +162,9 @@ def _signals(watch: Watch) -> Iterator[None]:
 
 
 def _end(run: Run) -> None:
-    """Wait until nothing of a run is left; end it where that takes too long."""
+    """Wait until nothing of a run is left on this machine; end it where that takes too long."""
+    if run.host != socket.gethostname():
+        return
     with contextlib.suppress(TimeoutError):
         run.wait(_LAST_RUN)
     run.kill()

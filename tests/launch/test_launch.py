@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -40,6 +41,7 @@ def test_a_run_to_its_end(tmp_path: Path, mark: str) -> None:
     assert run.summary["loss"] == 0.5
     assert run.logs(rank=1).splitlines() == ["rank 1: 5", "rank 1: 7", "rank 1: 9"]
     assert run.folder.read("status.json")["exit_codes"] == {"0": 0, "1": 0}
+    assert run.folder.read("status.json")["host"] == socket.gethostname()
     assert [other.id for other in runs(tmp_path)] == [run.id]
     assert attach(run.id, tmp_path).metrics.equals(run.metrics)
 

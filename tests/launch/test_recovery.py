@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 import toy
 
 import collie_lab as lab
+from collie_lab.beat import Beat
+from collie_lab.folder import RunFolder
 from collie_lab.launch import RankError, attach
 
 
@@ -123,6 +126,35 @@ def test_a_detached_run_outlives_its_launcher(tmp_path: Path, mark: str) -> None
     assert run.wait(timeout=60) == "ok"
     assert attach(run.id, tmp_path).metrics["step"].tolist() == [1]
     toy.assert_gone(mark)
+
+
+def test_a_run_on_another_machine_is_judged_by_its_folder(tmp_path: Path) -> None:
+    """There its pid says nothing."""
+    folder = RunFolder.create(tmp_path, "toy")
+    folder.write("launch.json", {"world_size": 1, "nodes": None})
+    state = {"status": "running", "host": "elsewhere", "pid": 2**22 + 1, "pid_started": 0.0, "ended": None}
+    run = lab.Run(folder)
+    folder.write("status.json", state)
+    assert (run.host, run.status) == ("elsewhere", "running")
+    for verb in ("kill", "stacks"):
+        with pytest.raises(RuntimeError, match=rf"runs on elsewhere.* call run\.{verb}\(\) there"):
+            getattr(run, verb)()
+    run.stop()
+    assert folder.stop_flag.exists()
+
+    os.utime(folder.path / "status.json", (0, 0))
+    assert run.status == "lost"
+    folder.stop_flag.unlink()
+    run.stop()
+    assert folder.stop_flag.exists()
+    Beat(folder, 0).close()
+    assert run.status == "running"
+
+    folder.write("status.json", {**state, "status": "ok", "ended": 1.0})
+    assert (run.status, run.alive) == ("ok", False)
+    run.kill()
+    folder.write("status.json", {name: value for name, value in state.items() if name != "host"})
+    assert (run.host, run.status) == (socket.gethostname(), "lost")  # written before hosts were: of this machine
 
 
 def test_several_machines_are_not_begun_again(tmp_path: Path) -> None:
