@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, Final
 
 __all__ = [
-    "BEST", "STATUSES", "Board", "JsonLines", "RunFolder", "Tail", "best_checkpoints", "checkpoints_in", "read_json",
-    "write_json", "write_lines",
+    "BEST", "STATUSES", "Board", "JsonLines", "RunFolder", "Tail", "best_checkpoints", "checkpoints_in",
+    "evaluations_after", "read_json", "write_json", "write_lines",
 ]
 
 #: Every state of a run. `lost`: its supervisor died without a word.
@@ -136,6 +136,17 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def best_checkpoints(folder: Path) -> dict[str, Board]:
     """The boards of `best.json` in a folder of checkpoints, by their figure; none where there is no such file."""
     return read_json(folder / BEST)
+
+
+def evaluations_after(event: dict[str, Any], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations that stand after an event of `events.jsonl`: a start takes back those of later steps than its
+    checkpoint's, an evaluation earlier accounts of its measures at its step."""
+    if event["kind"] == "start":
+        return [old for old in before if old["step"] <= (event.get("step") or 0)]
+    if event["kind"] != "evaluation":
+        return before
+    measures = event.keys() - {"kind", "step", "time"}
+    return [*(old for old in before if old["step"] != event["step"] or not old.keys() & measures), event]
 
 
 def read_json(path: Path) -> dict[str, Any]:

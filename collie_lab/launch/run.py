@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from collie_lab.asks import Answer, Asks
-from collie_lab.folder import RunFolder, Tail, best_checkpoints
+from collie_lab.folder import RunFolder, Tail, best_checkpoints, evaluations_after
 from collie_lab.launch import _processes, _stacks
 from collie_lab.launch._stall import shows_life
 from collie_lab.launch.errors import RankError, rank_error
@@ -47,7 +47,7 @@ class Run:
         self._owner = _owner  # a pool lives at least as long as the handles of its runs
         self._metrics: list[dict[str, Any]] = []
         self._metrics_tail = Tail(self.folder.path / "metrics.jsonl")
-        self._events: list[dict[str, Any]] = []
+        self._evaluations: list[dict[str, Any]] = []
         self._events_tail = Tail(self.folder.path / "events.jsonl")
 
     def __repr__(self) -> str:
@@ -124,11 +124,10 @@ class Run:
         """A row an evaluation: its step, time and measures."""
         import pandas as pd
 
-        self._events += self._events_tail.new()
-        rows = [{key: value for key, value in event.items() if key != "kind"}
-                for event in self._events if event["kind"] == "evaluation"]
-        measures = dict.fromkeys(key for row in rows for key in row if key not in ("step", "time"))
-        return pd.DataFrame(rows, columns=["step", "time", *measures])
+        for event in self._events_tail.new():
+            self._evaluations = evaluations_after(event, self._evaluations)
+        measures = dict.fromkeys(key for row in self._evaluations for key in row if key not in ("kind", "step", "time"))
+        return pd.DataFrame(self._evaluations, columns=["step", "time", *measures])
 
     def answers(self, evaluation: str | None = None, step: int | None = None) -> pd.DataFrame:
         """The raw answers of an evaluation, a row a sample, in the order of the data: what was asked, what the model

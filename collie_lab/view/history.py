@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from collie_lab.folder import RunFolder, Tail, read_json
+from collie_lab.folder import RunFolder, Tail, evaluations_after, read_json
 from collie_lab.size import Size
 from collie_lab.view.beats import Beats, Trouble
 from collie_lab.view.curves import Array, Curve, curve
@@ -53,7 +53,6 @@ class History:
     def __init__(self, folder: RunFolder):
         self.folder = folder
         self.beats = Beats(folder)
-        self.evaluations: list[Evaluation] = []
         self.warnings: list[str] = []
         self.total: int | None = None
         self.size: Size | None = None
@@ -63,6 +62,7 @@ class History:
         self._columns = {name: array("d") for name in COLUMNS}
         self._metrics = Tail(folder.path / "metrics.jsonl")
         self._events = Tail(folder.path / "events.jsonl")
+        self._evaluations: list[dict[str, Any]] = []
         self._status: dict[str, Any] = {}
         self._phase: tuple[float, str] = (0.0, "")
         self._stopping = False
@@ -100,21 +100,14 @@ class History:
 
     def _take_event(self, record: dict[str, Any]) -> None:
         kind = record["kind"]
+        self._evaluations = evaluations_after(record, self._evaluations)
         if kind == "start":
             self.total = record.get("steps")
             self.first_step = record.get("step") or 0
-            self.evaluations = [old for old in self.evaluations if old.step <= self.first_step]
             if "weight_bytes" in record:
                 self.size = Size(**{field.name: record[field.name] for field in fields(Size)})
         elif kind == "phase":
             self._phase = (record["time"], record["text"])
-        elif kind == "evaluation":
-            numbers = {key: float(value) for key, value in record.items()
-                       if key not in ("step", "time") and isinstance(value, (int, float))
-                       and not isinstance(value, bool)}
-            self.evaluations = [old for old in self.evaluations
-                                if old.step != record["step"] or not old.values.keys() & numbers.keys()]
-            self.evaluations.append(Evaluation(record["step"], numbers))
         elif kind == "warning":
             self.warnings.append(record["text"])
         elif kind == "restart":
@@ -144,6 +137,14 @@ class History:
     def curve(self, name: str, points: int = 600) -> Curve:
         """A column over the steps, raw and smoothed, with at most so many points."""
         return curve(self.column("step"), self.column(name), points)
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """The evaluations, without what a restart has taken back."""
+        return [Evaluation(record["step"], {
+            key: float(value) for key, value in record.items()
+            if key not in ("step", "time") and isinstance(value, (int, float)) and not isinstance(value, bool)
+        }) for record in self._evaluations]
 
     def evaluated(self, metric: str) -> tuple[Array, Array]:
         """Steps and values of one metric over the evaluations."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from collie_lab.folder import RunFolder
+from collie_lab.launch import Run
 from collie_lab.view.history import History
 from tests.view.fabricate import START, FakeRun, append, end, record
 
@@ -72,6 +73,11 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(folder: RunFolder) -> None:
     np.testing.assert_array_equal(history.column("step"), [1, 2, 3, 4, 5, 6])
     np.testing.assert_array_equal(history.column("loss"), [11, 12, 13, 14, 1, 2])
     np.testing.assert_array_equal(history.evaluated("perplexity"), [[3, 5], [9, 5]])
+    append(folder, "events.jsonl", [{"time": START + 12, "kind": "evaluation", "step": 5, "perplexity": 4.0}])
+    history.update()
+    np.testing.assert_array_equal(history.evaluated("perplexity"), [[3, 5], [9, 4]])
+    rows = Run(folder).evaluations
+    assert rows.to_dict("list") == {"step": [3, 5], "time": [START + 3, START + 12], "perplexity": [9.0, 4.0]}
 
 
 def test_evaluations_of_one_step_stand_beside_each_other(folder: RunFolder) -> None:
