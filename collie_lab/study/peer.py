@@ -97,16 +97,10 @@ def main() -> None:
 
 def train(experiment: Experiment, folder: RunFolder) -> None:
     """Join the other ranks, let the Trainer run, leave."""
-    import torch.distributed as dist
+    from collie_lab.training.worker import joined
 
-    from collie_lab.training.worker import join
-
-    device = join()
-    try:
+    with joined() as device:
         run(experiment, folder, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def run(experiment: Experiment, folder: RunFolder, device: torch.device) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from collie_lab import rank
@@ -11,7 +13,7 @@ from collie_lab.folder import RunFolder
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["join", "main", "run"]
+__all__ = ["join", "joined", "main", "run"]
 
 
 def main() -> None:
@@ -24,15 +26,22 @@ def main() -> None:
 
 def train(folder: RunFolder) -> None:
     """Join the other ranks, run the experiment, leave."""
+    with joined() as device:
+        run(folder, device)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[torch.device]:
+    """Within it, this rank has joined the others; it gives the rank's device.
+
+    After a failure it does not leave them: that may hang or abort, and nobody would ever hear of the error.
+    """
     # Only here: the rank must be armed, and its output redirected, before the slow imports.
     import torch.distributed as dist
 
-    device = join()
-    try:
-        run(folder, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield join()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def join() -> torch.device:
