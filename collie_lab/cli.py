@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from collie_lab.cells import CellError, Experiment, Model, Problem
-from collie_lab.shell import MISTAKE, Group, parse_changes
+from collie_lab.shell import MISTAKE, Group, parse_changes, terminated_as_interrupted
 from collie_lab.study.commands import report, study_app
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def run(file: _File, changes: _Changes = None, folder: _Folder = Path("runs"),
         max_restarts: Annotated[int, typer.Option(help="Begin again so often after failures.")] = 0,
         detach: Annotated[bool, typer.Option("--detach", help="Print the run's id and return; it goes on.")] = False,
         ) -> None:
-    """Train. Ctrl-C stops after the step; twice kills.
+    """Train. Ctrl-C, or SIGTERM, stops after the step with a checkpoint; twice kills.
 
     The exit code tells the status: 0 ok, 1 error or lost, 3 diverged, 4 out of GPU memory, 5 out of host memory,
     124 timeout, 130 stopped.
@@ -64,8 +64,9 @@ def run(file: _File, changes: _Changes = None, folder: _Folder = Path("runs"),
 
     experiment = _experiment(file, changes)
     try:
-        launched = experiment.launch(folder=folder, resume=_resumed(resume, folder), timeout=timeout,
-                                     max_restarts=max_restarts, detach=detach, wait=not detach)
+        with terminated_as_interrupted():
+            launched = experiment.launch(folder=folder, resume=_resumed(resume, folder), timeout=timeout,
+                                         max_restarts=max_restarts, detach=detach, wait=not detach)
     except RankError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(_EXITS[error.status]) from None

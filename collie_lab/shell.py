@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typer.core import TyperGroup
 
 from collie_lab.cells import CellError, Problem
 
-__all__ = ["MISTAKE", "Group", "parse_changes"]
+__all__ = ["MISTAKE", "Group", "parse_changes", "terminated_as_interrupted"]
 
 #: What a mistake in the experiment or in the options ends with, as typer does for those that it finds itself.
 MISTAKE: Final = 2
@@ -46,6 +47,16 @@ def parse_changes(changes: Sequence[str] | None) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise CellError([Problem("--set", path, f"no valid YAML: {error}")]) from None
     return made
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, is an interrupt: what runs stops with a checkpoint."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import collie_lab as lab
 from collie_lab.cli import app
+from tests.processes import MARK, marked, wait_until
 
 EXPERIMENT = lab.Experiment(
     model=lab.Model("llama-tiny", init="random"), data=lab.RandomTokens(length=32, documents=8),
@@ -56,6 +58,19 @@ def test_a_run_is_that_of_the_file_with_its_changes(file: str) -> None:
 def test_the_exit_code_tells_how_a_run_ended(file: str) -> None:
     assert "timeout" in _call("run", file, "--timeout", "0.01", code=124)
     assert [run.status for run in lab.runs()] == ["timeout"]
+
+
+def test_sigterm_stops_a_run_with_a_checkpoint(file: str) -> None:
+    command = [sys.executable, "-c", "from collie_lab.cli import app; app()", "run", file, "--set",
+               "training.steps=100000"]
+    with marked() as mark:
+        process = subprocess.Popen(command, env={**os.environ, MARK: mark})
+        wait_until(lambda: any(run.steps for run in lab.runs()))
+        process.terminate()
+        assert process.wait(timeout=60) == 130
+    run, = lab.runs()
+    assert run.status == "stopped"
+    assert run.folder.latest_checkpoint() == run.folder.checkpoints / f"step-{run.steps:06d}"
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

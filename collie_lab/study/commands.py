@@ -6,15 +6,12 @@ was started; 3, some have not ended; 130, interrupted.
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 
-from collie_lab.shell import Group, parse_changes
+from collie_lab.shell import Group, parse_changes, terminated_as_interrupted
 
 if TYPE_CHECKING:
     from collie_lab.study.study import Study
@@ -55,7 +52,7 @@ def run(file: File, profile: Profile = None, results: Results = None, changes: C
 
     asked = {"partition": partition, "time": time, "gpus": gpus, "cpus": cpus, "memory": memory, "address": address}
     settings = {name: value for name, value in asked.items() if value is not None}
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         study = _study(file, profile, results, changes)
         place = cluster(executor, **settings) if settings else executor
         try:
@@ -105,16 +102,6 @@ def report(file: File, out: Annotated[Path, typer.Argument(help="An .html file."
            results: Results = None, changes: Changes = None) -> None:
     """One HTML page that needs nothing else."""
     _study(file, profile, results, changes).report(out)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is an interrupt: arms stop with a checkpoint."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _study(file: Path, profile: str | None, results: Path | None, changes: list[str] | None) -> Study:
