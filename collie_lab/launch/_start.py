@@ -75,9 +75,6 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
         else:
             process = start_supervisor(run_folder, "lead", _variables(world_size, nodes, env or {}))
     except BaseException:
-        if process is not None:
-            process.kill()
-            process.wait()
         shutil.rmtree(run_folder.path, ignore_errors=True)
         raise
     if nodes is not None:

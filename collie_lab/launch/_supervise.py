@@ -55,9 +55,14 @@ def start_supervisor(folder: RunFolder, role: Literal["lead", "pool"],
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                    start_new_session=True, env=dict(env))
     _supervisors.append(process)
-    status = folder.path / "status.json"
-    while not status.exists():
-        if process.poll() is not None:
-            raise RuntimeError(f"the supervisor did not start:\n{log.read_text(encoding='utf-8', errors='replace')}")
-        time.sleep(0.005)
+    try:
+        while not (folder.path / "status.json").exists():
+            if process.poll() is not None:
+                words = log.read_text(encoding="utf-8", errors="replace")
+                raise RuntimeError(f"the supervisor did not start:\n{words}")
+            time.sleep(0.005)
+    except BaseException:  # an interrupt: nobody would hold on to it
+        process.kill()
+        process.wait()
+        raise
     return process

@@ -10,12 +10,13 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import toy
 
 import collie_lab as lab
-from collie_lab.launch import _start, attach, runs
+from collie_lab.launch import _start, _supervise, attach, runs
 
 
 def test_a_run_to_its_end(tmp_path: Path, mark: str) -> None:
@@ -120,6 +121,15 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path) -> Non
         with pytest.raises(lab.CellError, match=rf"launch\.{option}: 0 or more, got -1"):
             toy.start("unused", tmp_path / "runs", **{option: -1})
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_interrupt_while_the_supervisor_starts_leaves_nothing(tmp_path: Path, mark: str,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_supervise, "time", mock.Mock(sleep=mock.Mock(side_effect=KeyboardInterrupt)))
+    with pytest.raises(KeyboardInterrupt):
+        toy.start(mark, tmp_path)
+    assert not toy.processes(mark)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_preparation_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
