@@ -194,18 +194,30 @@ def finite(value: Any) -> Any:
 
 
 class JsonLines:
-    """Appends records to a JSONL file, one `write` a line, so that a crash loses at most the last."""
+    """Appends records to a JSONL file, one `write` a line, so that a crash loses at most the last.
+
+    The file has one writer at a time. What an earlier one has left of a line, on a full disk, is dropped.
+    """
 
     def __init__(self, path: Path):
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("a+b", buffering=0)
+        if self._file.tell() and not self._ends_with_newline():
+            self._file.seek(0)
+            self._file.truncate(self._file.read().rfind(b"\n") + 1)
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record as one line."""
-        self._file.write((json.dumps(finite(record), ensure_ascii=False) + "\n").encode())
+        line = (json.dumps(finite(record), ensure_ascii=False) + "\n").encode()
+        while line:  # a disk that is nearly full takes a part, and fails at the rest
+            line = line[self._file.write(line):]
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _ends_with_newline(self) -> bool:
+        self._file.seek(-1, os.SEEK_END)
+        return self._file.read() == b"\n"
 
 
 class Tail:
