@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from collie_lab.cells import AdamW, CellError, Experiment, LoRA, Model, Parallel, Perplexity, Problem, Skills, Training
 from collie_lab.launch import Pool, RankError, Run
+from collie_lab.machine import visible_gpus
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -150,8 +151,7 @@ class _Launcher:
         self._folder = folder
         self._pools: dict[int, Pool] = {}
         self._done: dict[str, Run] = {}
-        gpus = Path("/proc/driver/nvidia/gpus")
-        self.tolerance = _GPU_TOLERANCE if gpus.is_dir() and any(gpus.iterdir()) else _TOLERANCE
+        self.tolerance = _GPU_TOLERANCE if visible_gpus() else _TOLERANCE
 
     def run(self, experiment: Experiment, resume: Path | None = None) -> Run:
         experiment.check().raise_for_errors()

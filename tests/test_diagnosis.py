@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import collie_lab as lab
-from collie_lab import diagnosis
+from collie_lab import diagnosis, machine
 
 TINY = lab.Model("llama-tiny", init="random")
 
@@ -67,6 +67,14 @@ def test_the_doctor_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert not found.ok
     assert found.findings[0].result == "wrong"
     assert found.findings[0].difference > 1e-4
+
+
+def test_the_tolerance_is_that_of_the_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0000:01:00.0").mkdir()
+    monkeypatch.setattr(machine, "_DRIVER", tmp_path)
+    for visible, tolerance in (("0", 1e-4), ("", 1e-5)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert diagnosis._Launcher(tmp_path).tolerance == tolerance
 
 
 def test_mistakes_raise_before_anything_starts() -> None:
