@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Final
 
-__all__ = ["gpu_model", "user_cache", "visible_gpus"]
+__all__ = ["gpu_model", "usable_cpus", "user_cache", "visible_gpus"]
 
 #: A folder for each GPU, of NVIDIA's driver.
 _DRIVER: Final = Path("/proc/driver/nvidia/gpus")
@@ -29,6 +30,11 @@ def gpu_model() -> str:
             if line.startswith("Model:"):
                 return line.partition(":")[2].strip()
     return ""
+
+
+def usable_cpus() -> int:
+    """The CPUs that this process may use: a job or a container often has a few of the machine's alone."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def user_cache(kind: str) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
+
+from collie_lab.machine import usable_cpus
 
 __all__ = ["run", "run_all", "unavailable"]
 
@@ -60,7 +61,7 @@ def run_all(programs: Sequence[str], *, seconds: float = 3.0, memory: int = 2**3
             tick: Callable[[], None] = lambda: None) -> list[str]:
     """The outcome of each program, several of them at a time (default: one a core). `tick` is called after each."""
     outcomes = []
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(workers or usable_cpus()) as pool:
         for outcome in pool.map(functools.partial(run, seconds=seconds, memory=memory), programs):
             outcomes.append(outcome)
             tick()

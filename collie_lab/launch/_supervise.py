@@ -13,6 +13,7 @@ from typing import Final, Literal
 import collie_lab
 from collie_lab import code
 from collie_lab.folder import RunFolder
+from collie_lab.machine import usable_cpus
 
 __all__ = ["environment", "module_paths", "start_supervisor"]
 
@@ -33,7 +34,7 @@ def environment(ranks: int, paths: Sequence[str]) -> dict[str, str]:
               if name not in _FOREIGN and not name.startswith(("TORCHELASTIC_", "PET_"))}
     if result.get("MPLBACKEND", "").startswith("module://"):
         del result["MPLBACKEND"]  # the kernel's inline figures
-    result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    result.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // ranks)))
     result.setdefault("TOKENIZERS_PARALLELISM", "false")
     return result | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
 

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from collie_lab.machine import usable_cpus
 from collie_lab.rank import die_with_parent
 
 __all__ = ["DryRunError", "apart"]
@@ -26,7 +27,7 @@ def apart(functions: Sequence[Callable[[], T]]) -> list[T]:
     """
     waiting, running, answers = list(enumerate(functions)), dict[int, tuple[int, int]](), dict[int, T]()
     while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
+        while waiting and len(running) < usable_cpus():
             place, function = waiting.pop(0)
             running[place] = _begin(function)
         place, (child, pipe) = next(iter(running.items()))  # the oldest: its answer may be larger than a pipe holds

@@ -21,11 +21,12 @@ import yaml
 import collie_lab
 from collie_lab import code
 from collie_lab.cells import Experiment
+from collie_lab.machine import usable_cpus
 
 __all__ = ["AT_ONCE", "PlanError", "ask", "rest"]
 
 #: So many dry runs can be under way, each in a process of its own of half a gigabyte and more.
-AT_ONCE: Final = min(4, os.cpu_count() or 1)
+AT_ONCE: Final = min(4, usable_cpus())
 
 
 class PlanError(RuntimeError):

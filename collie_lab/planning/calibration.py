@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from collie_lab.folder import write_json
 from collie_lab.gpus import GPU, gpu_of_device
-from collie_lab.machine import user_cache
+from collie_lab.machine import usable_cpus, user_cache
 from collie_lab.planning._client import PlanError
 from collie_lab.planning.rates import Rates, published
 
@@ -118,7 +118,7 @@ def _threads(ranks: int, device: str | None) -> int:
     """How many a rank on this machine's CPU has."""
     if device:
         return 0
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // ranks))
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, usable_cpus() // ranks))
 
 
 def _file(hardware: str) -> Path:

@@ -17,7 +17,7 @@ import psutil
 
 from collie_lab.cells import CellError, Problem
 from collie_lab.logs import read_log
-from collie_lab.machine import visible_gpus
+from collie_lab.machine import usable_cpus, visible_gpus
 from collie_lab.rank import die_with_parent
 from collie_lab.study._judge import judge_program
 from collie_lab.study.arms import Arm
@@ -149,7 +149,7 @@ class LocalExecutor:
         with contextlib.ExitStack() as stack:
             while (taken := self._take(gpus, stack)) is None:
                 time.sleep(0.1)  # another study has been quicker
-            env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (self._slots * gpus))), **os.environ}
+            env = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // (self._slots * gpus))), **os.environ}
             if self._gpus:
                 env["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
             tie, since = die_with_parent if sys.platform == "linux" else None, time.time()
