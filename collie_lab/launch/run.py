@@ -162,7 +162,8 @@ class Run:
 
     @property
     def summary(self) -> pd.Series[Any]:
-        """The result in one row of a table: the last loss, the measures of the end, memory, speed and status.
+        """The result in one row of a table: the loss (of the last step; at the end the mean of the last ten), the
+        measures of the end, memory, speed and status.
 
         `planned_bytes`, beside the peak, is what the plan said of it; None where there is none (yet).
         """

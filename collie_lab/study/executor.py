@@ -148,6 +148,7 @@ class LocalExecutor:
         """Start an arm; its words go to `arm.log` in its folder."""
         with contextlib.ExitStack() as stack:
             while (taken := self._take(gpus, stack)) is None:
+                self._jobs = [job for job in self._jobs if job.alive]  # those that have ended give their GPUs back
                 time.sleep(0.1)  # another study has been quicker
             env = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // (self._slots * gpus))), **os.environ}
             if self._gpus:

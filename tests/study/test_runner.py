@@ -15,6 +15,7 @@ import typer
 
 import collie_lab as lab
 from collie_lab.study.commands import _leave
+from collie_lab.study.executor import LocalExecutor
 from collie_lab.study.progress import Progress
 from collie_lab.study.runner import Runner
 from collie_lab.study.store import ArmFolder
@@ -228,3 +229,14 @@ def test_gpus_are_shared_out(tmp_path: Path) -> None:
         assert not jobs[0].alive
         assert other.has_room(2)
         jobs[1].kill()
+
+
+def test_an_arm_that_has_ended_gives_its_gpu_to_one_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"visible_gpus": lambda: ["made-up"], "command": lambda _: ["true"],
+                        "conclude": lambda *_: None, "_LOCKS": tmp_path}.items():
+        monkeypatch.setattr(f"collie_lab.study.executor.{name}", value)
+    executor = LocalExecutor()
+    first = executor.submit(tmp_path, 1)
+    second = executor.submit(tmp_path, 1)  # nobody has asked for the first
+    assert not first.alive
+    wait_until(lambda: not second.alive)
