@@ -3,7 +3,7 @@
     runs/<name>-<id>/  experiment.yaml  launch.json  status.json  metrics.jsonl  events.jsonl  result.json
                        env.json  plan.json  logs/rank-N.{out,err}  logs/launcher.log  errors/rank-N.json
                        errors/stacks-N.json  beats/rank-N.json  checkpoints/  evaluations/<name>-step-N.jsonl
-                       model/  stop
+                       data/  tokenizer/  code.pkl (what no YAML holds)  asks/  profile/  model/  stop
                        attempts/N/ (of a run that was begun again)  nodes/N.json (with several machines)
                        system-N.jsonl  metrics.csv  tensorboard/ (of callbacks)
 
@@ -16,6 +16,7 @@ lines, so a reader may follow it while it is written.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -37,6 +38,8 @@ STATUSES: Final = (
 
 #: The file in `checkpoints/` that names those with the best figures.
 BEST: Final = "best.json"
+_SPARE: Final = ".spare"
+_SPARE_BYTES: Final = 2**16
 #: The best checkpoints by one figure, the best first: each a `step`, its `value`, and its `path` beside the file
 #: (absolute where it is one of the run that was resumed).
 Board = list[dict[str, Any]]
@@ -123,6 +126,20 @@ class RunFolder:
         """Write a JSON file of the folder, whole or not at all."""
         write_json(self.path / name, value)
 
+    def reserve(self) -> None:
+        """Set disk space aside for `insist`."""
+        (self.path / _SPARE).write_bytes(bytes(_SPARE_BYTES))
+
+    def insist(self, name: str, value: dict[str, Any]) -> None:
+        """As `write`; on a full disk in the space that was set aside: how a run has failed is to be known."""
+        try:
+            self.write(name, value)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            (self.path / _SPARE).unlink(missing_ok=True)
+            self.write(name, value)
+
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, or None."""
         return next(reversed(checkpoints_in(self.checkpoints)), None)
@@ -170,7 +187,8 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 def _write_whole(path: Path, parts: Iterable[str]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        # Half a character that no UTF-8 has becomes `\ud800`, which is JSON's own way to write it.
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
@@ -207,7 +225,7 @@ class JsonLines:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record as one line."""
-        line = (json.dumps(finite(record), ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(finite(record), ensure_ascii=False) + "\n").encode(errors="backslashreplace")
         while line:  # a disk that is nearly full takes a part, and fails at the rest
             line = line[self._file.write(line):]
 

@@ -18,18 +18,21 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
 from collie_lab.beat import memory, read_beats
-from collie_lab.folder import RunFolder, write_json
+from collie_lab.folder import RunFolder
 
-__all__ = ["SUPERVISOR", "die_with_parent", "enter", "leave", "lend", "lend_output"]
+__all__ = ["SUPERVISOR", "account", "die_with_parent", "enter", "leave", "lend", "lend_output"]
 
 #: The variable by which a supervisor tells its ranks its pid.
 SUPERVISOR = "COLLIE_LAB_SUPERVISOR"
 
 _PR_SET_PDEATHSIG = 1
+#: Seconds that threads get to end, once the work is done.
+_PATIENCE = 60.0
 
 
 @contextlib.contextmanager
@@ -102,8 +105,24 @@ def leave() -> None:
     Gloo's threads now and then abort in their destructors, and a finished run would count as failed. What Python
     promises at its end is kept: threads end, exit handlers run, output is written.
     """
+    patience = threading.Timer(_PATIENCE, _leave_threads)
+    patience.daemon = True
+    patience.start()
     # As the interpreter does it: pools are told to end, threads are joined.
     threading._shutdown()  # type: ignore[attr-defined]
+    patience.cancel()
+    _exit()
+
+
+def _leave_threads() -> None:
+    names = [thread.name for thread in threading.enumerate()
+             if not thread.daemon and thread is not threading.main_thread()]
+    print(f"the work is done, but threads go on: {', '.join(names)}. They are left; daemon=True lets a process end",
+          file=sys.stderr)
+    _exit()
+
+
+def _exit() -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -180,15 +199,33 @@ def _follow_parent(parent: int) -> None:
 def _record(folder: RunFolder, rank: int, error: BaseException) -> None:
     """Write `errors/rank-N.json`, and the traceback to the error log."""
     time_ns = time.time_ns()
-    inner = error.__traceback__
-    while inner is not None and inner.tb_frame.f_code.co_filename == __file__:
-        inner = inner.tb_next  # the first frames are those of this module
-    text = "".join(traceback.format_exception(type(error), error, inner))
-    message = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else str(error)
+    told = account(error, __file__)
+    if isinstance(error, SystemExit):
+        told["message"] = f"sys.exit({error.code!r})"
     where = read_beats(folder).get(rank, {})
-    write_json(folder.errors / f"rank-{rank}.json", {
-        "rank": rank, "time_ns": time_ns, "host": socket.gethostname(),
-        "type": type(error).__name__, "message": message, "traceback": text,
+    folder.insist(f"errors/rank-{rank}.json", {
+        "rank": rank, "time_ns": time_ns, "host": socket.gethostname(), **told,
         **{name: where.get(name) for name in ("step", "doing", "shape")}, **memory(),
     })
-    print(text, file=sys.stderr, end="", flush=True)
+    print(told["traceback"], file=sys.stderr, end="", flush=True)
+
+
+def account(error: BaseException, module: str) -> dict[str, str]:
+    """`type`, `message` and `traceback` of an exception, without the first frames, which are those of a module's file.
+    """
+    inner = error.__traceback__
+    while inner is not None and inner.tb_frame.f_code.co_filename == module:
+        inner = inner.tb_next
+    try:
+        message = str(error)
+    except Exception as failure:  # an exception of somebody's own
+        message = f"(its text cannot be told: {type(failure).__name__} in {type(error).__name__}.__str__)"
+    text = "".join(traceback.format_exception(type(error), error, inner))
+    return {"type": type(error).__name__, "message": _shortened(message, 2_000), "traceback": _shortened(text, 20_000)}
+
+
+def _shortened(text: str, most: int) -> str:
+    """Both ends of a long text."""
+    if len(text) <= most:
+        return text
+    return f"{text[:most // 2]} [... {len(text) - most:,} characters ...] {text[-most // 2:]}"

@@ -71,3 +71,6 @@ def _told() -> Iterator[None]:
         except (CellError, PlanError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(MISTAKE if isinstance(error, CellError) else 1) from None
+        except OSError as error:  # a folder that cannot be written, say
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None

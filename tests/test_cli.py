@@ -83,13 +83,17 @@ def test_sigterm_stops_a_run_with_a_checkpoint(file: str) -> None:
     (("plan", "exp.yaml", "--gpu", "3091"), "no GPU '3091' in the catalogue"),
     (("plan", "exp.yaml", "--figure", "plan.xyz"), "plan.xyz is no file of a picture"),
     (("residuals", "--figure", "plan"), "plan is no file of a picture"),
-    (("run", "exp.yaml", "--timeout", "-1"), "launch.timeout: 0 or more, got -1"),
+    (("run", "exp.yaml", "--timeout", "-1"), "launch.timeout: a number, 0 or more, got -1"),
     (("doctor", "llama-tiny", "--check", "sanity"), "unknown check 'sanity'"),
     (("export", "no-such-run", "--to", "out"), "no run in 'runs' for 'no-such-run'"),
 ])
 def test_mistakes_are_told_in_words(file: str, arguments: tuple[str, ...], words: str) -> None:
     assert words in _call(*arguments, code=2)
     assert not lab.runs()
+
+
+def test_a_folder_that_cannot_be_is_told_in_words(file: str) -> None:
+    assert "error: [Errno 20] Not a directory" in _call("run", "exp.yaml", "--folder", "exp.yaml/runs", code=1)
 
 
 def test_a_plan_says_whether_it_fits(file: str) -> None:

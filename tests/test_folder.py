@@ -1,13 +1,15 @@
-"""Files of a run folder after a full disk."""
+"""Files of a run folder: after a full disk, and with text that no UTF-8 has."""
 
 from __future__ import annotations
 
+import errno
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from collie_lab.folder import JsonLines, Tail
+from collie_lab.folder import JsonLines, RunFolder, Tail
 
 
 def test_a_line_that_a_full_disk_has_cut_is_told_and_later_dropped(tmp_path: Path) -> None:
@@ -39,3 +41,29 @@ def test_a_file_with_nothing_but_a_cut_line_is_begun_anew(tmp_path: Path) -> Non
     lines.append({"kind": "start"})
     lines.close()
     assert list(Tail(path).new()) == [{"kind": "start"}]
+
+
+def test_half_characters_come_back(tmp_path: Path) -> None:
+    record = {"text": "a \ud800 \U0001f600"}
+    folder, lines = RunFolder(tmp_path), JsonLines(tmp_path / "lines.jsonl")
+    folder.write("a.json", record)
+    lines.append(record)
+    lines.close()
+    assert folder.read("a.json") == record
+    assert list(Tail(tmp_path / "lines.jsonl").new()) == [record]
+
+
+def test_on_a_full_disk_there_is_room_for_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, write = RunFolder(tmp_path), RunFolder.write
+
+    def full(self: RunFolder, name: str, value: dict[str, Any]) -> None:
+        if (tmp_path / ".spare").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, name, value)
+
+    folder.reserve()
+    monkeypatch.setattr(RunFolder, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        folder.write("status.json", {"status": "error"})
+    folder.insist("status.json", {"status": "error"})
+    assert folder.read("status.json") == {"status": "error"}

@@ -48,7 +48,7 @@ def conclude(course: Course, reports: Mapping[int, Report | None], absent: Seque
 
 def write_status(course: Course, status: str, **more: Any) -> None:
     """Write a run's status, in the name of this process."""
-    course.folder.write("status.json", {
+    course.folder.insist("status.json", {
         "status": status, **_processes.identity(os.getpid()), "started": course.began, "ended": None,
         "exit_codes": {}, "detail": "", "rank": None, "attempts": course.attempts,
         "pooled": course.plan.get("pooled", False), **more,

@@ -61,6 +61,7 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
         (run_folder.path / "experiment.yaml").write_text(text, encoding="utf-8")
         if packed:
             (run_folder.path / "code.pkl").write_bytes(packed)
+        run_folder.reserve()
         _prepare(experiment, run_folder)
         if checkpoint is not None:
             check_resume(experiment, run_folder.read("data/index.json").get("fingerprint", ""), Path(checkpoint))
@@ -90,14 +91,19 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
 
 
 def _check_numbers(**options: float | None) -> None:
-    """Raise where one of them is below zero."""
+    """Raise where one of them is no number, or below zero."""
     for name, value in options.items():
-        if value is not None and not value >= 0:
-            raise CellError([Problem("launch", name, f"0 or more, got {value!r:.60}")])
+        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0):
+            raise CellError([Problem("launch", name, f"a number, 0 or more, got {value!r:.60}")])
 
 
 def _check_options(world_size: int, pool: Pool | None, nodes: Nodes | None, **others: Any) -> None:
     """Raise where a pool, or several machines, cannot do what else is asked for."""
+    for name, value, kind in (("pool", pool, Pool), ("nodes", nodes, Nodes)):
+        if value is not None and not isinstance(value, kind):
+            raise CellError([Problem("launch", name, f"got {value!r:.60}", f"lab.{kind.__name__}(...)")])
+    if any(not isinstance(text, str) for pair in (others["env"] or {}).items() for text in pair):
+        raise CellError([Problem("launch", "env", "variables and their values are text", 'env={"NAME": "1"}')])
     if pool is not None:
         asked = [name for name, value in {**others, "nodes": nodes}.items() if value]
         if asked:

@@ -15,6 +15,7 @@ from collie_lab.logs import read_log
 __all__ = ["RankError", "cell_error", "rank_error"]
 
 _LINES = 20
+_NOISE = ("nanobind: ", " - leaked ", " - ... skipped")
 
 
 class RankError(RuntimeError):
@@ -97,7 +98,8 @@ def _last_words(folder: RunFolder, rank: int | None) -> str:
     """Where no exception was recorded: the end of the rank's error log, or what was said before there was one."""
     log = folder.log(rank, "err") if rank is not None else None
     if log is not None and log.exists():
-        return read_log(log, tail=_LINES)
+        # What extensions complain of at the end of a process is no reason.
+        return "\n".join(line for line in read_log(log, tail=500).splitlines() if not line.startswith(_NOISE))
     return _agent.before_closing(read_log(folder.launcher_log(_node_of(folder, rank)), tail=500))
 
 

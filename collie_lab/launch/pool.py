@@ -48,8 +48,8 @@ class Pool:
     """
 
     def __init__(self, nproc: int, *, env: Mapping[str, str] | None = None, grace: float = 3.0):
-        if nproc < 1:
-            raise CellError([Problem("Pool", "nproc", f"{nproc} ranks are none", "give 1 or more")])
+        if not isinstance(nproc, int) or nproc < 1:
+            raise CellError([Problem("Pool", "nproc", f"{nproc!r:.60} is no number of ranks", "1 or more")])
         self.nproc, self._env, self._grace = nproc, dict(env or {}), grace
         self._start()
         _pools.add(self)

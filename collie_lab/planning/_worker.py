@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import select
+import shutil
 import sys
 import threading
 import warnings
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from collie_lab.training.probe import Path
 
 __all__ = ["main"]
+
+_asked_of: list[str] = []  # the folder of the request at hand
 
 
 def main() -> None:
@@ -42,6 +45,7 @@ def main() -> None:
     gc.freeze()  # what is imported is no garbage: every later collection would look through it
     for line in sys.stdin:
         request = json.loads(line)
+        _asked_of[:] = [request["folder"]]
         try:
             # Torch keeps the meshes of one layout, and takes them for those of the next.
             (answer, paths), = apart([functools.partial(_answer, request)])
@@ -60,6 +64,8 @@ def _end_with_kernel() -> None:
     kernel = select.poll()
     kernel.register(0, 0)  # of its end alone
     kernel.poll()
+    for folder in _asked_of:  # a kernel that was killed has not removed it
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 

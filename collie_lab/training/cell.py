@@ -9,7 +9,6 @@ import os
 import pickle
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ class Session:
                         case "pull":
                             self._pull(command, place)
             except (Exception, KeyboardInterrupt, SystemExit) as error:
-                return _told(error)
+                return rank.account(error, __file__)
         return {}
 
     def _execute(self, code: str, name: str) -> None:
@@ -75,15 +74,6 @@ def _on_cpu(value: Any) -> Any:
     if isinstance(value, DTensor):
         value = value.full_tensor()
     return value.detach().cpu() if isinstance(value, Tensor) else value
-
-
-def _told(error: BaseException) -> dict[str, Any]:
-    """An exception without the frames of this module."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
-        frames = frames.tb_next
-    text = "".join(traceback.format_exception(type(error), error, frames))
-    return {"type": type(error).__name__, "message": str(error), "traceback": text}
 
 
 @contextlib.contextmanager

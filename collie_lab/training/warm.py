@@ -6,10 +6,13 @@ run an experiment, or a notebook's cell. How a command ended stands in `done/`; 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from collie_lab import rank
@@ -70,10 +73,34 @@ def _run(folder: RunFolder, device: torch.device) -> None:
     os.chdir(launch["cwd"])  # relative paths mean the same
     sys.path[:] = dict.fromkeys([*launch["sys_path"], *sys.path])
     with rank.lend(folder):
-        run(folder, device)
+        with _as_before():
+            run(folder, device)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _as_before() -> Iterator[None]:
+    """What a run that goes well sets in torch for the whole process is not for the next one. (After a failure the ranks
+    end.)"""
+    import torch
+    from torch.backends import cudnn
+
+    settings: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (torch.get_default_dtype, torch.set_default_dtype), (torch.is_grad_enabled, torch.set_grad_enabled),
+        (torch.get_default_device, lambda _: torch.set_default_device(None)),
+        (torch.get_num_threads, torch.set_num_threads),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+        *[(functools.partial(getattr, cudnn, name), functools.partial(setattr, cudnn, name))
+          for name in ("benchmark", "deterministic")],
+    ]
+    before = [get() for get, _ in settings]
+    yield
+    for value, (get, set_) in zip(before, settings, strict=True):
+        if get() != value:
+            set_(value)
 
 
 if __name__ == "__main__":

@@ -118,8 +118,13 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path) -> Non
     with pytest.raises(lab.CellError, match=r"resume.*is no folder"):
         toy.start("unused", tmp_path / "runs", resume=tmp_path / "nowhere")
     for option in ("timeout", "stall_timeout", "grace", "max_restarts"):
-        with pytest.raises(lab.CellError, match=rf"launch\.{option}: 0 or more, got -1"):
-            toy.start("unused", tmp_path / "runs", **{option: -1})
+        for wrong in (-1, "3", True):
+            with pytest.raises(lab.CellError, match=rf"launch\.{option}: a number, 0 or more, got {wrong!r}"):
+                toy.start("unused", tmp_path / "runs", **{option: wrong})
+    for option, value, words in (("pool", 2, r"lab\.Pool"), ("nodes", 2, r"lab\.Nodes"), ("env", {"A": 1}, "are text")):
+        with pytest.raises(lab.CellError, match=rf"launch\.{option}: .*{words}"):
+            lab.Experiment(model=lab.Model("llama-tiny", init="random")).launch(
+                folder=tmp_path / "runs", **{option: value})  # type: ignore[arg-type]
     assert not (tmp_path / "runs").exists()
 
 

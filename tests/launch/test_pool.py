@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toy
 
 import collie_lab as lab
@@ -90,20 +91,26 @@ def test_a_crash_is_named(pool: lab.Pool) -> None:
         pool.run("import os\nif rank == 1:\n    os.kill(os.getpid(), 11)\ndist.barrier()")
 
 
+def meddles(trainer: Any) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(trainer.step < 3)
+
+
 def test_warm_runs_are_those_of_new_processes(pool: lab.Pool, tmp_path: Path) -> None:
     """Other layouts, optimizers, an adapter and checkpoints in between leave no trace: losses are equal bit for bit."""
     first = experiment(training=lab.Training(steps=3, batch_size=8, micro_batch_size=2, checkpoint_every=2))
     chain = [first, first.replace(parallel=lab.Parallel(tp=2), optimizer=lab.Adan()),
              first.replace(parallel=lab.Parallel(dp=2, zero=3), optimizer=lab.AdaLomo(accumulate="hold")),
              first.replace(parallel=lab.Parallel(pp=2), optimizer=lab.Lion()),
-             first.replace(adapter=lab.LoRA(r=2)), first]
+             first.replace(adapter=lab.LoRA(r=2)), first.replace(callbacks=(meddles,)), first]
     runs = [exp.launch(pool=pool, folder=tmp_path, show=False) for exp in chain]
     cold = first.launch(folder=tmp_path, show=False)
     losses = [run.metrics["loss"].tolist() for run in (runs[0], runs[-1], cold)]
     assert losses[0] == losses[1] == losses[2]
     assert cold.summary["peak_bytes"] == pytest.approx(runs[-1].summary["peak_bytes"], rel=0.01)
     assert pool.alive
-    assert [run.status for run in runs] == ["ok"] * 6
+    assert [run.status for run in runs] == ["ok"] * 7
     assert not any(run.alive for run in runs)
     assert runs[0].folder.read("status.json")["exit_codes"] == {"0": 0, "1": 0}
 
@@ -157,8 +164,9 @@ def test_what_a_pool_cannot_do(pool: lab.Pool, tmp_path: Path, fields: Any, opti
 
 
 def test_a_pool_needs_ranks() -> None:
-    with pytest.raises(lab.CellError, match=r"Pool\.nproc"):
-        lab.Pool(0)
+    for wrong in (0, "2", 1.5):
+        with pytest.raises(lab.CellError, match=r"Pool\.nproc"):
+            lab.Pool(wrong)  # type: ignore[arg-type]
 
 
 def test_the_magic(capsys: pytest.CaptureFixture[str]) -> None:
