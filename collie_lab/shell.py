@@ -35,17 +35,14 @@ def parse_changes(changes: Sequence[str] | None) -> dict[str, Any]:
     Raises:
         CellError: no value, or no valid YAML.
     """
-    import yaml
+    from collie_lab.cells._yaml import parse
 
     made = {}
     for change in changes or ():
         path, equals, text = change.partition("=")
         if not equals:
             raise CellError([Problem("--set", "", f"{change!r} is no FIELD=VALUE", "--set optimizer.lr=3e-5")])
-        try:
-            made[path] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise CellError([Problem("--set", path, f"no valid YAML: {error}")]) from None
+        made[path] = parse(text, "--set", path, of=text)
     return made
 
 

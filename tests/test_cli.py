@@ -78,6 +78,8 @@ def test_sigterm_stops_a_run_with_a_checkpoint(file: str) -> None:
     (("run", "exp.yaml", "--set", "optimizer.lrr=1"), "did you mean `lr`?"),
     (("run", "exp.yaml", "--set", "optimizer.lr"), "is no FIELD=VALUE"),
     (("run", "exp.yaml", "--set", "optimizer={kind: lino}"), "unknown kind 'lino'"),
+    (("run", "exp.yaml", "--set", "data={seed: 1, seed: 2}"),
+     "--set.data: {seed: 1, seed: 2} is no valid YAML: the key `seed` stands twice"),
     (("run", "exp.yaml", "--resume", "no-such-run"), "no run in 'runs' for 'no-such-run'"),
     (("check", "exp.yaml", "--set", "parallel.dp=4"), "cannot be shared equally by 4"),
     (("plan", "exp.yaml", "--gpu", "3091"), "no GPU '3091' in the catalogue"),

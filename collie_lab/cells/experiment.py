@@ -122,9 +122,9 @@ class Experiment(Cell):
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The experiment as YAML, defaults included; written to `path` where one is given."""
-        import yaml
+        from collie_lab.cells._yaml import dump
 
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        text = dump(self.to_dict())
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -132,17 +132,14 @@ class Experiment(Cell):
     @classmethod
     def from_yaml(cls, source: str | Path) -> Self:
         """Read a YAML file (a `Path`, or a string that ends in .yaml or .yml) or YAML text."""
-        import yaml
+        from collie_lab.cells._yaml import parse, read
 
-        text = str(source)
-        if isinstance(source, Path) or text.endswith((".yaml", ".yml")):
+        if isinstance(source, Path) or source.endswith((".yaml", ".yml")):
             if not Path(source).is_file():
                 raise CellError([Problem("Experiment", "", f"no such file: {source}")])
-            text = Path(source).read_text(encoding="utf-8")
-        try:
-            mapping = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise CellError([Problem("Experiment", "", f"this is no valid YAML: {error}")]) from None
+            mapping = read(source, "Experiment")
+        else:
+            mapping = parse(source, "Experiment")
         if not isinstance(mapping, Mapping):
             raise CellError([Problem("Experiment", "", "the YAML is no mapping of cells")])
         return cls.from_dict(mapping)

@@ -150,11 +150,21 @@ def _arm(grid: Grid, combination: Combination, seed: int | None, name: str, home
     except CellError as error:
         raise CellError([Problem(f"{name}: {each.cell}", each.field, each.message, each.remedy)
                          for each in error.problems]) from None
+    labels = {axis: _taken(experiment, axis, label) if (axis, label) in combination.changes else label
+              for axis, label in combination.labels.items()}
     group = None
     if grid.tune is not None and not combination.included:
-        group = tuple(label for axis, label in combination.labels.items() if axis != grid.tune.axis)
-    return Arm(name, home.id_of(identity), identity.key, combination.labels, experiment.training.seed, experiment,
+        group = tuple(label for axis, label in labels.items() if axis != grid.tune.axis)
+    return Arm(name, home.id_of(identity), identity.key, labels, experiment.training.seed, experiment,
                runner, grid.timeout, grid.memory_limit, group)
+
+
+def _taken(experiment: Experiment, axis: str, label: Any) -> Any:
+    """The number that a field has made of a value of its axis, `"1e-3"` or 1e3 steps; else the label as it is."""
+    value: Any = experiment
+    for part in axis.split("."):
+        value = getattr(value, part, None)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else label
 
 
 def _names(points: Sequence[tuple[dict[str, Any], int | None]], fallback: str) -> list[str]:

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-import yaml
 from pydantic import Field, field_validator
 
 from collie_lab.cells import SHAPES, Cell, CellError, Experiment, Problem
+from collie_lab.cells._yaml import read
 
 __all__ = ["DEFAULT_RUNNER", "Choice", "Combination", "Grid", "Tune", "size_in_bytes"]
 
@@ -271,12 +271,7 @@ def _folded(changes: Iterable[tuple[str, Any]], start: Mapping[str, Any] | None 
 def _mapping(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(source, Mapping):
         return dict(source)
-    try:
-        found = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _error("", f"{source}: {error.strerror}", f"paths are relative to {Path.cwd()}") from None
-    except yaml.YAMLError as error:
-        raise _error("", f"{source} is no valid YAML: {error}") from None
+    found = read(source, "Grid")
     if not isinstance(found, Mapping):
         raise _error("", f"{source} is no mapping")
     return dict(found)

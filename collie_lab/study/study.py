@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from collie_lab.cells import CellError, Problem
+from collie_lab.cells._yaml import dump
 from collie_lab.check import Report, check, check_cells
 from collie_lab.folder import write_json
 from collie_lab.launch import Run
@@ -114,7 +113,7 @@ class Study(Presentation):
                   if key != "kind" and value not in (None, {}, [])}
         if "tune" in fields:
             del fields["tune"]["kind"]
-        return {"grid.yaml": yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}
+        return {"grid.yaml": dump(fields)}
 
     @property
     def runs(self) -> dict[str, Run]:

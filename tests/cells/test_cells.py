@@ -44,6 +44,31 @@ evaluate: [{kind: perplexity, every: 10}]
     assert yaml.safe_load(experiment.to_yaml())["optimizer"]["kind"] == "lomo"
 
 
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1E3", 1e3), ("-.5e1", -5.0), ("2.e+2", 200.0)])
+def test_floats_in_yaml_need_no_dot(text: str, value: float) -> None:
+    read = lab.Experiment.from_yaml(f"model: {{source: x, config: {{a: {text}, b: '{text}', c: {text}m}}}}")
+    assert read.model.config == {"a": value, "b": text, "c": f"{text}m"}
+    assert lab.Experiment.from_yaml(read.to_yaml()) == read
+
+
+def test_whole_floats_are_steps() -> None:
+    steps = lab.Experiment.from_yaml("model: x\ntraining: {steps: 1e3}").training.steps
+    assert (steps, type(steps)) == (1000, int)
+
+
+def test_a_key_of_yaml_stands_once_and_overrides_what_is_merged() -> None:
+    with pytest.raises(lab.CellError, match="key `training` stands twice, in line 2 and in line 4"):
+        lab.Experiment.from_yaml("model: x\ntraining: {steps: 1}\n\ntraining: {batch_size: 2}")
+    merged = "model: {source: x, config: {a: &a {p: 1, q: 1}, b: &b {<<: *a, p: 2}, c: {<<: *b, q: 3}}}"
+    assert lab.Experiment.from_yaml(merged).model.config["c"] == {"p": 2, "q": 3}
+
+
+def test_a_file_that_is_no_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_bytes("model: x\nname: \"né\"".encode("latin1"))
+    with pytest.raises(lab.CellError, match=r"Experiment: .*old.yaml is no text in UTF-8: line 2 .* save it as UTF-8"):
+        lab.Experiment.from_yaml(tmp_path / "old.yaml")
+
+
 def test_variants() -> None:
     assert FULL.with_("optimizer.lr", 0.5).optimizer == lab.Lomo(lr=0.5)
     assert FULL.with_("adapter", None).adapter is None
@@ -67,6 +92,7 @@ def test_variants() -> None:
     (lambda: lab.Experiment.from_yaml("model: {init: random}"), "Model.source: this field is required"),
     (lambda: lab.Experiment.from_yaml("kind: study\nmodel: x"), "'study' is no experiment"),
     (lambda: lab.Experiment.from_yaml("model: [x"), "this is no valid YAML"),
+    (lambda: lab.Experiment.from_yaml("model: 2026-02-30"), "this is no valid YAML: day is out of range"),
     (lambda: lab.Experiment(), "Experiment.model: this field is required"),
     (lambda: lab.Experiment(model="x", optimiser=1), "did you mean `optimizer`?"),
     (lambda: FULL.with_("optimizer.lrr", 1), "AdamW|Lomo.lrr: unknown field"),

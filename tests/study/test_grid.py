@@ -146,6 +146,17 @@ def test_results_are_found_where_their_data_are_not(tmp_path: Path) -> None:
     assert lab.Study(grid, results="results").statuses() == {"toy": "ok"}
 
 
+def test_labels_are_the_numbers_that_the_cells_take(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(
+        "{name: toy, base: {model: x}, product: {optimizer.lr: [1e-3, 1e-2], training.steps: [1e3]}}")
+    found = [arm.labels for arm in arms_of(Grid.read(tmp_path / "grid.yaml"), tmp_path)]
+    assert found == [{"optimizer.lr": lr, "training.steps": 1000} for lr in (1e-3, 1e-2)]
+    in_python = arms(product={"method": {"A": {"optimizer.lr": ["1e-3", "1e-2"]}}, "training.steps": {"1": 1, "2": 2}},
+                     tune={"axis": "optimizer.lr", "metric": "loss"})
+    assert [arm.labels["optimizer.lr"] for arm in in_python] == [1e-3, 1e-2] * 2
+    assert {arm.labels["training.steps"] for arm in in_python} == {"1", "2"}  # names of one's own
+
+
 def test_limits_in_words() -> None:
     arm, = arms(memory_limit="1.5 GB", timeout=60)
     assert (arm.memory_limit, arm.timeout) == (1_500_000_000, 60.0)
@@ -186,6 +197,10 @@ def test_mistakes(keys: dict[str, Any], words: str) -> None:
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     (tmp_path / "bad.yaml").write_text("a: [")
+    (tmp_path / "latin.yaml").write_bytes("name: né".encode("latin1"))
+    (tmp_path / "twice.yaml").write_text("name: a\nproduct: {method: {A: {},\n A: {}}}\n")
     assert "No such file" in _error(lambda: Grid.read("absent.yaml"))
     assert "is no mapping" in _error(lambda: Grid.read(tmp_path / "list.yaml"))
     assert "no valid YAML" in _error(lambda: Grid.read(tmp_path / "bad.yaml"))
+    assert "latin.yaml is no text in UTF-8" in _error(lambda: Grid.read(tmp_path / "latin.yaml"))
+    assert "the key `A` stands twice, in line 2 and in line 3" in _error(lambda: Grid.read(tmp_path / "twice.yaml"))
