@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from collie_lab.study.columns import Column
-from collie_lab.study.groups import alike_means, label_text
+from collie_lab.study.groups import alike_means, label_text, ordered
 from collie_lab.study.series import Band, Fit, Panel
 from collie_lab.view.style import COLORS, INK, MUTED
 from collie_lab.view.units import count_text
@@ -287,22 +287,26 @@ def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, log: bool)
     """Points along a tuned axis, the best of each line ringed; crosses above: no figure."""
     failed: list[tuple[float, str, str]] = []
     _log_if_wide(axes, [point.value.mean * shown.factor for line in panel.lines for point in line.measured])
+    tried = ordered(point.x for line in panel.lines for point in line.points)
+    words = not all(isinstance(x, (int, float)) for x in tried)
+    at = {x: place if words else x for place, x in enumerate(tried)}
     for line in panel.lines:
-        color, points = looks.color(line.label), sorted(line.measured, key=lambda point: point.x)
-        means = [point.value.mean * shown.factor for point in points]
-        axes.errorbar([point.x for point in points], means, color=color, marker=looks.marker(line.label), markersize=4,
+        color, points = looks.color(line.label), sorted(line.measured, key=lambda point: at[point.x])
+        places, means = [at[point.x] for point in points], [point.value.mean * shown.factor for point in points]
+        axes.errorbar(places, means, color=color, marker=looks.marker(line.label), markersize=4,
                       yerr=[_or_zero(point.value.std) * shown.factor for point in points], linewidth=1.3, capsize=2,
                       linestyle=looks.dash(line.label), elinewidth=0.9)
         if points:
             alike = alike_means({place: point.value for place, point in enumerate(points)})
             best = (min if shown.better == "min" else max)(alike, key=alike.__getitem__)
-            axes.plot(points[best].x, means[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=color)
-        failed += [(point.x, color, point.value.word or "") for point in line.failed]
+            axes.plot(places[best], means[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=color)
+        failed += [(at[point.x], color, point.value.word or "") for point in line.failed]
     _strip_of_failures(axes, failed)
+    if words:
+        axes.set_xticks(range(len(tried)), [label_text(x) for x in tried])
     if log:
         axes.set_xscale("log")
-        places = sorted({point.x for line in panel.lines for point in line.points})
-        axes.xaxis.set_major_locator(FixedLocator(places))
+        axes.xaxis.set_major_locator(FixedLocator(sorted(tried)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

@@ -136,6 +136,15 @@ def test_a_sweep_shows_every_value_that_was_tried() -> None:
     assert made.figure("bars", metric="loss").data["loss"].tolist() == [1000.0]  # the best alone
 
 
+def test_a_sweep_over_words_stands_in_the_order_of_the_grid(tmp_path: Path) -> None:
+    made = Fabricated("method", "schedule", "seed", tuned={"schedule": "loss"})
+    for schedule, loss in (("wsd", 2.0), ("linear", None), ("cosine", 1.0)):
+        made.add("a", schedule, 0, loss=loss, status="ok" if loss else "diverged")
+    figure = made.figure("sweep")
+    assert figure.save(tmp_path / "sweep")  # the cross of what diverged has a place
+    assert [each.get_text() for each in figure.axes[0].get_xticklabels()] == ["wsd", "linear", "cosine"]
+
+
 def test_the_ring_of_a_sweep_is_at_the_value_that_was_chosen() -> None:
     made = Fabricated("method", "lr", "seed", tuned={"lr": "loss"})
     for lr, loss in ((1, 3.0), (2, 2.0), (3, 4.0)):
