@@ -184,11 +184,13 @@ def export(runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run
     """Runs side by side: a table (CSV, Markdown, LaTeX), a figure, and where each row comes from."""
     from collie_lab.study import Results
 
-    rows = {}
+    rows: dict[str, Run] = {}
     for given in runs:
         name, _, id_ = given.rpartition("=")
         found = _attached(id_, folder)
-        rows[name or found.id] = found
+        if rows.setdefault(name or found.id, found) is not found:
+            raise CellError([Problem("export", "", f"two rows are called {name or found.id!r}",
+                                     "another name for one of them: NAME=RUN")])
     for path in Results(rows).export(to):
         print(path)
 

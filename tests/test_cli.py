@@ -53,6 +53,9 @@ def test_a_run_is_that_of_the_file_with_its_changes(file: str) -> None:
 
     assert "run.json" not in _call("export", f"Lion={run.id}", "--to", "out")
     assert "| Lion" in Path("out/table.md").read_text(encoding="utf-8")
+    for twice in ((f"Lion={run.id}", f"Lion={run.id}"), (run.id, str(run.folder.path))):
+        assert "two rows are called" in _call("export", *twice, "--to", "again", code=2)
+    assert not Path("again").exists()
 
 
 def test_the_exit_code_tells_how_a_run_ended(file: str) -> None:
