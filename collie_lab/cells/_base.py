@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-__all__ = ["PATH_TEXT", "Cell", "CellError", "Problem", "known_fields"]
+__all__ = ["PATH_TEXT", "Cell", "CellError", "Problem", "check_names", "known_fields"]
 
 #: For fields that hold a path as text: a `Path` becomes one.
 PATH_TEXT: Final = BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)
@@ -132,6 +132,15 @@ def _snake_case(name: str) -> str:
 def known_fields(cell: type[Cell]) -> str:
     """The remedy for a field that a cell does not have."""
     return "its fields: " + ", ".join(cell.model_fields)
+
+
+def check_names(names: Iterable[Any], cell: str) -> None:
+    """Raise where a field's name is no text, before Python does: `on: 1` in YAML is True: 1."""
+    for name in names:
+        if not isinstance(name, str):
+            meant = "; YAML reads on, yes, off and no as true and false" if isinstance(name, bool) else ""
+            raise CellError([Problem(cell, str(name), f"a field's name is a text, got {name!r:.80}",
+                                     "quote it" + meant)])
 
 
 def _problems(cell: type[Cell], error: ValidationError) -> list[Problem]:

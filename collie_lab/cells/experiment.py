@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from collie_lab.cells._base import Cell, CellError, Problem, known_fields
+from collie_lab.cells._base import Cell, CellError, Problem, check_names, known_fields
 from collie_lab.cells.adapter import Adapter, LoRA, VirtualTokens
 from collie_lab.cells.callback import Callback, CallbackCell
 from collie_lab.cells.data import Data, Skills
@@ -147,6 +147,7 @@ class Experiment(Cell):
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`. `kind` chooses the cell where a slot takes several types."""
+        check_names(mapping, "Experiment")
         fields: dict[str, Any] = dict(mapping)
         if fields.pop("kind", cls.kind) != cls.kind:
             raise CellError([Problem("Experiment", "kind", f"{mapping['kind']!r} is no experiment")])
@@ -196,7 +197,7 @@ def _cell_from(value: Any, base: type[Cell], slot: str) -> Any:
     fields = dict(value)
     kinds = base.kinds()
     kind = fields.pop("kind", next(iter(kinds)) if len(kinds) == 1 else None)
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         message = "`kind` is missing" if kind is None else f"unknown kind {kind!r}"
         raise CellError([Problem("Experiment", slot, message, "there are: " + ", ".join(sorted(kinds)))])
     inside: dict[str, type[Cell]] = {"data": Data, "tokenizer": NewTokenizer}  # of an evaluation, of a model
@@ -205,4 +206,5 @@ def _cell_from(value: Any, base: type[Cell], slot: str) -> Any:
             fields[name] = _cell_from(fields[name], inner, f"{slot}.{name}")
     if base is Model and "source" not in fields:
         raise CellError([Problem("Model", "source", "this field is required")])
+    check_names(fields, kinds[kind].__name__)
     return kinds[kind](**fields)

@@ -25,6 +25,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import Field, field_validator
 
 from collie_lab.cells import SHAPES, Cell, CellError, Experiment, Problem
+from collie_lab.cells._base import check_names
 from collie_lab.cells._yaml import read
 
 __all__ = ["DEFAULT_RUNNER", "Choice", "Combination", "Grid", "Tune", "size_in_bytes"]
@@ -103,7 +104,9 @@ class Grid(Cell):
         Raises:
             CellError: no such file or profile, no valid YAML, an unknown key, an axis that is none.
         """
-        whole = cls(**_mapping(source))
+        fields = _mapping(source)
+        check_names(fields, "Grid")
+        whole = cls(**fields)
         if profile is not None and profile not in whole.profiles:
             raise _error("profile", f"no profile {profile!r} in {whole.name}",
                          "there are: " + ", ".join(whole.profiles) if whole.profiles else "it has none: leave it out")
@@ -145,7 +148,7 @@ class Grid(Cell):
         made = _folded(sorted(combination.changes, key=lambda change: change[0].count(".")),
                        _merged(defaults, self.base))
         model = made.get("model")
-        if isinstance(model, Mapping) and model.get("source") in SHAPES and "init" not in model:
+        if isinstance(model, Mapping) and model.get("source") in tuple(SHAPES) and "init" not in model:
             made["model"] = {**model, "init": "random"}  # a shape has no other weights
         return made, str(made.pop("runner", DEFAULT_RUNNER))
 
@@ -252,6 +255,7 @@ def _merged(base: Any, over: Any) -> Any:
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
     """`training.steps`, 4 → {"training": {"steps": 4}}; a model that is named changes the source alone."""
+    check_names([path], "Grid")
     head, _, rest = path.partition(".")
     if rest:
         return {head: _nested(rest, value)}
@@ -290,8 +294,9 @@ def _over(key: str, below: Any, over: Any) -> Any:
 def _some(below: Any, over: Any) -> Any:
     """An axis of a profile; a list of labels chooses among those of the file's axis."""
     if isinstance(below, Mapping) and isinstance(over, list):
-        if unknown := [label for label in over if label not in below]:
-            raise _error("profiles", f"{unknown[0]!r} is no label of the axis", "there are: " + ", ".join(below))
+        if unknown := [label for label in over if label not in list(below)]:
+            raise _error("profiles", f"{unknown[0]!r} is no label of the axis",
+                         "there are: " + ", ".join(map(str, below)))
         return {label: below[label] for label in over}
     return over
 
@@ -355,7 +360,7 @@ def _is_path(name: str) -> bool:
 
 
 def _check_path(path: str, where: str) -> None:
-    if not _is_path(path):
+    if not _is_path(str(path)):
         raise _error(where, f"`{path}` is no field of an experiment",
                      "its fields: " + ", ".join([*Experiment.model_fields, "runner"]))
 

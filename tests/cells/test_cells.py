@@ -111,6 +111,14 @@ def test_variants() -> None:
     (lambda: lab.Experiment.from_yaml("model: x\noptimizer: {lr: 1}"), "`kind` is missing"),
     (lambda: lab.Experiment.from_yaml("model: x\nsteps: 3"), "Experiment.steps: unknown field"),
     (lambda: lab.Experiment.from_yaml("absent.yaml"), "no such file: absent.yaml"),
+    (lambda: lab.Experiment.from_yaml("model: x\ntraining: {on: true}"),
+     "Training.True: a field's name is a text, got True → quote it; YAML reads on, yes, off and no as true and false"),
+    (lambda: lab.Experiment.from_yaml("model: x\n1: 2"), "Experiment.1: a field's name is a text, got 1 → quote it"),
+    (lambda: lab.Experiment.from_yaml("model: x\noptimizer: {kind: adamw, 1: 2}"), "AdamW.1: a field's name is a text"),
+    (lambda: lab.Experiment.from_yaml("model: x\nevaluate: [{kind: perplexity, data: {kind: skills, 1: 2}}]"),
+     "Skills.1: a field's name is a text"),
+    (lambda: lab.Experiment.from_yaml("model: x\noptimizer: {kind: [a]}"), "Experiment.optimizer: unknown kind ['a']"),
+    (lambda: lab.Experiment.from_yaml("model: {source: [a]}"), "Model.source: input should be a valid string"),
     (lambda: lab.Experiment(model="x", callbacks=(print,)).to_yaml(), "a callable cannot be written to YAML"),
 ])
 def test_mistakes_name_cell_and_field(make: object, message: str) -> None:

@@ -21,14 +21,11 @@ METHODS: dict[str, Any] = {"AdamW": {"optimizer": {"kind": "adamw", "lr": 1e-3}}
 
 
 def arms(profile: str | None = None, changes: dict[str, Any] | None = None, **keys: Any) -> list[Arm]:
-    grid = Grid.read({"name": "toy", "base": BASE, **keys}, profile, changes)
-    return arms_of(grid, Path("results"))
+    return arms_from(keys, profile, changes)
 
 
-def refused(**keys: Any) -> str:
-    with pytest.raises(lab.CellError) as error:
-        arms(**keys)
-    return str(error.value)
+def arms_from(keys: dict[Any, Any], profile: str | None = None, changes: Any = None) -> list[Arm]:
+    return arms_of(Grid.read({"name": "toy", "base": BASE, **keys}, profile, changes), Path("results"))
 
 
 def test_an_arm_is_the_experiment_that_one_would_compose() -> None:
@@ -184,14 +181,25 @@ def test_limits_in_words() -> None:
     ({"product": {"method": METHODS}, "exclude": [{"method": ["AdamW", "LOMO"]}]}, "no arm is left"),
     ({"product": {"method": METHODS}, "include": [{"training.steps": 4}]}, "has no `method`"),
     ({"product": {"a": {"x": {}, "y": {}}}}, "are the same experiment"),
+    ({1: 2}, "Grid.1: a field's name is a text, got 1 → quote it"),
+    ({"product": {"method": {"A": {1: 2}}}}, "Grid.method.A: `1` is no field of an experiment"),
+    ({"base": {1: 2}}, "Grid.base.1"),
+    ({"base": {**BASE, "training": {True: 1}}}, "toy: Training.True: a field's name is a text"),
+    ({"changes": {1: 2}}, "Grid.1: a field's name is a text"),
+    ({"profiles": {"cpu": {"base": {1: 2}}}, "profile": "cpu"}, "Grid.1: a field's name is a text"),
+    ({"profiles": {"cpu": {"product": {"method": [3]}}}, "profile": "cpu", "product": {"method": {1: {}, 2: {}}}},
+     "3 is no label of the axis → there are: 1, 2"),
+    ({"base": {**BASE, "model": {"source": ["x"]}}}, "Model.source: input should be a valid string"),
     ({"seeds": [1, 1]}, "a seed stands twice"),
     ({"memory_limit": "4 apples"}, "no size in bytes"),
     ({"base": {**BASE, "runner": "peer"}}, "unknown runner 'peer'"),
     ({"profiles": {"cpu": {"nmae": 1}}, "profile": "cpu"}, "a profile has no such key"),
     ({"tune": {"axis": "optimizer.lr", "metric": "loss"}}, "no list of values for it"),
 ])
-def test_mistakes(keys: dict[str, Any], words: str) -> None:
-    assert words in refused(**keys)
+def test_mistakes(keys: dict[Any, Any], words: str) -> None:
+    options = {name: keys[name] for name in ("profile", "changes") if name in keys}
+    assert words in _error(lambda: arms_from({key: value for key, value in keys.items() if key not in options},
+                                             **options))
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
