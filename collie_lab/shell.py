@@ -30,7 +30,7 @@ class Group(TyperGroup):
 
 
 def parse_changes(changes: Sequence[str] | None) -> dict[str, Any]:
-    """What `--set FIELD=VALUE` says, by field; values are YAML.
+    """What `--set FIELD=VALUE` says, by field, those of the smallest parts last; values are YAML.
 
     Raises:
         CellError: no value, or no valid YAML.
@@ -43,7 +43,7 @@ def parse_changes(changes: Sequence[str] | None) -> dict[str, Any]:
         if not equals:
             raise CellError([Problem("--set", "", f"{change!r} is no FIELD=VALUE", "--set optimizer.lr=3e-5")])
         made[path] = parse(text, "--set", path, of=text)
-    return made
+    return dict(sorted(made.items(), key=lambda change: change[0].count(".")))
 
 
 @contextlib.contextmanager

@@ -42,10 +42,11 @@ def test_nothing_heavy_is_imported_for_help() -> None:
 
 
 def test_a_run_is_that_of_the_file_with_its_changes(file: str) -> None:
-    output = _call("run", file, "--set", "optimizer={kind: lion, lr: 1e-4}", "--set", "training.steps=3")
+    output = _call("run", file, "--set", "optimizer.lr=3e-4", "--set", "optimizer={kind: lion}", "--set",
+                   "training.steps=3")
     run, = lab.runs()
     launched = lab.Experiment.from_yaml(run.experiment_yaml)
-    assert launched.optimizer == lab.Lion(lr=1e-4)
+    assert launched.optimizer == lab.Lion(lr=3e-4)
     assert run.steps == 3
     assert run.id in output
     assert "step 3/3" in output

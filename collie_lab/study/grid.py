@@ -145,8 +145,7 @@ class Grid(Cell):
         """The experiment of a combination as `Experiment.from_dict` takes it, and its runner."""
         defaults = {name: {"kind": field.default.kind} for name, field in Experiment.model_fields.items()
                     if isinstance(field.default, Cell)}
-        made = _folded(sorted(combination.changes, key=lambda change: change[0].count(".")),
-                       _merged(defaults, self.base))
+        made = _folded(combination.changes, _merged(defaults, self.base))
         model = made.get("model")
         if isinstance(model, Mapping) and model.get("source") in tuple(SHAPES) and "init" not in model:
             made["model"] = {**model, "init": "random"}  # a shape has no other weights
@@ -265,9 +264,9 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _folded(changes: Iterable[tuple[str, Any]], start: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A mapping with changes made to it, one after the other."""
+    """A mapping with changes made to it, those of the smallest parts last."""
     made = dict(start or {})
-    for path, value in changes:
+    for path, value in sorted(changes, key=lambda change: str(change[0]).count(".")):
         made = _merged(made, _nested(path, value))
     return made
 

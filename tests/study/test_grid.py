@@ -59,6 +59,15 @@ def test_the_smaller_part_counts_whatever_the_order_of_axes() -> None:
         assert {arm.experiment.optimizer.lr for arm in arms(product=axes)} == {0.5}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_smaller_part_counts_whatever_the_order_of_changes(order: int) -> None:
+    changes = dict([("optimizer.lr", 0.7), ("optimizer", {"kind": "lion", "lr": 0.1})][::order])
+    lion = lab.Lion(lr=0.7)
+    assert arms(changes=changes)[0].experiment.optimizer == lion
+    assert arms(base={**BASE, **changes})[0].experiment.optimizer == lion
+    assert arms("cpu", profiles={"cpu": {"base": changes}})[0].experiment.optimizer == lion
+
+
 def test_zip_include_exclude_and_seeds() -> None:
     found = arms(
         product={"method": METHODS}, zip={"model": ["llama-tiny", "llama-1m"], "training.steps": [2, 3]},
