@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 __all__ = ["PATH_TEXT", "Cell", "CellError", "Problem", "check_names", "known_fields"]
 
@@ -74,6 +74,15 @@ class Cell(BaseModel):
         except ValidationError as error:
             raise CellError(_problems(type(self), error)) from None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """To pydantic True is 1, as it is to Python."""
+        types = set(_types(cls.model_fields[str(info.field_name)].annotation))
+        if types & {int, float} and not types & {bool, Any} and _holds_bool(value):
+            raise ValueError(f"a number is wanted, got {value!r:.80}")
+        return value
+
     @classmethod
     def kinds(cls) -> dict[str, type[Self]]:
         """The cells that a slot of this type takes, by their kind: its subclasses, or itself where it has none."""
@@ -132,6 +141,24 @@ def _snake_case(name: str) -> str:
 def known_fields(cell: type[Cell]) -> str:
     """The remedy for a field that a cell does not have."""
     return "its fields: " + ", ".join(cell.model_fields)
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """The types that stand in an annotation, but for those of what a callable takes and gives."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        yield from map(type, inner)
+    elif inner and origin is not Callable:
+        for each in inner[:1] if origin is Annotated else inner:
+            yield from _types(each)
+    else:
+        yield annotation
+
+
+def _holds_bool(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return any(map(_holds_bool, value)) if isinstance(value, (list, tuple)) else isinstance(value, bool)
 
 
 def check_names(names: Iterable[Any], cell: str) -> None:

@@ -89,6 +89,12 @@ def test_variants() -> None:
     (lambda: lab.SGD(nesterov=True), "nesterov needs momentum"),
     (lambda: lab.AdamW(lr=float("inf")), "AdamW.lr: input should be a finite number"),
     (lambda: lab.Training(seed=-1), "Training.seed"),
+    (lambda: lab.Training(steps=True), "Training.steps: a number is wanted, got True"),
+    (lambda: lab.Training(micro_batch_size=False), "Training.micro_batch_size: a number is wanted, got False"),
+    (lambda: lab.AdamW(lr=True), "AdamW.lr: a number is wanted, got True"),
+    (lambda: lab.AdamW(betas=(0.9, False)), "AdamW.betas: a number is wanted, got (0.9, False)"),
+    (lambda: lab.AdamW(lr_scale={"*": True}), "AdamW.lr_scale: a number is wanted, got {'*': True}"),
+    (lambda: lab.Parallel(zero=True), "Parallel.zero: a number is wanted, got True"),  # type: ignore[arg-type]
     (lambda: lab.Experiment.from_yaml("model: {init: random}"), "Model.source: this field is required"),
     (lambda: lab.Experiment.from_yaml("kind: study\nmodel: x"), "'study' is no experiment"),
     (lambda: lab.Experiment.from_yaml("model: [x"), "this is no valid YAML"),
@@ -131,6 +137,12 @@ def test_of_items_that_are_wrong_it_is_not_said_that_they_are_too_few() -> None:
     with pytest.raises(lab.CellError) as caught:
         lab.Generation(metrics=("meteor",))  # type: ignore[arg-type]
     assert "at least 1 item" not in str(caught.value)
+
+
+def test_what_is_no_number_may_be_a_bool() -> None:
+    assert lab.SGD(in_backward=True).in_backward
+    assert lab.Model("x", config={"tie_word_embeddings": True, "n": [1, True]}).config["n"] == [1, True]
+    assert lab.Text([{"text": "a", "good": True}]).source == [{"text": "a", "good": True}]
 
 
 def test_paths_become_text() -> None:
