@@ -110,9 +110,12 @@ class Grid(Cell):
         if profile is not None and profile not in whole.profiles:
             raise _error("profile", f"no profile {profile!r} in {whole.name}",
                          "there are: " + ", ".join(whole.profiles) if whole.profiles else "it has none: leave it out")
+        known = [key for key in cls.model_fields if key not in _FIXED]
+        for name, keys in whole.profiles.items():
+            if wrong := [key for key in keys if key not in known]:
+                raise _error(f"profiles.{name}.{wrong[0]}", "a profile has no such key",
+                             "its keys: " + ", ".join(known))
         over = whole.profiles[profile] if profile is not None else {}
-        if wrong := [key for key in over if key in _FIXED or key not in cls.model_fields]:
-            raise _error(f"profiles.{profile}.{wrong[0]}", "a profile has no such key")
         fields = {key: getattr(whole, key) for key in whole.model_fields_set}
         grid = cls(**{**fields, **{key: _over(key, fields.get(key), value) for key, value in over.items()}})
         grid = grid.replace(base=_folded((changes or {}).items(), _folded(grid.base.items())))

@@ -205,7 +205,9 @@ def test_limits_in_words() -> None:
     ({"include": [{"seed": True}]}, "Training.seed: a number is wanted, got True"),
     ({"memory_limit": "4 apples"}, "no size in bytes"),
     ({"base": {**BASE, "runner": "peer"}}, "unknown runner 'peer'"),
-    ({"profiles": {"cpu": {"nmae": 1}}, "profile": "cpu"}, "a profile has no such key"),
+    ({"profiles": {"cpu": {"seeds": [1]}, "gpu": {"seedz": [1]}}, "profile": "cpu"},
+     "Grid.profiles.gpu.seedz: a profile has no such key → its keys: base, product, zip"),
+    ({"profiles": {"gpu": {"name": "x"}}}, "Grid.profiles.gpu.name: a profile has no such key"),
     ({"tune": {"axis": "optimizer.lr", "metric": "loss"}}, "no list of values for it"),
 ])
 def test_mistakes(keys: dict[Any, Any], words: str) -> None:
