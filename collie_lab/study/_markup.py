@@ -28,6 +28,11 @@ def _cells(table: Table, row: tuple[Any, ...]) -> list[Cell]:
     return [table.cells[row, place] for place in range(len(table.columns))]
 
 
+def _line(text: str) -> str:
+    """The text without line breaks, which end a row, and a caption."""
+    return " ".join(text.split())
+
+
 # --- Markdown
 
 def markdown(table: Table) -> str:
@@ -41,7 +46,7 @@ def markdown(table: Table) -> str:
         labels[-1] += _sup(table.row_marks.get(row, ""))
         lines.append([*labels, *((f"**{cell.text}**" if cell.best else cell.text) + _sup(cell.marks)
                                  for cell in _cells(table, row))])
-    lines = [[text.replace("|", "\\|") for text in line] for line in lines]
+    lines = [[_line(text).replace("|", "\\|") for text in line] for line in lines]
     left = len(table.row_axes)
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     drawn = ["| " + " | ".join(text.ljust(width) if place < left else text.rjust(width)
@@ -49,9 +54,9 @@ def markdown(table: Table) -> str:
              for line in lines]
     rule = "|" + "|".join("-" * (width + 2) if place < left else "-" * (width + 1) + ":"
                           for place, width in enumerate(widths)) + "|"
-    parts = [f"**{table.caption}**\n\n" if table.caption else "", "\n".join([drawn[0], rule, *drawn[1:]]) + "\n"]
+    parts = [f"**{_line(table.caption)}**\n\n" if table.caption else "", "\n".join([drawn[0], rule, *drawn[1:]]) + "\n"]
     if table.notes:
-        parts.append("\n" + "  \n".join(f"{_sup(note.mark)} {note.text}".strip() for note in table.notes) + "\n")
+        parts.append("\n" + "  \n".join(f"{_sup(note.mark)} {_line(note.text)}".strip() for note in table.notes) + "\n")
     return "".join(parts)
 
 
@@ -69,7 +74,7 @@ _SPECIAL: Final = {
 
 
 def _tex(text: str) -> str:
-    return "".join(_SPECIAL.get(letter, letter) for letter in text)
+    return "".join(_SPECIAL.get(letter, letter) for letter in _line(text))
 
 
 def _tex_sup(marks: str) -> str:
@@ -108,11 +113,11 @@ def _tex_width(table: Table, headings: list[tuple[str, ...]]) -> float:
     """Points that the table takes at 10 pt, about: 5.4 a character, which is between figures and bold letters, and the
     space on both sides of a column. A heading that spans several columns counts with its share."""
     spans = Counter(heading[:level] for heading in headings for level in range(1, len(heading) + 1))
-    widest: list[float] = [max(len(axis), *(len(label_text(row[place])) for row in table.rows))
+    widest: list[float] = [max(len(axis), *(len(label_text(row[place])) for row in table.rows), 0)
                            for place, axis in enumerate(table.row_axes)]
     for place, heading in enumerate(headings):
         shares = [len(part) / spans[heading[:level]] for level, part in enumerate(heading, 1)]
-        widest.append(max(*shares, *(len(table.cells[row, place].text) for row in table.rows)))
+        widest.append(max(*shares, *(len(table.cells[row, place].text) for row in table.rows), 0))
     return sum(5.4 * width + 12 for width in widest)
 
 

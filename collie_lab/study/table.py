@@ -233,7 +233,7 @@ def _metrics(arms: pd.DataFrame, metrics: Sequence[str | Column] | None) -> list
         shown = [column(key) for key in known or ["loss"]]  # a place for the statuses, where there is no figure yet
     else:
         shown = [column(metric) for metric in metrics]
-        done = arms["status"].isin(FINISHED).any()
+        done = not arms.empty and arms["status"].isin(FINISHED).any()
         if unknown := [each.key for each in shown if each.key not in arms and done]:
             raise ValueError(f"metrics: no arm has {unknown[0]!r}; there are: "
                              + ", ".join(map(str, arms.columns)))

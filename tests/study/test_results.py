@@ -51,6 +51,15 @@ def test_table_shows_figures_and_a_failed_run_as_its_status(results: lab.Results
     assert set(table.loc["LOMO"]) == {"cuda oom"}
 
 
+def test_a_table_of_no_runs_has_its_head_in_every_format(tmp_path: Path) -> None:
+    table = lab.Results({}).table()
+    assert table.to_markdown() == "| Method |\n|--------|\n"
+    for siunitx in (False, True):
+        assert "\\toprule\nMethod \\\\\n\\midrule\n\\bottomrule" in table.to_latex(siunitx=siunitx)
+    assert len(table.save(tmp_path / "table")) == 5
+    assert lab.Results({}).table(["loss"]).to_latex() == table.to_latex()
+
+
 def test_export_writes_every_format_and_where_it_comes_from(results: lab.Results, tmp_path: Path) -> None:
     files = results.export(tmp_path / "out")
     names = ["arms.json", "figure.pdf", "figure.png", "table.csv", "table.md", "table.tex"]

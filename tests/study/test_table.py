@@ -180,6 +180,18 @@ def test_latex_compiles(quality: Fabricated, tmp_path: Path, siunitx: bool) -> N
     assert "Overfull" not in done.stdout  # wider than the page, and made to fit it
 
 
+def test_line_breaks_in_names_end_no_row() -> None:
+    made = Fabricated("the\nmethod", "model")
+    made.add("Adam\n\n W", "1\tm", loss=1.0)
+    made.add("LOMO", "1\tm", loss=2.0)
+    table = made.table(["loss"], columns=["model"], caption="A\n\ntitle")
+    head, _, *rows = table.to_markdown().split("\n\n")[1].splitlines()
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *rows)] == [
+        ["the method", "Loss, 1 m"], ["Adam W", "**1.000**"], ["LOMO", "2.000"]]
+    assert r"\caption{A title}" in table.to_latex()
+    assert "\nAdam W & " in table.to_latex()
+
+
 def test_only_a_wide_table_is_made_to_fit(quality: Fabricated) -> None:
     narrow, wide = (quality.table(metrics, best=False).to_latex()
                     for metrics in (["perplexity"], ["perplexity", "peak_bytes", "steps", "perplexity"]))
