@@ -48,7 +48,7 @@ def parse_changes(changes: Sequence[str] | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, by which schedulers end a job, is an interrupt: what runs stops with a checkpoint."""
+    """SIGTERM, where it reaches this process alone, is an interrupt: what runs stops with a checkpoint."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from collie_lab import code
 from collie_lab.cells import CellError, Experiment, Nodes, Problem
+from collie_lab.cells._yaml import dump
 from collie_lab.check import check_resume
 from collie_lab.folder import RunFolder
 from collie_lab.launch import _several
@@ -57,8 +56,7 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     run_folder = RunFolder.create(folder, experiment.name)
     process = None
     try:
-        text = yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
-        (run_folder.path / "experiment.yaml").write_text(text, encoding="utf-8")
+        (run_folder.path / "experiment.yaml").write_text(dump(mapping), encoding="utf-8")
         if packed:
             (run_folder.path / "code.pkl").write_bytes(packed)
         run_folder.reserve()
@@ -67,8 +65,9 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
             check_resume(experiment, run_folder.read("data/index.json").get("fingerprint", ""), Path(checkpoint))
         run_folder.write("launch.json", {
             "world_size": world_size, "created": time.time(), "cwd": os.getcwd(), "sys_path": module_paths(),
-            "resume_from": checkpoint, "grace": grace, "timeout": timeout, "stall_timeout": stall_timeout,
-            "max_restarts": max_restarts, "kernel_pid": None if detach else os.getpid(), "module": _module,
+            "resume_from": checkpoint, "launched_from": checkpoint, "grace": grace, "timeout": timeout,
+            "stall_timeout": stall_timeout, "max_restarts": max_restarts,
+            "kernel_pid": None if detach else os.getpid(), "module": _module,
             "pooled": pool is not None, "nodes": _several.plan(nodes, run_folder, env or {}) if nodes else None,
         })
         if pool is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from collie_lab.study.outcomes import FINISHED, tokens_per_step
+from collie_lab.study.outcomes import FINISHED, whole_metrics
 from collie_lab.view.units import count_text
 
 if TYPE_CHECKING:
@@ -54,8 +53,8 @@ class Conditions:
     @cached_property
     def tokens_per_step(self) -> float | None:
         """Useful tokens of a step over all ranks, the mean of its steps; None of a run that did not finish them."""
-        found = tokens_per_step(self.run) if self.run.status in FINISHED else math.nan
-        return None if math.isnan(found) else found
+        tokens = whole_metrics(self.run)["tokens"]
+        return float(tokens.mean()) if self.run.status in FINISHED and len(tokens) else None
 
     def cell(self, slot: str) -> Settings:
         """A cell of the experiment; empty where there is none."""

@@ -101,7 +101,7 @@ def _copy_arm(outcomes: Presentation, name: str, parent: Path) -> str | None:
     target = parent / (home.name if home is not None else slug)
     if home is not None:
         _copy(home, target, _OF_ARM)
-    for attempt in attempts(run) if run is not None else []:
+    for attempt, _ in attempts(run) if run is not None else []:
         _copy(attempt.folder.path, target / "runs" / attempt.id, _OF_RUN)
     return target.name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
     from collie_lab.study.columns import Column
 
-__all__ = ["FINISHED", "SEED", "Outcomes", "arm_frame", "attempts", "run_figures", "seedless", "tokens_per_step",
-           "tuned_axes"]
+__all__ = ["FINISHED", "SEED", "Outcomes", "arm_frame", "attempts", "run_figures", "seedless", "tuned_axes",
+           "whole_metrics"]
 
 #: Statuses whose figures count. Every other one stands in a table as a word.
 FINISHED: Final = ("ok", "stopped")
@@ -44,43 +45,52 @@ class Outcomes(Protocol):
         """The run of each arm that has one, by the arm's name."""
 
 
-def attempts(run: Run) -> list[Run]:
-    """A run and those in the same folder that it went on from, the oldest first."""
-    found = [run]
-    while resumed := found[0].folder.read("launch.json").get("resume_from"):
-        earlier = Path(resumed).parents[1]  # <run>/checkpoints/step-N
-        if earlier.parent != run.folder.path.parent or not (earlier / "launch.json").is_file():
+def attempts(run: Run) -> list[tuple[Run, float]]:
+    """A run and those in the same folder that it went on from, the oldest first; each with the last of its steps that
+    count, for those after it were made again."""
+    found, until = [(run, math.inf)], dict[Path, float]()
+    while resumed := _resumed(found[0][0]):
+        checkpoint = Path(resumed)
+        earlier = checkpoint.parents[1]  # <run>/checkpoints/step-N
+        until[earlier] = float(checkpoint.name.removeprefix("step-"))
+        if earlier.parent != run.folder.path.parent or not (earlier / "launch.json").is_file() or any(
+                earlier == each.folder.path for each, _ in found):
             break
-        found.insert(0, Run(earlier))
+        found.insert(0, (Run(earlier), until[earlier]))
     return found
+
+
+def _resumed(run: Run) -> str | None:
+    """The checkpoint that a run was launched from. (Begun again by itself, it goes on from one of its own.)"""
+    launch = run.folder.read("launch.json")
+    resumed: str | None = launch.get("launched_from", launch.get("resume_from"))
+    return resumed
+
+
+def whole_metrics(run: Run) -> pd.DataFrame:
+    """`run.metrics` over all attempts; of a step that was made again, the later account."""
+    import pandas as pd
+
+    parts = [each.metrics for each, _ in attempts(run)]
+    kept = [part[part["step"] <= until] for part, (_, until) in zip(parts, attempts(run), strict=True)]
+    return pd.concat(kept).drop_duplicates("step", keep="last").sort_values("step")
 
 
 def run_figures(run: Run) -> dict[str, Any]:
     """What a run adds to its row of `Outcomes.frame`: its summary, and, over all attempts,
 
     - `tgs`: useful (non-padding) tokens per rank and second;
-    - `mfu`: the mean over its steps, the first two of each attempt left out; NaN where the peak of the hardware is not
-      known;
+    - `mfu`: the mean over its steps, the first two left out; NaN where the peak of the hardware is not known;
     - `tokens_per_step`: useful tokens of a step over all ranks, the mean of its steps.
     """
-    import pandas as pd
-
-    parts = [each.metrics for each in attempts(run)]
+    metrics = whole_metrics(run)
     summary, speed, missing = run.summary, run.summary.get("tokens_per_second"), float("nan")
     return {
         **summary,
         "tgs": missing if speed is None else speed / summary.get("world_size", 1),
-        "mfu": float(pd.concat([part["mfu"].iloc[2:].astype(float) for part in parts]).mean()),
-        "tokens_per_step": tokens_per_step(run),
+        "mfu": float(metrics["mfu"].iloc[2:].astype(float).mean()),
+        "tokens_per_step": float(metrics["tokens"].mean()),
     }
-
-
-def tokens_per_step(run: Run) -> float:
-    """Useful tokens of a step over all ranks, the mean of the steps of all attempts; NaN of a run without any."""
-    import pandas as pd
-
-    steps = pd.concat([each.metrics[["step", "tokens"]] for each in attempts(run)])
-    return float(steps.drop_duplicates("step", keep="last")["tokens"].mean())
 
 
 def tuned_axes(outcomes: Outcomes) -> Mapping[str, str | Column]:

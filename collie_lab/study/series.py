@@ -183,10 +183,10 @@ def _course(run: Run, metric: str) -> pd.Series[float] | None:
     import pandas as pd
 
     parts = []
-    for each in attempts(run):
+    for each, until in attempts(run):
         frame = each.metrics if metric in each.metrics else each.evaluations
         if metric in frame:
-            parts.append(frame.set_index("step")[metric].astype(float).dropna())
+            parts.append(frame[frame["step"] <= until].set_index("step")[metric].astype(float).dropna())
     if not parts:
         return None
     whole = pd.concat(parts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from collie_lab.gpus import gpu_of_device
+from collie_lab.training.probe import ModelWarning
 
 __all__ = ["StepFlops", "peak_flops"]
 
@@ -40,6 +42,9 @@ class StepFlops:
         # Tied to the head, the embedding's matrix multiplies once; else it is only looked up.
         looked_up = embedding if model.get_output_embeddings().weight is not embedding else None
         chosen, experts = _experts(config)
+        if experts == 1 and any(name.endswith(".experts") for name, _ in model.named_modules()):
+            warnings.warn(f"{config.model_type} does not say to how many experts a token goes: MFU counts all of them",
+                          ModelWarning, 2)
         per_token = 0
         for name, p in model.named_parameters():
             if p.ndim >= 2 and p is not looked_up:
@@ -54,9 +59,11 @@ class StepFlops:
 
 def _experts(config: PreTrainedConfig) -> tuple[int, int]:
     """To how many of a layer's experts a token goes, and how many there are."""
-    def first(names: tuple[str, ...]) -> int | None:
-        return next((found for name in names if isinstance(found := getattr(config, name, None), int)), None)
+    def first(*names: str) -> int | None:
+        places = (config, getattr(config, "ffn_config", None))
+        return next((found for place in places for name in names
+                     if isinstance(found := getattr(place, name, None), int)), None)
 
-    experts = first(("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"))
-    chosen = first(("num_experts_per_tok", "moe_topk", "moe_k"))
+    experts = first("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+    chosen = first("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
     return (chosen, experts) if chosen and experts else (1, 1)

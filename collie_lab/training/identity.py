@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 
 from collie_lab import check
-from collie_lab.cells import Experiment
+from collie_lab.cells import Evaluation, Experiment
 from collie_lab.folder import read_json
 
-__all__ = ["check_frozen", "identity"]
+__all__ = ["check_frozen", "identity", "known_figures", "setting", "told_figures"]
 
 
 def identity(experiment: Experiment, data: str, counts: Mapping[str, int], device: torch.device) -> dict[str, Any]:
@@ -33,3 +34,31 @@ def check_frozen(checkpoint: Path, drawn_here: str | None) -> None:
     if drawn_on is not None and drawn_on != drawn_here:
         raise ValueError(f"the frozen random weights of {checkpoint} were drawn by another device ({drawn_on}), "
                          f"and are others here ({drawn_here}): resume there, or begin with saved weights")
+
+
+def setting(experiment: Experiment, device: torch.device) -> dict[str, Any]:
+    """What speed and memory depend on, of what a run that goes on may change."""
+    training = experiment.training
+    return {"parallel": experiment.parallel.to_dict(), "micro_batch_size": training.micro_batch_size,
+            "recompute": training.recompute, "precision": training.precision, "weights": training.weights,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+
+
+Figures = Mapping[int, Mapping[str, float]]
+"""What evaluations have found, by their place in the experiment."""
+
+
+def told_figures(experiment: Experiment, figures: Figures) -> list[tuple[str, Mapping[str, float]]]:
+    """Figures beside what was asked for them, as JSON can hold it."""
+    return [(_asked(experiment.evaluate[place]), found) for place, found in figures.items()]
+
+
+def known_figures(experiment: Experiment, told: list[tuple[str, dict[str, float]]]) -> dict[int, dict[str, float]]:
+    """Those that an experiment asks for too, which may have other evaluations than the one that told them."""
+    known = dict(told)
+    return {place: known[asked] for place, cell in enumerate(experiment.evaluate) if (asked := _asked(cell)) in known}
+
+
+def _asked(cell: Evaluation) -> str:
+    """An evaluation as a text. (With a function in it, another one in each process: it is made again.)"""
+    return json.dumps(cell.to_dict(lambda _, value: repr(value)), sort_keys=True)

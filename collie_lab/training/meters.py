@@ -128,12 +128,7 @@ class Meters:
         return ready
 
     def _finish(self, step: _Pending) -> StepFigures:
-        began, ended = step.marks
-        if self._device.type == "cuda":
-            ended.synchronize()
-            seconds = began.elapsed_time(ended) / 1000
-        else:
-            seconds = ended - began
+        seconds = self._wait(step)
         loss, grad_norm, stop, asked, unclipped = step.values.tolist()
         self._seen += 1
         self._losses.append(loss)
@@ -150,6 +145,14 @@ class Meters:
             self._lines.append(record)
         return StepFigures(step.step, loss, stop > 0, asked > 0, record)
 
+    def _wait(self, step: _Pending) -> float:
+        """Until a step is over; the seconds that it took."""
+        began, ended = step.marks
+        if self._device.type != "cuda":
+            return float(ended - began)
+        ended.synchronize()
+        return float(began.elapsed_time(ended) / 1000)
+
     def _mfu(self, flops: float, seconds: float) -> float | None:
         return None if self._peak is None else flops / seconds / (self._peak * self._world)
 
@@ -160,10 +163,17 @@ class Meters:
                 "tokens_per_second": self._tokens / self._seconds if self._seconds else None}
 
     def state_dict(self) -> dict[str, Any]:
-        """What `summary` is made of, for a run that goes on."""
-        return {"losses": self._losses[-_LAST:], "tokens": self._tokens, "seconds": self._seconds}
+        """What `summary` is made of, for a run that goes on; waits for the device."""
+        losses, tokens, seconds = [*self._losses], self._tokens, self._seconds
+        for number, step in enumerate(self._pending, self._seen + 1):
+            took = self._wait(step)
+            losses.append(float(step.values[0]))
+            if number > _WARM_UP:
+                tokens, seconds = tokens + step.record["tokens"], seconds + took
+        return {"losses": losses[-_LAST:], "tokens": tokens, "seconds": seconds}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Sum up from there on; the first steps here are a warm-up again."""
+    def load_state_dict(self, state: Mapping[str, Any], *, speed: bool) -> None:
+        """Sum up from there on, with or without the speed; the first steps here are a warm-up again."""
         self._losses = list(state.get("losses", []))
-        self._tokens, self._seconds = state.get("tokens", 0), state.get("seconds", 0.0)
+        if speed:
+            self._tokens, self._seconds = state.get("tokens", 0), state.get("seconds", 0.0)

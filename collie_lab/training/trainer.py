@@ -33,7 +33,7 @@ from collie_lab.training.evaluate import evaluate, file_name
 from collie_lab.training.export import export_model
 from collie_lab.training.finite import finite_everywhere
 from collie_lab.training.flops import peak_flops
-from collie_lab.training.identity import check_frozen, identity
+from collie_lab.training.identity import check_frozen, identity, known_figures, setting, told_figures
 from collie_lab.training.memory import NoMemory, build_memory, held_bytes, worst_rank
 from collie_lab.training.meters import Meters, StepFigures
 from collie_lab.training.optimizer import set_learning_rate
@@ -83,7 +83,7 @@ class Trainer:
             self._callbacks.on_start(self)
             with contextlib.closing(self._checkpoints):
                 self._catch_up()
-                status = self._finish(self._loop())
+                status = self._finish("ok" if self._complete else self._loop())
         except BaseException as error:
             self._callbacks.on_exception(self, error)
             raise
@@ -179,8 +179,9 @@ class Trainer:
 
     def _so_far(self) -> dict[str, Any]:
         """What a run that goes on from here is to know, for its figures to be those of the whole."""
-        return {"evaluated": self._figures.get(self.step, {}), "meters": self._meters.state_dict(),
-                "seconds": self._seconds, "peak_bytes": self._peak_bytes}
+        return {"evaluated": told_figures(self.experiment, self._figures.get(self.step, {})),
+                "meters": self._meters.state_dict(), "seconds": self._seconds,
+                "setting": setting(self.experiment, self.device), "peak_bytes": self._strategy.most(self._peak_bytes)}
 
     @property
     def _seconds(self) -> float:
@@ -266,9 +267,11 @@ class Trainer:
         """Take over what a checkpoint knows beside the weights."""
         self._callbacks.load_state_dict(state.get("callbacks", {}))
         so_far = state.get("so_far", {})
-        self._figures[self.step] = {int(place): found for place, found in so_far.get("evaluated", {}).items()}
-        self._seconds_before, self._peak_before = so_far.get("seconds", 0.0), so_far.get("peak_bytes", 0)
-        self._meters.load_state_dict(so_far.get("meters", {}))
+        self._seconds_before = so_far.get("seconds", 0.0)
+        self._figures[self.step] = known_figures(self.experiment, so_far.get("evaluated", []))
+        same = so_far.get("setting") == setting(self.experiment, self.device)
+        self._peak_before = so_far["peak_bytes"] if same else 0
+        self._meters.load_state_dict(so_far.get("meters", {}), speed=same)
 
     def _load(self, checkpoint: Path) -> int:
         """Weights, optimizer and random state of a checkpoint; its step."""

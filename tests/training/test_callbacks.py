@@ -8,6 +8,7 @@ import math
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from collie_lab.folder import RunFolder, checkpoints_in
 from collie_lab.launch import Run
 from collie_lab.optim.shards import local
 from collie_lab.parallel import Strategy
+from collie_lab.training.callbacks.profiler import Profiler
 from collie_lab.training.evaluate import evaluate
 from tests.ranks import losses, run_here, run_ranks
 
@@ -326,9 +328,21 @@ def test_a_profile_tells_operators_and_leaves_traces(tmp_path: Path) -> None:
     assert len(short.profile)
 
 
+def test_a_run_that_begins_again_is_profiled_anew(tmp_path: Path) -> None:
+    trainer = SimpleNamespace(device=CPU, rank=0, step=1, folder=RunFolder(tmp_path), event=lambda *_, **__: None)
+    for _ in range(2):
+        profiler = Profiler(lab.Profile(first=1, steps=1))
+        profiler.before_step(trainer)
+        torch.ones(2).exp()
+        profiler.after_step(trainer)
+    operators = Run(trainer.folder).profile["operator"]
+    assert len(operators) == len(set(operators)) > 0
+
+
 def test_system_meters_see_the_machine_and_end(tmp_path: Path) -> None:
     before = threading.active_count()
-    run = Run(run_here(BASE.replace(callbacks=[lab.SystemMeters(every_seconds=0.05)]), tmp_path / "run"))
+    run = Run(run_here(BASE.replace(callbacks=[lab.SystemMeters(every_seconds=0.05)],
+                                    training=BASE.training.replace(steps=100)), tmp_path / "run"))
     assert threading.active_count() == before
     seen = run.system
     assert len(seen) > 1

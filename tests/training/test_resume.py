@@ -13,6 +13,7 @@ from collie_lab import (
     AdaLomo,
     AdamW,
     Adan,
+    Callback,
     Experiment,
     Lion,
     Lomo,
@@ -159,6 +160,36 @@ def test_the_figures_of_a_resumed_run_are_those_of_the_whole(tmp_path: Path) -> 
     assert resumed["peak_bytes"] >= earlier["peak_bytes"]
     # What was due after the last step of a run that was stopped is made up for.
     assert [*_evaluated(begun), *_evaluated(run)] == _evaluated(whole) == [2, 4, 5]
+
+
+def test_what_no_longer_holds_of_an_earlier_run_is_left(tmp_path: Path) -> None:
+    """Its peak and speed under another setting; the figures of other evaluations."""
+    begun = run_here(BASE.replace(evaluate=[Perplexity(every=3, limit=4)], training=BASE.training.replace(
+        micro_batch_size=4)), tmp_path / "begun")
+    other = BASE.replace(evaluate=[Perplexity(every=3, limit=8)]).with_("training.micro_batch_size", 1)
+    run = run_here(other, tmp_path / "run", resume=begun.checkpoints / "step-000003")
+    alone = run_here(other, tmp_path / "alone")
+    earlier, resumed, expected = (each.read("result.json") for each in (begun, run, alone))
+    assert resumed["peak_bytes"] == pytest.approx(expected["peak_bytes"], rel=0.01)
+    assert resumed["peak_bytes"] < earlier["peak_bytes"] / 1.1
+    assert resumed["tokens_per_second"] is None  # two steps, both of them a warm-up
+    assert _evaluated(run) == [3, 5]
+
+
+def test_a_run_that_would_have_ended_makes_no_step_more(tmp_path: Path) -> None:
+    def stop_at_three(trainer: object) -> None:
+        if trainer.step == 3:  # type: ignore[attr-defined]
+            trainer.stop()  # type: ignore[attr-defined]
+
+    class Enough(Callback):
+        def on_evaluation(self, trainer: object, figures: object) -> None:
+            trainer.finish("enough")  # type: ignore[attr-defined]
+
+    experiment = BASE.replace(evaluate=[Perplexity(every=4, limit=4)], callbacks=(Enough(), stop_at_three))
+    begun = run_here(experiment, tmp_path / "begun")
+    run = run_here(experiment, tmp_path / "run", resume=begun.latest_checkpoint())
+    assert begun.read("result.json")["steps"] == run.read("result.json")["steps"] == 4
+    assert run.read("result.json")["status"] == "ok"
 
 
 def _evaluated(run: RunFolder) -> list[int]:

@@ -14,6 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from collie_lab import AdamW, Experiment, Model, RandomTokens, Skills, Training
 from collie_lab.training.flops import StepFlops
 from collie_lab.training.model import build_model
+from collie_lab.training.probe import ModelWarning
 from collie_lab.training.schedule import learning_rate_factor
 from tests.ranks import losses, run_here
 
@@ -55,6 +56,9 @@ def test_of_experts_those_count_that_a_token_goes_to() -> None:
         model = MixtralForCausalLM(MixtralConfig(**sizes))
     matmul = 2 * (4 * 64 * 64 + 8 * 64 + 2 * 3 * 64 * 96) + 100 * 64
     assert StepFlops.of_model(model).per_token == 6 * matmul
+    model.config.num_experts_per_tok = None
+    with pytest.warns(ModelWarning, match="mixtral does not say to how many experts"):
+        assert StepFlops.of_model(model).per_token > 6 * matmul
 
 
 def test_peak_memory_holds_weights_gradients_and_states(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
 
 from collie_lab.cells import Callback, Profile
-from collie_lab.folder import JsonLines
+from collie_lab.folder import write_lines
 
 __all__ = ["Profiler"]
 
@@ -56,9 +56,7 @@ class Profiler(Callback):
         folder.mkdir(exist_ok=True)
         found.export_chrome_trace(str(folder / f"rank-{trainer.rank}.json.gz"))
         if trainer.rank == 0:
-            lines = JsonLines(folder / "operators.jsonl")
-            for each in found.key_averages():
-                lines.append({"operator": each.key, "calls": each.count, "host": each.self_cpu_time_total / 1e6,
-                              "device": each.self_device_time_total / 1e6})
-            lines.close()
+            write_lines(folder / "operators.jsonl", [
+                {"operator": each.key, "calls": each.count, "host": each.self_cpu_time_total / 1e6,
+                 "device": each.self_device_time_total / 1e6} for each in found.key_averages()])
             trainer.event("profile", step=trainer.step, path="profile")
