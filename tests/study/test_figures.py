@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 import collie_lab as lab
 from collie_lab.study.contents import default_figures
 from collie_lab.study.figures import KINDS, size_fits
+from collie_lab.study.outcomes import run_figures, whole_metrics
 from collie_lab.study.report import inline_svg
 from tests.study.fabricate import BASE, Fabricated, made_run
 
@@ -113,6 +114,21 @@ def test_curves_are_means_over_seeds_and_go_through_attempts() -> None:
     assert math.isnan(data.loc[("b", 5), "loss_std"])
     with pytest.raises(ValueError, match="no run has recorded 'accuracy'"):
         made.figure("curves", metric="accuracy")
+
+
+def test_of_an_attempt_the_steps_count_up_to_where_the_next_went_on() -> None:
+    begun, later = made_run(tokens=1000, steps=9), made_run(tokens=2000, steps=6)
+    metrics = later.folder.path / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text(encoding="utf-8").splitlines(keepends=True)[4:]), encoding="utf-8")
+    # It was launched from the other's step 4, and has begun again by itself from its own step 5.
+    later.folder.write("launch.json", {
+        "world_size": 1, "launched_from": str(begun.folder.checkpoints / "step-000004"),
+        "resume_from": str(later.folder.checkpoints / "step-000005")})
+    run = lab.Run(later.folder.path)
+    assert whole_metrics(run)["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert run_figures(run)["tokens_per_step"] == pytest.approx((4 * 1000 + 2 * 2000) / 6)
+    later.folder.write("launch.json", {"resume_from": str(later.folder.checkpoints / "step-000005")})
+    assert whole_metrics(run)["step"].tolist() == [5, 6]
 
 
 def test_settings_of_which_none_is_the_best_yet_have_no_curve() -> None:
