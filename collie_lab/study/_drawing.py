@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from collie_lab.study.columns import Column
-from collie_lab.study.groups import alike_means, label_text, ordered
-from collie_lab.study.series import Band, Fit, Panel
+from collie_lab.study.groups import alike_means, label_text
+from collie_lab.study.series import Band, Fit, Panel, Point
 from collie_lab.view.style import COLORS, INK, MUTED
 from collie_lab.view.units import count_text
 
@@ -283,30 +283,36 @@ def draw_bands(axes: Axes, bands: Sequence[Band], shown: Column, looks: Looks) -
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, log: bool) -> None:
-    """Points along a tuned axis, the best of each line ringed; crosses above: no figure."""
+def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, places: Sequence[Any]) -> None:
+    """Points along a tuned axis, the best of each line ringed; crosses above: no figure.
+
+    `places` are all values, in the order of the grid: there they stand, side by side, where not all are numbers.
+    """
     failed: list[tuple[float, str, str]] = []
+    numbers = all(isinstance(place, (int, float)) and not isinstance(place, bool) for place in places)
+    log = numbers and min(places) > 0 and max(places) > 4 * min(places)
+
+    def at(point: Point) -> float:
+        return float(point.x if numbers else places.index(point.x))
+
     _log_if_wide(axes, [point.value.mean * shown.factor for line in panel.lines for point in line.measured])
-    tried = ordered(point.x for line in panel.lines for point in line.points)
-    words = not all(isinstance(x, (int, float)) for x in tried)
-    at = {x: place if words else x for place, x in enumerate(tried)}
     for line in panel.lines:
-        color, points = looks.color(line.label), sorted(line.measured, key=lambda point: at[point.x])
-        places, means = [at[point.x] for point in points], [point.value.mean * shown.factor for point in points]
-        axes.errorbar(places, means, color=color, marker=looks.marker(line.label), markersize=4,
-                      yerr=[_or_zero(point.value.std) * shown.factor for point in points], linewidth=1.3, capsize=2,
-                      linestyle=looks.dash(line.label), elinewidth=0.9)
+        color, points = looks.color(line.label), sorted(line.measured, key=at)
+        means = [point.value.mean * shown.factor for point in points]
+        axes.errorbar([at(point) for point in points], means, color=color, marker=looks.marker(line.label),
+                      yerr=[_or_zero(point.value.std) * shown.factor for point in points], markersize=4, linewidth=1.3,
+                      linestyle=looks.dash(line.label), elinewidth=0.9, capsize=2)
         if points:
             alike = alike_means({place: point.value for place, point in enumerate(points)})
             best = (min if shown.better == "min" else max)(alike, key=alike.__getitem__)
-            axes.plot(places[best], means[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=color)
-        failed += [(at[point.x], color, point.value.word or "") for point in line.failed]
+            axes.plot(at(points[best]), means[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=color)
+        failed += [(at(point), color, point.value.word or "") for point in line.failed]
     _strip_of_failures(axes, failed)
-    if words:
-        axes.set_xticks(range(len(tried)), [label_text(x) for x in tried])
+    if not numbers:
+        _name_places(axes, places)
     if log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(sorted(tried)))
+        axes.xaxis.set_major_locator(FixedLocator(sorted(places)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

@@ -294,10 +294,9 @@ def sweep(
     by = by or compared_axis([each for each in outcomes.axes if each != axis] or [axis])
     found = lines(outcomes, axis, shown, by, panels=panels, where=where, tuned=tuned)
     shown, canvas = fitted(shown, found), Canvas(outcomes, found, panels, title)
-    places = [point.x for point in canvas.points]
-    log = all(isinstance(x, (int, float)) and x > 0 for x in places) and max(places) > 4 * min(places)
+    places = ordered(point.x for point in canvas.points)
     for axes, panel in zip(canvas.axes, found, strict=True):
-        drawing.draw_sweep(axes, panel, shown, canvas.looks, log)
+        drawing.draw_sweep(axes, panel, shown, canvas.looks, places)
         axes.set_xlabel(axis.rpartition(".")[2])
     return canvas.finish(shown.heading, drawing.handles(canvas), points_frame(found, axis, shown.key, by, panels))
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -159,6 +160,20 @@ def test_a_sweep_over_words_stands_in_the_order_of_the_grid(tmp_path: Path) -> N
     figure = made.figure("sweep")
     assert figure.save(tmp_path / "sweep")  # the cross of what diverged has a place
     assert [each.get_text() for each in figure.axes[0].get_xticklabels()] == ["wsd", "linear", "cosine"]
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ([None, 0.5, 1.0], ["–", "0.5", "1"]), ([True, False], ["True", "False"]), (["zero", "constant"],) * 2])
+def test_a_sweep_of_what_is_no_number_stands_in_the_order_of_the_grid(values: list[Any], words: list[str]) -> None:
+    made = Fabricated("method", "value", "seed", tuned={"value": "loss"})
+    for place, value in enumerate(values):
+        made.add("a", value, 0, loss=1.0 + place)
+        made.add("b", value, 0, **{"status": "diverged"} if place else {"loss": 2.0})
+    axes, = made.figure("sweep").axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == words
+    assert list(axes.lines[0].get_xdata()) == list(range(len(values)))
+    low, high = axes.get_xlim()
+    assert low < 0 < len(values) - 1 < high
 
 
 def test_the_ring_of_a_sweep_is_at_the_value_that_was_chosen() -> None:
