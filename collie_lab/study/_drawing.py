@@ -277,7 +277,7 @@ def draw_bands(axes: Axes, bands: Sequence[Band], shown: Column, looks: Looks) -
         spread = band.std * shown.factor
         axes.fill_between(band.x, y - spread, y + spread, color=color, alpha=0.18, linewidth=0)
         known = np.isfinite(y)
-        if len(band.ended) == band.seeds and known.any():
+        if band.failed and known.any():
             axes.plot(band.x[known][-1], y[known][-1], "x", color=color, markersize=7, markeredgewidth=2)
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

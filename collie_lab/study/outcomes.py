@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
     from collie_lab.study.columns import Column
 
-__all__ = ["FINISHED", "SEED", "Outcomes", "arm_frame", "attempts", "run_figures", "seedless", "tuned_axes",
-           "whole_metrics"]
+__all__ = ["FINISHED", "SEED", "UNDER_WAY", "Outcomes", "arm_frame", "attempts", "run_figures", "seedless",
+           "tuned_axes", "whole_metrics"]
 
 #: Statuses whose figures count. Every other one stands in a table as a word.
 FINISHED: Final = ("ok", "stopped")
+#: Statuses of what has not come to its end.
+UNDER_WAY: Final = ("pending", "starting", "running")
 #: The axis over whose values figures are averaged.
 SEED: Final = "seed"
 

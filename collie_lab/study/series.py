@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from collie_lab.study.columns import Column, column
 from collie_lab.study.groups import Group, Value, group_arms, known_axes, ordered
-from collie_lab.study.outcomes import FINISHED, Outcomes, arm_frame, attempts, tuned_axes
+from collie_lab.study.outcomes import FINISHED, UNDER_WAY, Outcomes, arm_frame, attempts, tuned_axes
 from collie_lab.view.curves import Array, smooth
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ class Band:
     mean: Array
     std: Array
     seeds: int
-    ended: tuple[str, ...] = field(default=())
-    """Statuses of arms that did not finish."""
+    failed: bool
+    """Whether all arms of the label have failed."""
 
 
 def bands(
@@ -210,5 +210,5 @@ def _band(group: Group, runs: Mapping[str, Run], metric: str, by: str) -> Band |
     with np.errstate(all="ignore"):
         mean = np.where(count > 0, np.nansum(values, axis=1) / count, np.nan)
         std = np.sqrt(np.nansum((values - mean[:, None]) ** 2, axis=1) / (count - 1))
-    ended = [str(status) for status in group.arms["status"] if status not in FINISHED]
-    return Band(group.labels[by], x, mean, np.where(count > 1, std, np.nan), len(courses), tuple(ended))
+    failed = not group.arms["status"].isin([*FINISHED, *UNDER_WAY]).any()
+    return Band(group.labels[by], x, mean, np.where(count > 1, std, np.nan), len(courses), failed)

@@ -132,6 +132,16 @@ def test_of_an_attempt_the_steps_count_up_to_where_the_next_went_on() -> None:
     assert whole_metrics(run)["step"].tolist() == [5, 6]
 
 
+@pytest.mark.parametrize(("statuses", "crosses"), [
+    (["diverged", "cuda_oom"], 1), (["diverged", "pending"], 0), (["ok", "cuda_oom"], 0), (["running"], 0)])
+def test_a_curve_ends_in_a_cross_where_all_its_arms_have_failed(statuses: list[str], crosses: int) -> None:
+    made = Fabricated("method", "seed")
+    for seed, status in enumerate(statuses):  # the second arm never came to a step
+        made.add("a", seed, status=status, run=None if seed else made_run(steps=5))
+    axes, = made.figure("curves").axes
+    assert sum(line.get_marker() == "x" for line in axes.lines) == crosses
+
+
 def test_settings_of_which_none_is_the_best_yet_have_no_curve() -> None:
     made = Fabricated("method", "lr", "seed", tuned={"lr": "perplexity"})
     for lr in (0.1, 0.2):
