@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from collie_lab.study.groups import label_text, ordered
 from collie_lab.study.outcomes import Outcomes
 from collie_lab.study.series import Panel, Point
 from collie_lab.view.figures import Picture
-from collie_lab.view.style import INK, style
+from collie_lab.view.style import INK, MUTED, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,16 +78,23 @@ class Canvas:
 
     def finish(
         self, y_label: str, legend: Iterable[Artist], data: pd.DataFrame, arms: Iterable[str] | None = None,
+        note: str = "",
     ) -> StudyFigure:
-        """Labels, the legend (at the right of one panel, above several), and what the figure tells of itself."""
+        """Labels, the legend (at the right of one panel, below several), a note below all, and what the figure tells
+        of itself."""
         for place, axes in enumerate(self.axes):
             if place % self._columns == 0:
                 axes.set_ylabel(y_label)
-        legend = list(legend)
+        legend, note = list(legend), textwrap.fill(note, 120)
+        beside = len(self.axes) == 1
         if len(legend) > 1:
-            beside = len(self.axes) == 1
-            self.figure.legend(handles=legend, loc="outside right upper" if beside else "outside lower center",
-                               ncols=1 if beside else min(len(legend), 5), borderaxespad=0.3)
+            drawn = self.figure.legend(handles=legend, loc="outside right upper" if beside else "outside lower center",
+                                       ncols=1 if beside else min(len(legend), 5), borderaxespad=0.3)
+        if note and len(legend) > 1 and not beside:
+            drawn.set_title(note)  # a text of the figure would lie upon the legend
+            drawn.get_title().set(size=7, color=MUTED)
+        elif note:
+            self.figure.supxlabel(note, x=0.012, ha="left", size=7, color=MUTED)
         self.figure.data = data
         self.figure.arms = ordered(name for point in self.points for name in point.group.names) if arms is None else \
             ordered(arms)

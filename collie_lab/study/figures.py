@@ -7,7 +7,7 @@ chooses; default: those of the outcomes), as `tabulate` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +18,7 @@ from collie_lab.study.columns import Column, column
 from collie_lab.study.fairness import compared_axis
 from collie_lab.study.groups import Value, label_text, ordered
 from collie_lab.study.outcomes import Outcomes, arm_frame, seedless, tuned_axes
-from collie_lab.study.series import Fit, Line, Panel, bands, fit, lines, points_frame
+from collie_lab.study.series import Fit, Line, Panel, Point, bands, fit, lines, points_frame
 from collie_lab.view.style import INK, MUTED, style
 
 if TYPE_CHECKING:
@@ -75,7 +75,15 @@ def size(
                           markersize=8))
     if reference:
         marks.append(mark("published", color=MUTED, linestyle=(0, (4, 3)), linewidth=1))
-    return canvas.finish(shown.heading, marks, points_frame(found, against, shown.key, by, panels))
+    return canvas.finish(shown.heading, marks, points_frame(found, against, shown.key, by, panels),
+                         note=_without_place(canvas.points, column(against)))
+
+
+def _without_place(points: Sequence[Point], against: Column) -> str:
+    """Which points are not drawn, as no arm has told its size: those that failed early, or have not run."""
+    lost = [", ".join(map(label_text, point.group.labels.values()))
+            + (f" ({point.value.word})" if point.value.word else "") for point in points if point.x != point.x]
+    return f"Not drawn, {against.title.lower()} unknown: {'; '.join(lost)}" if lost else ""
 
 
 def size_fits(

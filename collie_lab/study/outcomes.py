@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from collie_lab.folder import Tail
 from collie_lab.launch import Run
 
 if TYPE_CHECKING:
@@ -83,11 +84,16 @@ def run_figures(run: Run) -> dict[str, Any]:
 
     - `tgs`: useful (non-padding) tokens per rank and second;
     - `mfu`: the mean over its steps, the first two left out; NaN where the peak of the hardware is not known;
-    - `tokens_per_step`: useful tokens of a step over all ranks, the mean of its steps.
+    - `tokens_per_step`: useful tokens of a step over all ranks, the mean of its steps;
+
+    and `parameters` also of one that has failed, as its start told them.
     """
     metrics = whole_metrics(run)
     summary, speed, missing = run.summary, run.summary.get("tokens_per_second"), float("nan")
+    events = Tail(run.folder.path / "events.jsonl").new()
+    told = [event["parameters"] for event in events if event["kind"] == "start" and "parameters" in event]
     return {
+        **({"parameters": told[-1]} if told else {}),
         **summary,
         "tgs": missing if speed is None else speed / summary.get("world_size", 1),
         "mfu": float(metrics["mfu"].iloc[2:].astype(float).mean()),

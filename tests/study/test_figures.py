@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import collie_lab as lab
+from collie_lab.folder import JsonLines
 from collie_lab.study.contents import default_figures
 from collie_lab.study.figures import KINDS, size_fits
 from collie_lab.study.outcomes import run_figures, whole_metrics
@@ -52,6 +54,19 @@ def test_fitted_slopes_are_gigabytes_per_billion(memory: Fabricated) -> None:
             "host oom"} <= set(_texts(figure))
     failed = figure.data[figure.data["failed"] == "host oom"]
     assert failed["parameters"].item() == SIZES["30m"]  # known from the arm that fitted
+
+
+def test_a_size_at_which_nothing_fitted_is_shown_and_one_that_nobody_knows_is_told(memory: Fabricated) -> None:
+    for method in ("AdamW", "LOMO"):
+        run = made_run(status="cuda_oom", steps=1)
+        with contextlib.closing(JsonLines(run.folder.path / "events.jsonl")) as events:
+            events.append({"kind": "start", "step": 0, "time": 1.7e9, "parameters": 70_000_000})
+        memory.add(method, "70m", 0, run=run, status="cuda_oom", planned_bytes=2e9)
+        memory.add(method, "7b", 0, status="pending", planned_bytes=1e11)
+    figure = memory.figure("size")
+    assert set(figure.data.loc[figure.data["arms"].str.contains("70m"), "parameters"]) == {7e7}
+    assert _texts(figure).count("cuda oom") == 2
+    assert figure.get_supxlabel() == "Not drawn, parameters unknown: AdamW, 7b (pending); LOMO, 7b (pending)"
 
 
 def test_components_stand_beside_what_was_measured(memory: Fabricated) -> None:
