@@ -146,18 +146,23 @@ def _tex_head(table: Table, headings: list[tuple[str, ...]], siunitx: bool) -> l
 
 
 def _tex_cell(cell: Cell, siunitx: bool) -> str:
-    if siunitx and cell.value.n:
+    if siunitx and _s_number(cell):
         number = cell.text.replace(",", "").replace("±", r"\pm")
         return (r"\bfseries " if cell.best else "") + number + _tex_sup(cell.marks)
-    text = rf"\textbf{{{_tex(cell.text)}}}" if cell.best else _tex(cell.text)
-    return f"{{{text}}}" if siunitx else text + _tex_sup(cell.marks)
+    text = (rf"\textbf{{{_tex(cell.text)}}}" if cell.best else _tex(cell.text)) + _tex_sup(cell.marks)
+    return f"{{{text}}}" if siunitx else text
+
+
+def _s_number(cell: Cell) -> re.Match[str] | None:
+    """A figure that an S column takes: digits before and after the marker, and those of the deviation. No powers: they
+    would make all cells of the column as wide."""
+    pattern = r"-?(\d+)(?:\.(\d+))?(?: ± (\d+)(?:\.(\d+))?)?"
+    return re.fullmatch(pattern, cell.text.replace(",", "")) if cell.value.n else None
 
 
 def _number_format(table: Table, place: int) -> str:
     """An S column as wide as its widest number: digits before and after the marker, and those of the deviation."""
-    texts = [cell.text.replace(",", "") for (_, at), cell in table.cells.items() if at == place and cell.value.n]
-    parts = [re.fullmatch(r"-?(\d+)(?:\.(\d+))?(?: ± (\d+)(?:\.(\d+))?)?", text) for text in texts]
-    known = [match for match in parts if match]
+    known = [match for (_, at), cell in table.cells.items() if at == place and (match := _s_number(cell))]
     if not known:
         return "c"
     whole = max(len(match[1]) for match in known)

@@ -60,6 +60,15 @@ class Column:
         scaled = value * self.factor
         return number_text(scaled) if self.decimals is None else f"{scaled:,.{self.decimals}f}"
 
+    def spread_text(self, mean: float, std: float) -> str:
+        """Mean and deviation, to the same decimals: `1.250 ± 0.004`; the mean alone where nothing deviates."""
+        text = self.text(mean)
+        if not std > 0:
+            return text
+        if self.decimals is not None or mean == 0 or "e" in text:
+            return f"{text} ± {self.text(std)}"
+        return f"{text} ± {std * self.factor:.{len(text.partition('.')[2])}f}"
+
 
 _BYTES: Final = ((2e9, "GB", 1e-9, 2), (1e11, "GB", 1e-9, 1), (1e13, "TB", 1e-12, 2))
 _COUNTS: Final = ((1e8, "M", 1e-6, 1), (1e10, "B", 1e-9, 2))

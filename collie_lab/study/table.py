@@ -244,8 +244,7 @@ def _cell(shown: Column, group: Group | None) -> Cell:
     value = group.value(shown.key) if group else Value({})
     if value.n == 0:
         return Cell(value, value.word or NOTHING)
-    spread = f" ± {shown.text(value.std)}" if value.std > 0 else ""
-    return Cell(value, shown.text(value.mean) + spread)
+    return Cell(value, shown.spread_text(value.mean, value.std))
 
 
 def _status_words(value: Value) -> str:

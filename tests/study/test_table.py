@@ -192,6 +192,19 @@ def test_line_breaks_in_names_end_no_row() -> None:
     assert "\nAdam W & " in table.to_latex()
 
 
+def test_figures_that_no_s_column_takes_are_text_and_deviations_have_the_decimals_of_the_mean() -> None:
+    made = Fabricated("method", "seed")
+    for method, values in (("a", (1.25, 1.25005)), ("b", (2e-5, 2.1e-5))):
+        for seed, value in enumerate(values):
+            made.add(method, seed, gap=value, tiny=value * 1e-5)
+    table = made.table([Column("gap", "Gap", "min"), "tiny"], fair=False)
+    assert table.text["Gap"].to_dict() == {"a": "1.250 ± 0.000", "b": "2.05e-5 ± 7.07e-7"}
+    latex = table.to_latex(siunitx=True)
+    assert r"{lS[table-format=1.3(1), detect-weight, separate-uncertainty, retain-zero-uncertainty]c}" in latex
+    assert r"a & 1.250 \pm 0.000 & {" in latex
+    assert r"b & {\textbf{2.05e-5 $\pm$ 7.07e-7}} & {2.05e-10 $\pm$ 7.07e-12} \\" in latex
+
+
 def test_only_a_wide_table_is_made_to_fit(quality: Fabricated) -> None:
     narrow, wide = (quality.table(metrics, best=False).to_latex()
                     for metrics in (["perplexity"], ["perplexity", "peak_bytes", "steps", "perplexity"]))
