@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -27,7 +28,7 @@ __all__ = ["export"]
 _OF_ARM: Final = ("arm.json", "status.json", "arm.ipynb")
 _OF_RUN: Final = ("experiment.yaml", "result.json", "env.json", "status.json", "metrics.jsonl", "events.jsonl",
                   "data/index.json", "errors/*.json", "evaluations/*.jsonl", "system-*.jsonl")
-#: Says that a folder is an export, which another may replace.
+#: Says that a folder, or a zip of one, is an export, which another may replace.
 _MARK: Final = "export.json"
 
 
@@ -52,8 +53,7 @@ def export(
     out = Path(out)
     zipped = out.suffix == ".zip" if as_zip is None else as_zip
     target = out.with_name(f"{out.name}.zip") if zipped and out.suffix != ".zip" else out
-    if target.exists() and (target.is_dir() != (not zipped) or (not zipped and any(target.iterdir())
-                                                               and not (target / _MARK).is_file())):
+    if target.exists() and not (_is_zipped_export if zipped else _is_export)(target):
         raise FileExistsError(f"{target} is there and no earlier export: name another folder, or take it away")
     tables = default_tables(outcomes) if tables is None else tables
     figures = default_figures(outcomes) if figures is None else figures
@@ -70,6 +70,19 @@ def export(
                 target.replace(Path(scratch) / "earlier")
             folder.replace(target)
     return target
+
+
+def _is_export(target: Path) -> bool:
+    """Whether it is the folder of an export, or an empty one."""
+    return target.is_dir() and ((target / _MARK).is_file() or not any(target.iterdir()))
+
+
+def _is_zipped_export(target: Path) -> bool:
+    """Whether it is the zip of an export, whatever its name is now."""
+    if not zipfile.is_zipfile(target):
+        return False
+    with zipfile.ZipFile(target) as archive:
+        return any(re.fullmatch(rf"[^/]+/{re.escape(_MARK)}", name) for name in archive.namelist())
 
 
 def _fill(folder: Path, outcomes: Presentation, tables: Mapping[str, Table], figures: Mapping[str, StudyFigure],

@@ -102,7 +102,7 @@ def test_an_export_is_whole_and_has_no_weights(study: Fabricated, tmp_path: Path
 def test_a_zip_holds_the_same(study: Fabricated, tmp_path: Path) -> None:
     folder = export(study, tmp_path / "all", figures={})
     path = export(study, tmp_path / "all.zip", figures={})
-    assert export(study, tmp_path / "all", figures={}, as_zip=True) == path
+    assert export(study, tmp_path / "all", figures={}, as_zip=True) == path  # an earlier export is replaced
     with zipfile.ZipFile(path) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
     assert names == {f"all/{file.relative_to(folder)}" for file in folder.rglob("*") if file.is_file()}
@@ -117,6 +117,14 @@ def test_nothing_else_is_overwritten(study: Fabricated, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
         export(study, tmp_path / "file", figures={})
+    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive:
+        archive.writestr("mine/thesis.tex", "years")
+    (tmp_path / "other.zip").write_text("no zip", encoding="utf-8")
+    for name in ("mine.zip", "other.zip"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(FileExistsError, match="no earlier export"):
+            export(study, tmp_path / name, figures={})
+        assert (tmp_path / name).read_bytes() == before
 
 
 def test_a_study_exports_a_grid_that_gives_the_same_arms(tmp_path: Path) -> None:
