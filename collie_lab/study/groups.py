@@ -72,6 +72,11 @@ class Group:
         """Of its arms."""
         return [str(name) for name in self.arms.index]
 
+    @property
+    def statuses(self) -> Mapping[str, int]:
+        """How many of its arms have each."""
+        return Counter(map(str, self.arms["status"]))
+
     def value(self, key: str) -> Value:
         """A figure over the seeds."""
         statuses = self.arms["status"]

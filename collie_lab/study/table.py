@@ -54,6 +54,7 @@ class Table:
         rows: the labels of each row.
         columns: each a figure and the labels of its column.
         cells: by row and place of the column.
+        statuses: how many arms have each, by the labels of row and column.
         row_marks: letters at a row's labels.
         notes: what has to be said.
         caption: a title.
@@ -67,6 +68,7 @@ class Table:
     rows: list[Labels]
     columns: list[tuple[Column, Labels]]
     cells: dict[tuple[Labels, int], Cell]
+    statuses: Mapping[Labels, Mapping[str, int]]
     row_marks: dict[Labels, str] = field(default_factory=dict)
     column_marks: dict[Labels, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
@@ -95,7 +97,8 @@ class Table:
         for row in self.rows:
             for place, (shown, labels) in enumerate(self.columns):
                 value = self.cells[row, place].value
-                record = records.setdefault((*row, *labels), {"status": _status_words(value)})
+                whole = (*row, *labels)
+                record = records.setdefault(whole, {"status": _status_words(self.statuses.get(whole, {}))})
                 record |= {shown.key: value.mean, f"{shown.key}_std": value.std, f"{shown.key}_n": value.n}
         return pd.DataFrame(list(records.values()), index=_index(list(records), [*self.row_axes, *self.column_axes]))
 
@@ -201,7 +204,8 @@ def tabulate(
     row_labels = ordered(labels[:len(row_axes)] for labels in groups)
     column_labels = _sorted_columns(ordered(labels[len(row_axes):] for labels in groups), arms, columns)
     table = Table(outcomes, list(row_axes), columns, row_labels,
-                  [(each, labels) for each in shown for labels in column_labels], {}, caption=caption,
+                  [(each, labels) for each in shown for labels in column_labels], {},
+                  {labels: group.statuses for labels, group in groups.items()}, caption=caption,
                   arms=[name for group in groups.values() for name in group.names])
     for place, (each, labels) in enumerate(table.columns):
         for row in table.rows:
@@ -247,8 +251,7 @@ def _cell(shown: Column, group: Group | None) -> Cell:
     return Cell(value, shown.spread_text(value.mean, value.std))
 
 
-def _status_words(value: Value) -> str:
-    counts = {**({"ok": value.n} if value.n else {}), **value.failed}
+def _status_words(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {status}" if len(counts) > 1 else status for status, count in counts.items())
 
 

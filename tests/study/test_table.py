@@ -69,6 +69,16 @@ def test_a_seed_without_a_figure_is_told(quality: Fabricated) -> None:
     assert table.numbers.loc["AdamW & co", "status"] == "3 ok, 1 diverged"
 
 
+def test_statuses_are_those_of_the_arms_whatever_figures_they_have() -> None:
+    made = Fabricated("method", "seed")
+    made.add("a", 0, loss=1.0)
+    made.add("b", 0, loss=1.0, status="stopped")
+    made.add("c", 0)
+    made.add("c", 1, loss=1.0)
+    made.add("c", 2, status="diverged")
+    assert made.table(["loss"]).numbers["status"].to_dict() == {"a": "ok", "b": "stopped", "c": "2 ok, 1 diverged"}
+
+
 def test_missing_arms_are_dashes_and_an_axis_that_nobody_names_is_an_error() -> None:
     made = Fabricated("method", "model", "batch", "seed")
     made.add("a", "1m", 2, 0, loss=1.0)
