@@ -199,11 +199,13 @@ def tabulate(
     row_axes = given or _row_axes(arms, axes, [*columns, *tuned])
     compared, = known_axes([compare or compared_axis(axes, row_axes)], axes, "compare")
     shown = _metrics(arms, metrics)
-    groups = {tuple(group.labels.values()): group
+    unnamed = () if row_axes else ("",)  # all axes are in columns, or tuned: one row, whose label is empty
+    groups = {(*unnamed, *group.labels.values()): group
               for group in group_arms(arms, axes, [*row_axes, *columns], tuned=tuned)}
-    row_labels = ordered(labels[:len(row_axes)] for labels in groups)
-    column_labels = _sorted_columns(ordered(labels[len(row_axes):] for labels in groups), arms, columns)
-    table = Table(outcomes, list(row_axes), columns, row_labels,
+    names = [*unnamed, *row_axes]
+    row_labels = ordered(labels[:len(names)] for labels in groups)
+    column_labels = _sorted_columns(ordered(labels[len(names):] for labels in groups), arms, columns)
+    table = Table(outcomes, names, columns, row_labels,
                   [(each, labels) for each in shown for labels in column_labels], {},
                   {labels: group.statuses for labels, group in groups.items()}, caption=caption,
                   arms=[name for group in groups.values() for name in group.names])

@@ -79,6 +79,22 @@ def test_statuses_are_those_of_the_arms_whatever_figures_they_have() -> None:
     assert made.table(["loss"]).numbers["status"].to_dict() == {"a": "ok", "b": "stopped", "c": "2 ok, 1 diverged"}
 
 
+def test_a_table_whose_axes_are_all_in_columns_or_tuned_has_one_row_without_a_label() -> None:
+    made = Fabricated("method", "seed")
+    for method, loss in (("a", 1.0), ("b", 2.0)):
+        made.add(method, 0, loss=loss)
+    table = made.table(["loss"], columns=["method"])
+    assert table.text.to_numpy().tolist() == [["1.000", "2.000"]]
+    assert "|  | **1.000** |" in table.to_markdown()
+    assert r" & \textbf{1.000} & 2.000 \\" in table.to_latex()
+    assert '<tr><th class="label" scope="row"></th><td><b>' in table.to_html()
+    assert table.numbers["loss"].tolist() == [1.0, 2.0]
+    tuned = Fabricated("lr", "seed", tuned={"lr": "loss"})
+    for lr in (0.1, 0.2):
+        tuned.add(lr, 0, loss=lr)
+    assert tuned.table(["loss"]).text["Loss"].to_dict() == {"": "0.100"}
+
+
 def test_missing_arms_are_dashes_and_an_axis_that_nobody_names_is_an_error() -> None:
     made = Fabricated("method", "model", "batch", "seed")
     made.add("a", "1m", 2, 0, loss=1.0)
