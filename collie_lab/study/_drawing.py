@@ -284,7 +284,7 @@ def draw_bands(axes: Axes, bands: Sequence[Band], shown: Column, looks: Looks) -
 
 
 def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, places: Sequence[Any]) -> None:
-    """Points along a tuned axis, the best of each line ringed; crosses above: no figure.
+    """Points along a tuned axis, the best of each line ringed, where less or more is better; crosses above: no figure.
 
     `places` are all values, in the order of the grid: there they stand, side by side, where not all are numbers.
     """
@@ -302,7 +302,7 @@ def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, places: Se
         axes.errorbar([at(point) for point in points], means, color=color, marker=looks.marker(line.label),
                       yerr=[_or_zero(point.value.std) * shown.factor for point in points], markersize=4, linewidth=1.3,
                       linestyle=looks.dash(line.label), elinewidth=0.9, capsize=2)
-        if points:
+        if points and shown.better is not None:
             alike = alike_means({place: point.value for place, point in enumerate(points)})
             best = (min if shown.better == "min" else max)(alike, key=alike.__getitem__)
             axes.plot(at(points[best]), means[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=color)

@@ -218,7 +218,8 @@ def pareto(
     outcomes: Outcomes, x: str | Column = "peak_bytes", y: str | Column = "perplexity", *, by: str | None = None,
     panels: str | None = None, where: Where = None, tuned: Tuned = None, area: str | None = None, title: str = "",
 ) -> StudyFigure:
-    """Two figures against each other, a point a label; a line joins those that no other beats in both.
+    """Two figures against each other, a point a label; a line joins those that no other beats in both, where less or
+    more of both is better.
 
     Args:
         area: a third figure as the marks' area.
@@ -237,7 +238,8 @@ def pareto(
                           f"{across.key}_std": point.x.std, up.key: point.y.mean, f"{up.key}_std": point.y.std,
                           "n": point.y.n, "pareto": point.best, "arms": ", ".join(point.arms)}
                          for panel, each in zip(found, points, strict=True) for point in each])
-    marks = [mark("no other beats it in both", color=MUTED, linestyle=(0, (4, 3)), linewidth=1)]
+    marks = [mark("no other beats it in both", color=MUTED, linestyle=(0, (4, 3)), linewidth=1)] \
+        if any(point.best for each in points for point in each) else []
     if area:
         marks.append(mark(f"area: {column(area).title.lower()}", marker="o", color=MUTED, linestyle="", markersize=6))
     return canvas.finish(up.heading + _way(up), marks, data)
@@ -256,7 +258,8 @@ def _pareto_points(panel: Panel, x: Column, y: Column, area: str | None) -> list
     areas = [group.value(area).mean if area else 1.0 for _, group, _, _ in known]
     largest = max((each for each in areas if each == each), default=1.0)
     return [ParetoPoint(label, label, across, up, 45.0 if not area else 20 + 160 * (each / largest),
-                        not any(other[0] <= cost[0] and other[1] <= cost[1] and other != cost for other in costs),
+                        None not in (x.better, y.better)
+                        and not any(other[0] <= cost[0] and other[1] <= cost[1] and other != cost for other in costs),
                         tuple(group.names))
             for (label, group, across, up), cost, each in zip(known, costs, areas, strict=True)]
 

@@ -210,6 +210,16 @@ def test_the_ring_of_a_sweep_is_at_the_value_that_was_chosen() -> None:
     assert list(ring.get_xdata()) == [2]
 
 
+def test_of_a_figure_without_a_direction_nothing_is_the_best() -> None:
+    made = Fabricated("method", "lr", "seed", tuned={"lr": "loss"})
+    for lr in (0.1, 0.2):
+        made.add("a", lr, 0, loss=lr, oddity=lr)
+    assert not [line for line in made.figure("sweep", metric="oddity").axes[0].lines
+                if line.get_markerfacecolor() == "none"]
+    assert made.figure("pareto", x="loss", y="loss").data["pareto"].all()
+    assert not made.figure("pareto", x="loss", y="oddity").data["pareto"].any()
+
+
 def test_saved_files_repeat_and_tell_their_arms(memory: Fabricated, tmp_path: Path) -> None:
     figure = memory.figure("bars", metric="peak_bytes", where={"model": "1m"}, x="method")
     files = figure.save(tmp_path / "out" / "memory")
