@@ -60,7 +60,7 @@ def _strip_of_failures(axes: Axes, failed: Sequence[tuple[float, str, str]]) -> 
     if not failed:
         return
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.16 * (high - low))
+    axes.set_ylim(low, high * (high / low) ** 0.16 if axes.get_yscale() == "log" else high + 0.16 * (high - low))
     for x in dict.fromkeys(place for place, _, _ in failed):
         here = [(color, word) for place, color, word in failed if place == x]
         for count, (color, _) in enumerate(here):
@@ -105,6 +105,7 @@ def draw_size(
                 nowhere.append((point.x, color, point.value.word or ""))
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yscale("log")
         _log_ticks(axes)
     else:
@@ -267,7 +268,7 @@ def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
         _log_ticks(axes)
 
 
-def draw_bands(axes: Axes, bands: Sequence[Band], shown: Column, looks: Looks) -> None:
+def draw_bands(axes: Axes, bands: Sequence[Band], shown: Column, looks: Looks, log: bool) -> None:
     """Means over steps with a band of one standard deviation; a cross where a label ended whose arms all failed."""
     sparse = all(len(band.x) < 20 for band in bands)
     for band in bands:
@@ -279,6 +280,9 @@ def draw_bands(axes: Axes, bands: Sequence[Band], shown: Column, looks: Looks) -
         known = np.isfinite(y)
         if band.failed and known.any():
             axes.plot(band.x[known][-1], y[known][-1], "x", color=color, markersize=7, markeredgewidth=2)
+    if log:
+        axes.set_yscale("log")
+        _log_ticks(axes)
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 

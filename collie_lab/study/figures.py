@@ -38,7 +38,7 @@ def draw(outcomes: Outcomes, kind: str, **options: Any) -> StudyFigure:
     """
     if kind not in KINDS:
         raise ValueError(f"figure: no kind is called {kind!r}; there are: {', '.join(KINDS)}")
-    with style():
+    with style(formulas=False):  # labels are anybody's
         return KINDS[kind](outcomes, **options)
 
 
@@ -257,7 +257,7 @@ def _pareto_points(panel: Panel, x: Column, y: Column, area: str | None) -> list
     costs = [(signs[0] * across.mean, signs[1] * up.mean) for _, _, across, up in known]
     areas = [group.value(area).mean if area else 1.0 for _, group, _, _ in known]
     largest = max((each for each in areas if each == each), default=1.0)
-    return [ParetoPoint(label, label, across, up, 45.0 if not area else 20 + 160 * (each / largest),
+    return [ParetoPoint(label, label, across, up, 20 + 160 * (each / largest) if area and each == each else 45.0,
                         None not in (x.better, y.better)
                         and not any(other[0] <= cost[0] and other[1] <= cost[1] and other != cost for other in costs),
                         tuple(group.names))
@@ -279,9 +279,7 @@ def curves(
     shells = [Panel(label, tuple(Line(band.label, ()) for band in each)) for label, each, _ in found]
     canvas = Canvas(outcomes, shells, panels, title)
     for axes, (_, each, _) in zip(canvas.axes, found, strict=True):
-        drawing.draw_bands(axes, each, shown, canvas.looks)
-        if log:
-            axes.set_yscale("log")
+        drawing.draw_bands(axes, each, shown, canvas.looks, log)
     rows = [pd.DataFrame({**({panels: label} if panels else {}), by: [band.label] * len(band.x), "step": band.x,
                           shown.key: band.mean, f"{shown.key}_std": band.std, "n": band.seeds})
             for label, each, _ in found for band in each]

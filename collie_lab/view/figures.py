@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, MaxNLocator
 
 from collie_lab.view.comparison import labelled
-from collie_lab.view.curves import value_range
+from collie_lab.view.curves import Array, value_range
 from collie_lab.view.facts import STATUS_WORDS, facts, metric_text, peak_memory, progress_text, speed
 from collie_lab.view.history import History
 from collie_lab.view.live import Watched
@@ -48,7 +49,7 @@ def figure(run: Watched) -> Figure:
 
 def draw_history(history: History) -> Figure:
     """The drawing step of `figure`."""
-    with style():
+    with style(formulas=False):
         words = _subtitle(history)
         top = 0.935 - 0.036 * len(words)
         picture = Picture(figsize=(7.4, 4.6), layout=ConstrainedLayoutEngine(rect=(0, 0, 1, top)))
@@ -143,7 +144,7 @@ def compare(runs: Sequence[Watched], labels: Sequence[str] | None = None) -> Pic
 def draw_comparison(histories: list[History], names: list[str]) -> Picture:
     """The drawing step of `compare`."""
     columns = {title: values for title, values in _outcomes(histories).items() if any(v is not None for v in values)}
-    with style():
+    with style(formulas=False):
         bars_height = 0.5 + 0.21 * len(names) if columns else 0.0
         picture = Picture(figsize=(7.4, 3.3 + bars_height))
         grid = picture.add_gridspec(2, max(len(columns), 1), height_ratios=(3.3, max(bars_height, 0.01)))
@@ -154,14 +155,15 @@ def draw_comparison(histories: list[History], names: list[str]) -> Picture:
 
 
 def _draw_losses(axes: Axes, histories: list[History], names: list[str]) -> None:
-    parts = []
+    parts: list[Array] = []
+    drawn: list[Line2D] = []
     for index, (history, name) in enumerate(zip(histories, names, strict=True)):
         curve = history.curve("loss")
         color, line_style = COLORS[index % len(COLORS)], _LINE_STYLES[index // len(COLORS) % 4]
         x, y = (curve.smooth_x, curve.smooth) if curve.is_smoothed else (curve.x, curve.raw)
         if curve.is_smoothed:
             axes.plot(curve.x, curve.raw, color=color, alpha=0.15, linewidth=0.7)
-        axes.plot(x, y, label=name, color=color, linestyle=line_style, marker="o" if len(x) == 1 else "")
+        drawn += axes.plot(x, y, label=name, color=color, linestyle=line_style, marker="o" if len(x) == 1 else "")
         known = np.isfinite(y)
         if history.status == "diverged" and known.any():
             axes.plot(x[known][-1], y[known][-1], "x", color=color, markersize=7, markeredgewidth=2)
@@ -171,7 +173,8 @@ def _draw_losses(axes: Axes, histories: list[History], names: list[str]) -> None
     _step_axis(axes, min(history.span[0] for history in histories), max(history.step for history in histories) or 1, 8)
     low, high = value_range(*parts)
     axes.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
-    axes.legend(loc="upper right", ncols=1 + (len(names) > 6))
+    # Handed over: of its own accord a legend leaves out what begins with `_`.
+    axes.legend(drawn, names, loc="upper right", ncols=1 + (len(names) > 6))
 
 
 def _outcomes(histories: list[History]) -> dict[str, list[float | None]]:

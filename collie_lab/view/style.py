@@ -41,10 +41,12 @@ STYLE: Final[dict[str, Any]] = {
 }
 
 
-def style() -> AbstractContextManager[None]:
-    """`with style(): ...` draws in the project's look."""
+def style(formulas: bool = True) -> AbstractContextManager[None]:
+    """`with style(): ...` draws in the project's look; without `formulas`, text that holds two `$` is shown as it is.
+    """
     import matplotlib
     from cycler import cycler
 
-    manager: AbstractContextManager[None] = matplotlib.rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLORS)})
+    manager: AbstractContextManager[None] = matplotlib.rc_context({
+        **STYLE, "axes.prop_cycle": cycler(color=COLORS), "text.parse_math": formulas})
     return manager

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 import collie_lab as lab
 from collie_lab.folder import JsonLines
@@ -218,6 +220,41 @@ def test_of_a_figure_without_a_direction_nothing_is_the_best() -> None:
                 if line.get_markerfacecolor() == "none"]
     assert made.figure("pareto", x="loss", y="loss").data["pareto"].all()
     assert not made.figure("pareto", x="loss", y="oddity").data["pareto"].any()
+
+
+def test_labels_are_no_formulas() -> None:
+    made = Fabricated("method", "model", "lr", "seed", tuned={"lr": "loss"})
+    for method in ("_$\\none$", "$a$"):
+        for model in ("$\\m$", "5m"):
+            for lr in ("$\\x$", "y"):
+                made.add(method, model, lr, 0, run=made_run(BASE.with_("training.steps", 3)), loss=1.0, peak_bytes=1e7,
+                         parameters=1e6, planned_weights=1e6, planned_bytes=1e6)
+    for kind, options in {"bars": {"metric": "loss", "x": "model"}, "pareto": {"y": "loss", "panels": "model"},
+                          "components": {"panels": "model"}, "size": {"log": True}, "sweep": {"panels": "model"},
+                          "curves": {"panels": "model", "log": True}}.items():
+        figure = made.figure(kind, **options)
+        figure.canvas.draw()
+        shown = [text.get_text() for text in figure.findobj(Text)]
+        assert not [text for text in shown if "math" in text], kind
+        if kind == "pareto" or figure.legends:
+            assert any("$a$" in text for text in shown), kind
+
+
+def test_failures_above_a_logarithmic_axis_take_little_room() -> None:
+    made = Fabricated("method", "lr", "seed", tuned={"lr": "loss"})
+    for lr, loss in ((1, 1.0), (2, 1000.0), (3, None)):
+        made.add("a", lr, 0, **({"loss": loss} if loss else {"status": "diverged"}))
+    axes, = made.figure("sweep").axes
+    low, high = np.log10(axes.get_ylim())
+    assert 0.72 < 3 / (high - low) < 0.82  # data over all
+
+
+def test_points_without_a_figure_for_their_area_are_seen() -> None:
+    made = Fabricated("method")
+    made.add("a", peak_bytes=1.0, loss=1.0, tgs=5.0)
+    made.add("b", peak_bytes=2.0, loss=0.5)
+    axes, = made.figure("pareto", y="loss", area="tgs").axes
+    assert [each.get_sizes().tolist() for each in axes.collections if isinstance(each, PathCollection)] == [[180], [45]]
 
 
 def test_saved_files_repeat_and_tell_their_arms(memory: Fabricated, tmp_path: Path) -> None:

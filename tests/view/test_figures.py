@@ -65,6 +65,14 @@ def test_compare_draws_every_run_and_what_it_reached(finished: FakeRun) -> None:
                       "peak memory": ["2.00 MB", "–"], "tokens per second": ["130", "128"]}
 
 
+def test_labels_are_shown_as_they_are(finished: FakeRun) -> None:
+    picture = compare([finished, finished], ["_hidden", r"$\\none$"])
+    picture.canvas.draw()
+    legend = picture.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["_hidden", r"$\\none$"]
+
+
 def test_compare_says_what_is_wrong(finished: FakeRun) -> None:
     with pytest.raises(ValueError, match="no runs"):
         compare([])
