@@ -72,6 +72,12 @@ def _strip_of_failures(axes: Axes, failed: Sequence[tuple[float, str, str]]) -> 
                       color=MUTED)
 
 
+def _reach(axes: Axes, places: Sequence[float]) -> None:
+    """Have the x axis reach all places: a cross in the strip above does not see to that by itself."""
+    axes.update_datalim([(place, 0.0) for place in places], updatey=False)
+    axes.autoscale_view(scaley=False)
+
+
 def draw_size(
     axes: Axes, panel: Panel, shown: Column, looks: Looks, fits: Mapping[Any, Fit], planned: Mapping[Any, Any],
     reference: Mapping[Any, float], log: bool,
@@ -103,6 +109,7 @@ def draw_size(
                 _mark_failed(axes, point.x, forecast[point.x] * shown.factor, color, point.value.word or "")
             elif point.x == point.x:
                 nowhere.append((point.x, color, point.value.word or ""))
+    _reach(axes, spans)
     if log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -311,6 +318,7 @@ def draw_sweep(axes: Axes, panel: Panel, shown: Column, looks: Looks, places: Se
             best = (min if shown.better == "min" else max)(alike, key=alike.__getitem__)
             axes.plot(at(points[best]), means[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=color)
         failed += [(at(point), color, point.value.word or "") for point in line.failed]
+    _reach(axes, [x for x, _, _ in failed])
     _strip_of_failures(axes, failed)
     if not numbers:
         _name_places(axes, places)

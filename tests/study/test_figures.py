@@ -245,6 +245,7 @@ def test_failures_above_a_logarithmic_axis_take_little_room() -> None:
     for lr, loss in ((1, 1.0), (2, 1000.0), (3, None)):
         made.add("a", lr, 0, **({"loss": loss} if loss else {"status": "diverged"}))
     axes, = made.figure("sweep").axes
+    assert axes.get_xlim()[1] >= 3
     low, high = np.log10(axes.get_ylim())
     assert 0.72 < 3 / (high - low) < 0.82  # data over all
 
