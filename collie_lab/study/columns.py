@@ -58,7 +58,8 @@ class Column:
         if value is None or not math.isfinite(value):
             return NOTHING
         scaled = value * self.factor
-        return number_text(scaled) if self.decimals is None else f"{scaled:,.{self.decimals}f}"
+        text = number_text(scaled) if self.decimals is None else f"{scaled:,.{self.decimals}f}"
+        return text if text.strip("-0.") else text.removeprefix("-")  # no zero has a sign
 
     def spread_text(self, mean: float, std: float) -> str:
         """Mean and deviation, to the same decimals: `1.250 ± 0.004`; the mean alone where nothing deviates."""
