@@ -38,15 +38,14 @@ def _line(text: str) -> str:
 def markdown(table: Table) -> str:
     """GitHub's Markdown."""
     headings = [", ".join(heading) if len(heading) > 1 else heading[0] for heading in _headings(table)]
-    headings = [heading + _sup(table.column_marks.get(labels, ""))
+    headings = [_md(heading) + _sup(table.column_marks.get(labels, ""))
                 for heading, (_, labels) in zip(headings, table.columns, strict=True)]
-    lines = [[*table.row_axes, *headings]]
+    lines = [[*map(_md, table.row_axes), *headings]]
     for row in table.rows:
-        labels = _row_labels(table, row)
+        labels = [_md(text) for text in _row_labels(table, row)]
         labels[-1] += _sup(table.row_marks.get(row, ""))
         lines.append([*labels, *((f"**{cell.text}**" if cell.best else cell.text) + _sup(cell.marks)
                                  for cell in _cells(table, row))])
-    lines = [[_line(text).replace("|", "\\|") for text in line] for line in lines]
     left = len(table.row_axes)
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     drawn = ["| " + " | ".join(text.ljust(width) if place < left else text.rjust(width)
@@ -54,10 +53,15 @@ def markdown(table: Table) -> str:
              for line in lines]
     rule = "|" + "|".join("-" * (width + 2) if place < left else "-" * (width + 1) + ":"
                           for place, width in enumerate(widths)) + "|"
-    parts = [f"**{_line(table.caption)}**\n\n" if table.caption else "", "\n".join([drawn[0], rule, *drawn[1:]]) + "\n"]
+    parts = [f"**{_md(table.caption)}**\n\n" if table.caption else "", "\n".join([drawn[0], rule, *drawn[1:]]) + "\n"]
     if table.notes:
-        parts.append("\n" + "  \n".join(f"{_sup(note.mark)} {_line(note.text)}".strip() for note in table.notes) + "\n")
+        parts.append("\n" + "  \n".join(f"{_sup(note.mark)} {_md(note.text)}".strip() for note in table.notes) + "\n")
     return "".join(parts)
+
+
+def _md(text: str) -> str:
+    """Text that is no markup. A `_` within a word is none on GitHub, and stays readable in plain text."""
+    return re.sub(r"[\\`*<|\[]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)", r"\\\g<0>", _line(text))
 
 
 def _sup(marks: str) -> str:
@@ -102,6 +106,8 @@ def latex(table: Table, siunitx: bool, label: str) -> str:
         if left > 1 and before is not None:
             labels = ["" if before[:place + 1] == row[:place + 1] else text for place, text in enumerate(labels)]
         labels[-1] += _tex_sup(table.row_marks.get(row, ""))
+        if labels[0].startswith(("[", "*")):
+            labels[0] = "{}" + labels[0]  # else an argument of the command before
         lines.append(" & ".join([*labels, *(_tex_cell(cell, siunitx) for cell in _cells(table, row))]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     if _tex_width(table, headings) > _TEX_WIDTH:

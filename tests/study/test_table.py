@@ -231,6 +231,29 @@ def test_figures_that_no_s_column_takes_are_text_and_deviations_have_the_decimal
     assert r"b & {\textbf{2.05e-5 $\pm$ 7.07e-7}} & {2.05e-10 $\pm$ 7.07e-12} \\" in latex
 
 
+def test_markdown_shows_labels_as_they_are() -> None:
+    labels = ["<lambda>", "a*b*c", "_x_", "`c`", r"\d", "p|q", "[t](u)", "&lt;", "LoRA_8", "__init__"]
+    made = Fabricated("method", "seed")
+    for label in labels:
+        made.add(label, 0, loss=1.0)
+    made.add("<lambda>", 1, status="diverged")
+    table = made.table(["loss"], caption=" ".join(labels[:4]))
+    markdown = table.to_markdown()
+    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    shown = ["".join(child.content for child in token.children or []) for token in tokens if token.type == "inline"]
+    assert shown[0] == " ".join(labels[:4])
+    assert [text for text in shown if text in labels] == labels
+    assert "LoRA_8 " in markdown
+
+
+def test_a_row_label_is_no_argument_of_the_line_before() -> None:
+    made = Fabricated("method", "seed")
+    for label in ("[a]", "*", "b"):
+        made.add(label, 0, loss=1.0)
+    lines = made.table(["loss"], best=False).to_latex().splitlines()
+    assert [line.split(" & ")[0] for line in lines[5:8]] == ["{}[a]", "{}*", "b"]
+
+
 def test_only_a_wide_table_is_made_to_fit(quality: Fabricated) -> None:
     narrow, wide = (quality.table(metrics, best=False).to_latex()
                     for metrics in (["perplexity"], ["perplexity", "peak_bytes", "steps", "perplexity"]))
@@ -261,6 +284,8 @@ def test_columns_know_units_and_directions() -> None:
     assert memory.fitted([2.2e9, 4e6]).heading == "Peak memory (GB)"
     assert memory.fitted([2.2e9]).text(1.234e9) == "1.23"
     assert column(Column("x", "X")).text(float("nan")) == "–"
+    assert column("loss").text(-0.0001) == column("loss").text(0.0001) == "0.000"
+    assert column("loss").text(-0.1) == "-0.100"
 
 
 def test_a_table_before_anything_has_run_says_so() -> None:
