@@ -24,8 +24,8 @@ def number_text(value: float | None, digits: int = 4) -> str:
 
 
 def count_text(value: float | None) -> str:
-    """A count with a metric prefix and three digits: `950`, `12.3k`, `1.20M`."""
-    return _prefixed(value, ("", "k", "M", "G", "T"))
+    """A count as the sizes of models are told, in three digits: `950`, `12.3k`, `1.20M`, `7.00B`."""
+    return _prefixed(value, ("", "k", "M", "B", "T"))
 
 
 def bytes_text(value: float | None) -> str:
