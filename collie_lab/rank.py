@@ -32,7 +32,7 @@ SUPERVISOR = "COLLIE_LAB_SUPERVISOR"
 
 _PR_SET_PDEATHSIG = 1
 #: Seconds that threads get to end, once the work is done.
-_PATIENCE = 60.0
+_PATIENCE = 600.0
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import sys
 import warnings
@@ -69,5 +70,7 @@ def _told() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(MISTAKE if isinstance(error, CellError) else 1) from None
         except OSError as error:  # a folder that cannot be written, say
+            if error.errno == errno.EPIPE:  # nobody reads any longer, which is no mistake
+                raise
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None

@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:  # not yet with what `<<` merges, which they may override
-            if isinstance(key, yaml.ScalarNode):
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 line = key.start_mark.line + 1
                 if (key.tag, key.value) in lines:
                     raise yaml.YAMLError(f"the key `{key.value}` stands twice, in line {lines[key.tag, key.value]} and "

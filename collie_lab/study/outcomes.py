@@ -51,15 +51,14 @@ class Outcomes(Protocol):
 def attempts(run: Run) -> list[tuple[Run, float]]:
     """A run and those in the same folder that it went on from, the oldest first; each with the last of its steps that
     count, for those after it were made again."""
-    found, until = [(run, math.inf)], dict[Path, float]()
+    found = [(run, math.inf)]
     while resumed := _resumed(found[0][0]):
         checkpoint = Path(resumed)
-        earlier = checkpoint.parents[1]  # <run>/checkpoints/step-N
-        until[earlier] = float(checkpoint.name.removeprefix("step-"))
-        if earlier.parent != run.folder.path.parent or not (earlier / "launch.json").is_file() or any(
-                earlier == each.folder.path for each, _ in found):
+        earlier, step = checkpoint.parents[1], checkpoint.name.removeprefix("step-")  # <run>/checkpoints/step-N
+        if not step.isdecimal() or earlier.parent != run.folder.path.parent or not (
+                earlier / "launch.json").is_file() or any(earlier == each.folder.path for each, _ in found):
             break
-        found.insert(0, (Run(earlier), until[earlier]))
+        found.insert(0, (Run(earlier), float(step)))
     return found
 
 

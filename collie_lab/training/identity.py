@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -60,5 +62,23 @@ def known_figures(experiment: Experiment, told: list[tuple[str, dict[str, float]
 
 
 def _asked(cell: Evaluation) -> str:
-    """An evaluation as a text. (With a function in it, another one in each process: it is made again.)"""
-    return json.dumps(cell.to_dict(lambda _, value: repr(value)), sort_keys=True)
+    """A hash of an evaluation, and of the code of the functions in it: the same in every process."""
+    fields = cell.to_dict(lambda _, value: _code(value) if callable(value) else repr(value))
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode(errors="backslashreplace")).hexdigest()
+
+
+def _code(value: Any) -> str:
+    """What a function does, with the numbers and texts that it captures, or the methods of a class or an object; not
+    where it stands."""
+    place = value if hasattr(value, "__code__") or isinstance(value, type) else type(value)
+    functions = [place] if hasattr(place, "__code__") else vars(place).values()
+    held = [repr(cell.cell_contents) for cell in getattr(value, "__closure__", None) or ()
+            if isinstance(cell.cell_contents, (int, float, str))]
+    codes = [_bytes(each.__code__) for each in functions if hasattr(each, "__code__")]
+    return " ".join([place.__qualname__, *held, *codes])
+
+
+def _bytes(code: CodeType) -> str:
+    constants = [_bytes(each) if isinstance(each, CodeType) else
+                 str(sorted(map(repr, each))) if isinstance(each, frozenset) else repr(each) for each in code.co_consts]
+    return repr((code.co_code, code.co_names, constants))

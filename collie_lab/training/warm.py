@@ -93,14 +93,19 @@ def _as_before() -> Iterator[None]:
         (torch.get_num_threads, torch.set_num_threads),
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
-        *[(functools.partial(getattr, cudnn, name), functools.partial(setattr, cudnn, name))
-          for name in ("benchmark", "deterministic")],
+        *[(functools.partial(getattr, place, name), functools.partial(setattr, place, name))
+          for place, name in ((cudnn, "benchmark"), (cudnn, "deterministic"), (torch.backends, "fp32_precision"),
+                              (torch.backends.cuda.matmul, "fp32_precision"))],
     ]
-    before = [get() for get, _ in settings]
+    before: list[tuple[Any, Callable[[], Any], Callable[[Any], Any]]] = []
+    for get, set_ in settings:
+        with contextlib.suppress(RuntimeError):  # torch refuses its older precision settings beside the newer
+            before.append((get(), get, set_))
     yield
-    for value, (get, set_) in zip(before, settings, strict=True):
-        if get() != value:
-            set_(value)
+    for value, get, set_ in reversed(before):  # the newer first
+        with contextlib.suppress(RuntimeError):
+            if get() != value:
+                set_(value)
 
 
 if __name__ == "__main__":

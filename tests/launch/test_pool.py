@@ -95,6 +95,7 @@ def meddles(trainer: Any) -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(2)
     torch.set_grad_enabled(trainer.step < 3)
+    torch.backends.fp32_precision = "ieee"  # beside it torch refuses to tell the older setting
 
 
 def test_warm_runs_are_those_of_new_processes(pool: lab.Pool, tmp_path: Path) -> None:

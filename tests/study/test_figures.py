@@ -145,8 +145,9 @@ def test_of_an_attempt_the_steps_count_up_to_where_the_next_went_on() -> None:
     run = lab.Run(later.folder.path)
     assert whole_metrics(run)["step"].tolist() == [1, 2, 3, 4, 5, 6]
     assert run_figures(run)["tokens_per_step"] == pytest.approx((4 * 1000 + 2 * 2000) / 6)
-    later.folder.write("launch.json", {"resume_from": str(later.folder.checkpoints / "step-000005")})
-    assert whole_metrics(run)["step"].tolist() == [5, 6]
+    for place in (later.folder.checkpoints / "step-000005", begun.folder.checkpoints / "copied"):
+        later.folder.write("launch.json", {"resume_from": str(place)})
+        assert whole_metrics(run)["step"].tolist() == [5, 6]
 
 
 @pytest.mark.parametrize(("statuses", "crosses"), [

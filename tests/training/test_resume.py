@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from collie_lab import (
     AdamW,
     Adan,
     Callback,
+    ExactMatch,
     Experiment,
     Lion,
     Lomo,
@@ -25,8 +27,9 @@ from collie_lab import (
     Sophia,
     Training,
 )
-from collie_lab.folder import RunFolder, Tail
+from collie_lab.folder import RunFolder, Tail, read_json
 from collie_lab.training._safe_reader import SafeReader
+from collie_lab.training.identity import known_figures, told_figures
 from tests.ranks import losses, run_here, run_ranks
 
 BASE = Experiment(
@@ -156,7 +159,7 @@ def test_the_figures_of_a_resumed_run_are_those_of_the_whole(tmp_path: Path) -> 
     assert earlier["steps"] == 4
     assert resumed["loss"] == expected["loss"]
     assert resumed["tokens_per_second"] == earlier["tokens_per_second"]  # the one step here is a warm-up
-    assert resumed["seconds"] > earlier["seconds"]
+    assert resumed["seconds"] > read_json(begun.checkpoints / "step-000004" / "state.json")["so_far"]["seconds"] > 0
     assert resumed["peak_bytes"] >= earlier["peak_bytes"]
     # What was due after the last step of a run that was stopped is made up for.
     assert [*_evaluated(begun), *_evaluated(run)] == _evaluated(whole) == [2, 4, 5]
@@ -174,6 +177,20 @@ def test_what_no_longer_holds_of_an_earlier_run_is_left(tmp_path: Path) -> None:
     assert resumed["peak_bytes"] < earlier["peak_bytes"] / 1.1
     assert resumed["tokens_per_second"] is None  # two steps, both of them a warm-up
     assert _evaluated(run) == [3, 5]
+
+
+def test_an_evaluation_is_known_by_its_code_too() -> None:
+    def score(limit: float) -> Callable[[str, str], float]:
+        return lambda answer, reference: float(answer == reference and len(answer) < limit)
+
+    def told(*functions: Callable[[str, str], float] | None) -> Experiment:
+        return BASE.replace(evaluate=[ExactMatch(score=each, name=f"n{place}") for place, each in enumerate(functions)])
+
+    figures = told_figures(told(score(3)), {0: {"exact_match": 0.5}})
+    assert known_figures(told(score(3)), figures) == {0: {"exact_match": 0.5}}  # another object, the same code
+    assert known_figures(told(score(4)), figures) == {}
+    assert known_figures(told(lambda answer, reference: 0.0), figures) == {}
+    assert known_figures(told(None), figures) == {}
 
 
 def test_a_run_that_would_have_ended_makes_no_step_more(tmp_path: Path) -> None:
