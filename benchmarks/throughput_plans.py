@@ -49,10 +49,8 @@ CPU: dict[str, lab.Experiment] = {
     "llama-5m, pp 2": BASE.replace(parallel=lab.Parallel(pp=2)),
 }
 WARM_UP = 3
-#: Rows of the H200 that are not scored: those that set rates, and those of a version whose updates in backward cost the
-#: host 100 µs a parameter, which has been mended since (LOG.md).
+#: Rows of the H200 that are not scored: those whose first measurement set rates.
 SET_RATES = ("AdamW, 4 x 2,048", "LoRA")
-HOST_BOUND = ("AdaLomo, 4 x 2,048", "AdamW in backward, bf16, stochastic", "LOMO", "AdaLomo")
 
 
 def clocks(trainer: Any) -> None:
@@ -116,12 +114,14 @@ def on_h200() -> dict[str, dict[str, Any]]:
     cases["llama-65b, LOMO, recompute, 2 x 2,048"] = (
         gpu_case("llama-65b", 2, arms["LOMO"][0], {**large, "recompute": "full"}),
         giant["collie_lab LOMO"][0]["tokens_per_second"])
-    for each in json.loads((RESULTS / "gpu_h200_memory_1b.json").read_text(encoding="utf-8"))["results"]:
-        cells, training = METHODS[each["method"]]
-        cases[each["method"]] = gpu_case("llama-1b", 2, cells, training), each["tokens_per_second"]
+    for size in ("1b", "7b"):
+        for each in json.loads((RESULTS / f"gpu_h200_memory_{size}.json").read_text(encoding="utf-8"))["results"]:
+            cells, training = METHODS[each["method"]]
+            name = each["method"] if size == "1b" else f"{each['model']}, {each['method']}"
+            cases[name] = gpu_case(each["model"], 2, cells, training), each["tokens_per_second"]
     found = {}
     for name, (experiment, speed) in cases.items():
-        scored = "set rates" if name in SET_RATES else "host-bound then" if name in HOST_BOUND else None
+        scored = "set rates" if name in SET_RATES else None
         found[name] = {**row(experiment.plan("H200"), speed), "not_scored": scored}
         tell(name + (f" ({scored})" if scored else ""), found[name])
     return found

@@ -1,19 +1,19 @@
 """AdaLomo's kernels: two passes over a gradient before its update, for all matrices of a step at once.
 
 1. `_moments`, a block: sums of g² along its rows and its columns, sum of θ².
-2. `_means`, some rows or some columns: the sums of all blocks together; the new mean squares r and c.
-3. `_factors`, a tensor: 1/√r and 1/√(c / mean c).
-4. `_energy`, some rows: the sum of u².
-5. `_sizes`, a tensor: 1 − αλ, and α / max(1, RMS u) into the row factors.
+2. `_means`, some rows or some columns: the sums of all blocks together; the new mean squares r and c; 1/√r and 1/√c.
+3. `_energy`, some rows: the sum of u².
+4. `_sizes`, a tensor: 1 − αλ, and α √(mean c) / max(1, RMS u) into the row factors.
 
-The update itself is an element-wise formula (`optim.kernels`). Sums over blocks are taken in order: atomic additions
-would come in another order each time. Of a vector, one program does all that, `_vectors`.
+The update itself is an element-wise formula (`optim.kernels`), which reads the first fields of the same table. Sums
+over blocks are taken in order: atomic additions would come in another order each time. Of a vector, one program does
+all that, `_vectors`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,28 +24,45 @@ from torch import Tensor
 
 from collie_lab.optim.rounding import Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, Update
-from collie_lab.optim.table import TYPES, Owners, aligned, blocks, clipping, extra_type, on, pointers, upload
+from collie_lab.optim.table import (
+    TYPES,
+    Launches,
+    Owners,
+    Table,
+    aligned,
+    blocks,
+    clipping,
+    extra_type,
+    on,
+    pointers,
+    upload,
+)
 from collie_lab.optim.tiles import ACROSS, COLUMNS, DEEP, DOWN, LONG, ROWS, STEP, WIDE, Counts, scratch_sizes
 
 __all__ = ["Factored"]
 
 _Rows = NDArray[np.int64]
 
-# The fields of a tensor's row in the table: sizes, the first of its programs in a launch, and addresses.
-_NAMES = ("m", "n", "first_block", "first_row_chunk", "first_column_chunk", "first_tile", "w", "e", "g", "row_sums",
-          "column_sums", "squares", "means", "energies", "row", "column", "row_state", "column_state", "numbers")
-(_M, _N, _FIRST_BLOCK, _FIRST_ROW_CHUNK, _FIRST_COLUMN_CHUNK, _FIRST_TILE, _W, _E, _G, _ROW_SUMS, _COLUMN_SUMS,
- _SQUARES, _MEANS, _ENERGIES, _ROW, _COLUMN, _ROW_STATE, _COLUMN_STATE, _NUMBERS) = [
-    tl.constexpr(at) for at in range(len(_NAMES))]
+# The fields of a tensor's row in the table. First those that its update reads: the first of its programs, sizes, noise,
+# addresses, and the operands of the formula (a vector's are v, 1 − αλ and α / max(1, RMS u)). Then those of the passes
+# before: the first of their programs, and addresses.
+_NAMES = ("first_update", "size", "n", "noise", "w", "e", "g", "row", "column", "numbers", "m", "first_block",
+          "first_chunk", "first_tile", "row_sums", "column_sums", "squares", "means", "energies", "row_state",
+          "column_state")
+(_, _, _N, _, _W, _E, _G, _ROW, _COLUMN, _NUMBERS, _M, _FIRST_BLOCK, _FIRST_CHUNK, _FIRST_TILE, _ROW_SUMS, _COLUMN_SUMS,
+ _SQUARES, _MEANS, _ENERGIES, _ROW_STATE, _COLUMN_STATE) = [tl.constexpr(at) for at in range(len(_NAMES))]
 _FIELDS = tl.constexpr(len(_NAMES))
 _TINY = tl.constexpr(1e-30)
+
+Programs = Callable[[_Rows, _Rows], _Rows]
+"""How many programs the updates of tensors take, from their sizes and widths."""
 
 
 class Factored:
     """Launches the kernels on one device."""
 
-    def __init__(self, device: torch.device, owners: Owners):
-        self._device, self._owners = device, owners
+    def __init__(self, device: torch.device, owners: Owners, launches: Launches):
+        self._device, self._owners, self._launches = device, owners, launches
 
     def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
         """See `Engine.moments`."""
@@ -67,56 +84,60 @@ class Factored:
         fields = {"m": m, "n": n, "g": gradient.raw.data_ptr(), "row": row.data_ptr(), "column": column.data_ptr(),
                   "energies": energies.data_ptr()}
         with on(self._device):
-            self._energy(self._table(fields), [count], gradient)
+            self._energy(self._table(fields), [count], gradient, whole=True)
         return energies.sum()
 
-    def matrices(self, updates: Sequence[Update], scalars: Scalars, update: Callable[[_Rows], None]) -> None:
-        """All passes; the last one is `update`, called with the rows of its table. Updates that share a launch."""
+    def matrices(self, updates: Sequence[Update], scalars: Scalars, programs: Programs,
+                 update: Callable[[Table, _Rows], None]) -> None:
+        """All passes; the last one is `update`, called with the table and what `programs` says. Updates that share a
+        launch.
+        """
         weight, gradient = updates[0].weight, updates[0].gradient
         shapes = np.array([each.weight.tensor.shape for each in updates], dtype=np.int64)
         m, n = shapes[:, 0], shapes[:, 1]
-        down, across, rows, row_chunks, column_chunks = Counts.of(m, n)
+        count, last = Counts.of(m, n), programs(m * n, n)
+        blocks_, chunks = count.down * count.across, count.row_chunks + count.column_chunks
         scratch, places = self._scratch(scratch_sizes(m, n))
         table = self._table({
-            "m": m, "n": n, "first_block": blocks(down * across), "first_tile": blocks(rows),
-            "first_row_chunk": blocks(row_chunks), "first_column_chunk": blocks(column_chunks), **places,
-            **(at := _addresses([each.weight for each in updates], [each.gradient for each in updates])),
+            "first_update": blocks(last), "size": m * n, "n": n, "noise": _noise(updates), "m": m, **places,
+            "first_block": blocks(blocks_), "first_chunk": blocks(chunks), "first_tile": blocks(count.tiles),
+            **_addresses([each.weight for each in updates], [each.gradient for each in updates]),
             "row_state": pointers(each.states["row"] for each in updates),
             "column_state": pointers(each.states["column"] for each in updates)})
-        averages = (float(scalars["beta"]), 1 - float(scalars["beta"]))
-        with on(self._device):
-            self._moments(table, (down * across).tolist(), weight, gradient)
-            for chunks, of_rows in ((row_chunks, True), (column_chunks, False)):
-                _means[(int(chunks.sum()),)](table.rows, self._owners(chunks.tolist()), *averages, OF_ROWS=of_rows)
-            _factors[(len(updates),)](table.rows)
-            self._energy(table, rows.tolist(), gradient)
-            _sizes[(len(updates),)](table.rows, float(scalars["lr"]), float(scalars["weight_decay"]))
-        update(np.column_stack([m * n, n, _noise(updates), at["w"], at["e"], at["g"], places["row"],
-                                places["column"], places["numbers"]]))
-        del scratch  # kept until here: the tables know it by its address
+        beta, lr, weight_decay = (float(scalars[name]) for name in ("beta", "lr", "weight_decay"))
+        self._moments(table, blocks_.tolist(), weight, gradient)
+        self._launches(_means, int(chunks.sum()), (table.rows, self._owners(chunks.tolist()), beta, 1 - beta))
+        self._energy(table, count.tiles.tolist(), gradient, whole=False)
+        self._launches(_sizes, len(updates), (table.rows, lr, weight_decay))
+        update(table, last)
+        del scratch  # kept until here: the table knows it by its address
 
-    def vectors(self, updates: Sequence[Update], scalars: Scalars, update: Callable[[_Rows], None]) -> None:
+    def vectors(self, updates: Sequence[Update], scalars: Scalars, programs: Programs,
+                update: Callable[[Table, _Rows], None]) -> None:
         """The same for vectors and numbers."""
-        weight, gradient, beta = updates[0].weight, updates[0].gradient, float(scalars["beta"])
+        weight, gradient = updates[0].weight, updates[0].gradient
         n = np.array([each.weight.tensor.numel() for each in updates], dtype=np.int64)
-        numbers = torch.empty(len(updates), 2, device=self._device)
+        numbers, last = torch.empty(len(updates), 2, device=self._device), programs(n, n)
         places = numbers.data_ptr() + 8 * np.arange(len(updates))
-        states = pointers(each.states["v"] for each in updates)
-        fields = {"n": n, "row_state": states, "numbers": places,
-                  **_addresses([each.weight for each in updates], [each.gradient for each in updates])}
-        with on(self._device):
-            _vectors[(len(updates),)](
-                self._table(fields).rows, beta, 1 - beta, float(scalars["lr"]), float(scalars["weight_decay"]),
-                **_weight(weight), **_gradient(gradient))
-        update(np.column_stack([n, n, _noise(updates), fields["w"], fields["e"], fields["g"], states, places,
-                                places + 4]))
+        table = self._table({
+            "first_update": blocks(last), "size": n, "n": n, "noise": _noise(updates),
+            **_addresses([each.weight for each in updates], [each.gradient for each in updates]),
+            "row": pointers(each.states["v"] for each in updates), "column": places, "numbers": places + 4})
+        beta, lr, weight_decay = (float(scalars[name]) for name in ("beta", "lr", "weight_decay"))
+        scale, limit, clipped = clipping(gradient.scale, gradient.limit, table.rows)
+        self._launches(_vectors, len(updates), (table.rows, beta, 1 - beta, lr, weight_decay, scale, limit),
+                       **_weight(weight), G=TYPES[gradient.raw.dtype], **clipped)
+        update(table, last)
 
-    def _moments(self, table: _Table, counts: list[int], weight: Weight, gradient: Gradient) -> None:
-        _moments[(sum(counts),)](table.rows, self._owners(counts), **_weight(weight), **_gradient(gradient),
-                                 ALIGNED=table.aligned, num_warps=1)
+    def _moments(self, table: Table, counts: list[int], weight: Weight, gradient: Gradient) -> None:
+        scale, limit, clipped = clipping(gradient.scale, gradient.limit, table.rows)
+        self._launches(_moments, sum(counts), (table.rows, self._owners(counts), scale, limit), warps=1,
+                       **_weight(weight), G=TYPES[gradient.raw.dtype], **clipped, ALIGNED=table.aligned)
 
-    def _energy(self, table: _Table, counts: list[int], gradient: Gradient) -> None:
-        _energy[(sum(counts),)](table.rows, self._owners(counts), **_gradient(gradient), ALIGNED=table.aligned)
+    def _energy(self, table: Table, counts: list[int], gradient: Gradient, *, whole: bool) -> None:
+        scale, limit, clipped = clipping(gradient.scale, gradient.limit, table.rows)
+        self._launches(_energy, sum(counts), (table.rows, self._owners(counts), scale, limit),
+                       G=TYPES[gradient.raw.dtype], **clipped, ALIGNED=table.aligned, WHOLE=whole)
 
     def _scratch(self, sizes: dict[str, _Rows]) -> tuple[Tensor, dict[str, _Rows]]:
         """One fp32 tensor for arrays of so many numbers, and their addresses."""
@@ -125,17 +146,11 @@ class Factored:
         addresses = scratch.data_ptr() + 4 * blocks(whole)
         return scratch, dict(zip(sizes, np.split(addresses, len(sizes)), strict=True))
 
-    def _table(self, fields: dict[str, Any]) -> _Table:
+    def _table(self, fields: dict[str, Any]) -> Table:
         rows = np.zeros((np.size(fields["n"]), len(_NAMES)), dtype=np.int64)
         for name, values in fields.items():
             rows[:, _NAMES.index(name)] = values
-        return _Table(upload(rows, self._device), aligned(rows[:, [_N.value, _W.value, _E.value, _G.value]]))
-
-
-class _Table(NamedTuple):
-    rows: Tensor
-    aligned: bool
-    """Whether a thread may load 16 bytes of weights and gradients at once."""
+        return Table(upload(rows, self._device), aligned(rows[:, [_N.value, _W.value, _E.value, _G.value]]))
 
 
 def _addresses(weights: Sequence[Weight], gradients: Sequence[Gradient]) -> dict[str, _Rows]:
@@ -151,10 +166,6 @@ def _noise(updates: Sequence[Update]) -> _Rows:
 def _weight(weight: Weight) -> dict[str, Any]:
     return {"W": TYPES[weight.tensor.dtype], "E": TYPES[extra_type(weight.rounding, weight.tensor.dtype)],
             "KAHAN": weight.rounding == "kahan", "MASTER": weight.rounding == "master"}
-
-
-def _gradient(gradient: Gradient) -> dict[str, Any]:
-    return {"G": TYPES[gradient.raw.dtype], **clipping(gradient.scale, gradient.limit, gradient.raw)}
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -231,19 +242,9 @@ def _moments(table_ptr, owner_ptr, scale_ptr, limit, W: tl.constexpr, E: tl.cons
 
 
 @triton.jit
-def _means(table_ptr, owner_ptr, beta, fresh, OF_ROWS: tl.constexpr, DOWN: tl.constexpr = DOWN,  # type: ignore
-           ACROSS: tl.constexpr = ACROSS, DEEP: tl.constexpr = DEEP, WIDE: tl.constexpr = WIDE):
-    row_ptr = _entry(table_ptr, owner_ptr)
-    m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N)
-    if OF_ROWS:
-        chunk = tl.program_id(0) - tl.load(row_ptr + _FIRST_ROW_CHUNK)
-        sums_ptr, state_ptr = _numbers_at(row_ptr, _ROW_SUMS), _numbers_at(row_ptr, _ROW_STATE)
-        count, width, size = tl.cdiv(n, ACROSS).to(tl.int32), m, n
-    else:
-        chunk = tl.program_id(0) - tl.load(row_ptr + _FIRST_COLUMN_CHUNK)
-        sums_ptr, state_ptr = _numbers_at(row_ptr, _COLUMN_SUMS), _numbers_at(row_ptr, _COLUMN_STATE)
-        count, width, size = tl.cdiv(m, DOWN).to(tl.int32), n, m
-    at = chunk * WIDE + tl.arange(0, WIDE)
+def _average(sums_ptr, count, width, size, state_ptr, factor_ptr, at, beta, fresh, DEEP: tl.constexpr,  # type: ignore
+             WIDE: tl.constexpr):
+    """The new mean squares of some rows or columns, from the sums of so many blocks; and 1/√ of each."""
     total = tl.zeros((WIDE,), tl.float32)
     for begin in range(0, count, DEEP):
         deep = begin + tl.arange(0, DEEP)
@@ -251,29 +252,39 @@ def _means(table_ptr, owner_ptr, beta, fresh, OF_ROWS: tl.constexpr, DOWN: tl.co
         total += tl.sum(tl.load(sums_ptr + deep[:, None] * width + at[None, :], mask=mask, other=0), 0)
     state = tl.load(state_ptr + at, mask=at < width, other=0) * beta + (total / size + _TINY) * fresh
     tl.store(state_ptr + at, state, mask=at < width)
-    if not OF_ROWS:
-        tl.store(_numbers_at(row_ptr, _MEANS) + chunk, tl.sum(tl.where(at < width, state, 0.0), 0))
+    tl.store(factor_ptr + at, 1 / tl.sqrt_rn(state), mask=at < width)
+    return state
 
 
 @triton.jit
-def _factors(table_ptr, WIDE: tl.constexpr = WIDE, LONG: tl.constexpr = LONG):  # type: ignore[no-untyped-def]
-    row_ptr = table_ptr + tl.program_id(0) * _FIELDS
-    m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N).to(tl.int32)
-    mean = _total(_numbers_at(row_ptr, _MEANS), tl.cdiv(n, WIDE), LONG) / n
-    for begin in range(0, m, LONG):
-        at = begin + tl.arange(0, LONG)
-        state = tl.load(_numbers_at(row_ptr, _ROW_STATE) + at, mask=at < m, other=1)
-        tl.store(_numbers_at(row_ptr, _ROW) + at, 1 / tl.sqrt_rn(state), mask=at < m)
-    for begin in range(0, n, LONG):
-        at = begin + tl.arange(0, LONG)
-        state = tl.load(_numbers_at(row_ptr, _COLUMN_STATE) + at, mask=at < n, other=1)
-        tl.store(_numbers_at(row_ptr, _COLUMN) + at, 1 / tl.sqrt_rn(state / mean), mask=at < n)
+def _means(table_ptr, owner_ptr, beta, fresh, DOWN: tl.constexpr = DOWN, ACROSS: tl.constexpr = ACROSS,  # type: ignore
+           DEEP: tl.constexpr = DEEP, WIDE: tl.constexpr = WIDE):
+    row_ptr = _entry(table_ptr, owner_ptr)
+    m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N)
+    chunk = tl.program_id(0) - tl.load(row_ptr + _FIRST_CHUNK)
+    row_chunks = tl.cdiv(m, WIDE)
+    if chunk < row_chunks:
+        at = chunk * WIDE + tl.arange(0, WIDE)
+        _average(_numbers_at(row_ptr, _ROW_SUMS), tl.cdiv(n, ACROSS).to(tl.int32), m, n,
+                 _numbers_at(row_ptr, _ROW_STATE), _numbers_at(row_ptr, _ROW), at, beta, fresh, DEEP, WIDE)
+    else:
+        at = (chunk - row_chunks) * WIDE + tl.arange(0, WIDE)
+        state = _average(_numbers_at(row_ptr, _COLUMN_SUMS), tl.cdiv(m, DOWN).to(tl.int32), n, m,
+                         _numbers_at(row_ptr, _COLUMN_STATE), _numbers_at(row_ptr, _COLUMN), at, beta, fresh, DEEP,
+                         WIDE)
+        tl.store(_numbers_at(row_ptr, _MEANS) + chunk - row_chunks, tl.sum(tl.where(at < n, state, 0.0), 0))
+
+
+@triton.jit
+def _root_of_mean(row_ptr, n, WIDE: tl.constexpr, LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """√(mean c), which the factors of the columns lack."""
+    return tl.sqrt_rn(_total(_numbers_at(row_ptr, _MEANS), tl.cdiv(n, WIDE), LONG) / n)
 
 
 @triton.jit
 def _energy(table_ptr, owner_ptr, scale_ptr, limit, G: tl.constexpr, SCALED: tl.constexpr,  # type: ignore
-            LIMITED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr = ROWS,
-            COLUMNS: tl.constexpr = COLUMNS):
+            LIMITED: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr = ROWS,
+            COLUMNS: tl.constexpr = COLUMNS, WIDE: tl.constexpr = WIDE):
     row_ptr = _entry(table_ptr, owner_ptr)
     block = tl.program_id(0) - tl.load(row_ptr + _FIRST_TILE)
     m, n = tl.load(row_ptr + _M), tl.load(row_ptr + _N).to(tl.int32)
@@ -282,6 +293,8 @@ def _energy(table_ptr, owner_ptr, scale_ptr, limit, G: tl.constexpr, SCALED: tl.
         n, g_ptr = tl.multiple_of(n, 16), tl.multiple_of(g_ptr, 16)
     rows = block * ROWS + tl.arange(0, ROWS)
     row = tl.load(_numbers_at(row_ptr, _ROW) + rows, mask=rows < m, other=0)
+    if not WHOLE:
+        row *= _root_of_mean(row_ptr, n, WIDE, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for begin in range(0, n, COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
@@ -303,13 +316,14 @@ def _shrink_and_size(squares, energy, count, lr, weight_decay):  # type: ignore[
 
 @triton.jit
 def _sizes(table_ptr, lr, weight_decay, DOWN: tl.constexpr = DOWN, ACROSS: tl.constexpr = ACROSS,  # type: ignore
-           ROWS: tl.constexpr = ROWS, LONG: tl.constexpr = LONG):
+           ROWS: tl.constexpr = ROWS, WIDE: tl.constexpr = WIDE, LONG: tl.constexpr = LONG):
     row_ptr = table_ptr + tl.program_id(0) * _FIELDS
     m, n = tl.load(row_ptr + _M).to(tl.int32), tl.load(row_ptr + _N).to(tl.int32)
     squares = _total(_numbers_at(row_ptr, _SQUARES), tl.cdiv(m, DOWN) * tl.cdiv(n, ACROSS), LONG)
     energy = _total(_numbers_at(row_ptr, _ENERGIES), tl.cdiv(m, ROWS), LONG)
     shrink, size = _shrink_and_size(squares, energy, m.to(tl.float32) * n, lr, weight_decay)
     tl.store(_numbers_at(row_ptr, _NUMBERS), shrink)
+    size *= _root_of_mean(row_ptr, n, WIDE, LONG)
     for begin in range(0, m, LONG):
         at = begin + tl.arange(0, LONG)
         factor_ptr = _numbers_at(row_ptr, _ROW) + at
@@ -332,11 +346,11 @@ def _vectors(table_ptr, beta, fresh, lr, weight_decay, scale_ptr, limit, W: tl.c
         mask = at < n
         g = _read_gradient(g_ptr, at, mask, scale_ptr, limit, SCALED, LIMITED)
         w = _read_weight(w_ptr, e_ptr, at, mask, KAHAN, MASTER)
-        v_ptr = _numbers_at(row_ptr, _ROW_STATE) + at
+        v_ptr = _numbers_at(row_ptr, _ROW) + at
         v = tl.load(v_ptr, mask=mask, other=1) * beta + (g * g + _TINY) * fresh
         tl.store(v_ptr, v, mask=mask)
         square += w * w
         energy += tl.where(mask, g * g / v, 0.0)
     shrink, size = _shrink_and_size(tl.sum(square, 0), tl.sum(energy, 0), n.to(tl.float32), lr, weight_decay)
-    tl.store(_numbers_at(row_ptr, _NUMBERS), shrink)
-    tl.store(_numbers_at(row_ptr, _NUMBERS) + 1, size)
+    tl.store(_numbers_at(row_ptr, _COLUMN), shrink)
+    tl.store(_numbers_at(row_ptr, _NUMBERS), size)

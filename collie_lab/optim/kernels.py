@@ -27,7 +27,7 @@ from collie_lab.optim.engine import Eager, Engine, Formula
 from collie_lab.optim.factored import Factored
 from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, States, Update
-from collie_lab.optim.table import TYPES, Owners, aligned, blocks, clipping, extra_type, on, upload
+from collie_lab.optim.table import TYPES, Launches, Owners, Table, aligned, blocks, clipping, extra_type, on, upload
 from collie_lab.optim.trace import FACTORS, TRITON, VECTOR, operand_kind, trace
 
 __all__ = ["Triton", "build_kernel", "kernel_source"]
@@ -144,7 +144,8 @@ class Triton(Engine):
 
     def __init__(self, device: torch.device):
         self._device, self._eager, self._owners = device, Eager(device), Owners(device)
-        self._factored = Factored(device, self._owners)
+        self._launches = Launches()
+        self._factored = Factored(device, self._owners, self._launches)
         tiny = torch.ones(1, 1, device=device)
         self.energy(Gradient(tiny), tiny[0], tiny[0], tiny.dtype)  # a trial
 
@@ -159,11 +160,12 @@ class Triton(Engine):
             return
         launch, width = _launch(weight, gradient, _kinds(operands, w)), _width(w)
         kernel = build_kernel(formula, weight.rounding, launch.kinds, tuple(scalars), many=False)
-        with torch.cuda.device_of(w):
+        scale, limit, clipped = clipping(gradient.scale, gradient.limit, w)
+        with on(self._device):
             kernel[(launch.programs(w.numel(), width),)](
                 w, w if weight.extra is None else weight.extra, raw, wrap32(weight.noise), w.numel(), width,
-                *operands.values(), *map(float, scalars.values()), **clipping(gradient.scale, gradient.limit, w),
-                BLOCK=_BLOCK, COLUMNS=launch.columns)
+                *operands.values(), *map(float, scalars.values()), scale, limit, **clipped, BLOCK=_BLOCK,
+                COLUMNS=launch.columns)
 
     @override
     def elementwise_all(self, formula: Formula, updates: Sequence[Update], scalars: Scalars) -> None:
@@ -180,22 +182,27 @@ class Triton(Engine):
                 launches.setdefault(launch.key, (launch, []))[1].append([
                     size, _width(w), wrap32(weight.noise), address, address if extra is None else extra.data_ptr(),
                     gradient.raw.data_ptr(), *[operand.data_ptr() for operand in operands.values()]])
-        for launch, rows in launches.values():
-            self._launch(formula, launch, np.array(rows, dtype=np.int64), scalars)
+        with on(self._device):
+            for launch, rows in launches.values():
+                self._update(formula, launch, *self._table(launch, np.array(rows, dtype=np.int64)), scalars)
 
-    def _launch(self, formula: Formula, launch: _Launch, rows: NDArray[np.int64], scalars: Scalars) -> None:
-        """Update many; `rows` are their sizes, widths, noise and addresses (weight, extra, gradient, operands)."""
-        kernel = build_kernel(formula, launch.rounding, launch.kinds, tuple(scalars), many=True)
+    def _table(self, launch: _Launch, rows: NDArray[np.int64]) -> tuple[Table, NDArray[np.int64]]:
+        """From sizes, widths, noise and addresses (weight, extra, gradient, operands); and the programs of each."""
         counts = launch.programs(rows[:, 0], rows[:, 1])
         wide = [place for place, (_, kind) in enumerate(launch.kinds, 6) if kind in ("full", "row")]
-        with on(self._device):
-            table = upload(np.column_stack([blocks(counts), rows]), self._device)
-            kernel[(int(counts.sum()),)](
-                table, self._owners(counts.tolist()), *map(float, scalars.values()),
-                **clipping(launch.scale, launch.limit, table), W=TYPES[launch.weight],
-                E=TYPES[extra_type(launch.rounding, launch.weight)], G=TYPES[launch.gradient],
-                FIELDS=rows.shape[1] + 1, ALIGNED=aligned(rows[:, [0, 1, 3, 4, 5, *wide]]), BLOCK=_BLOCK,
-                COLUMNS=launch.columns)
+        table = upload(np.column_stack([blocks(counts), rows]), self._device)
+        return Table(table, aligned(rows[:, [0, 1, 3, 4, 5, *wide]])), counts
+
+    def _update(self, formula: Formula, launch: _Launch, table: Table, counts: NDArray[np.int64], scalars: Scalars
+                ) -> None:
+        """Update many."""
+        kernel = build_kernel(formula, launch.rounding, launch.kinds, tuple(scalars), many=True)
+        scale, limit, clipped = clipping(launch.scale, launch.limit, table.rows)
+        owners, numbers = self._owners(counts.tolist()), map(float, scalars.values())
+        self._launches(
+            kernel, int(counts.sum()), (table.rows, owners, *numbers, scale, limit), W=TYPES[launch.weight],
+            E=TYPES[extra_type(launch.rounding, launch.weight)], G=TYPES[launch.gradient], FIELDS=table.rows.shape[1],
+            ALIGNED=table.aligned, **clipped, BLOCK=_BLOCK, COLUMNS=launch.columns)
 
     @override
     def factored(self, matrix: Formula, vector: Formula, updates: Sequence[Update], scalars: Scalars
@@ -211,9 +218,11 @@ class Triton(Engine):
             flat = w.ndim < 2
             launch = _launch(weight, gradient, VECTOR if flat else FACTORS)
             launches.setdefault(launch.key, (launch, flat, []))[2].append(update)
-        for launch, flat, some in launches.values():
-            run = self._factored.vectors if flat else self._factored.matrices
-            run(some, scalars, functools.partial(self._launch, vector if flat else matrix, launch, scalars={}))
+        with on(self._device):
+            for launch, flat, some in launches.values():
+                run = self._factored.vectors if flat else self._factored.matrices
+                run(some, scalars, launch.programs,
+                    functools.partial(self._update, vector if flat else matrix, launch, scalars={}))
         return left
 
     @override
@@ -288,5 +297,10 @@ def _suits(*tensors: Tensor) -> bool:
 
 def _suits_table(weight: Tensor, gradient: Tensor, operands: States) -> bool:
     """Whether a table's addresses mean what its kernel takes them for."""
-    return (_suits(weight, gradient, *operands.values()) and {weight.dtype, gradient.dtype} <= TYPES.keys()
-            and all(operand.dtype == torch.float32 for operand in operands.values()))
+    if weight.dtype not in TYPES or gradient.dtype not in TYPES:
+        return False
+    # A loop: it runs for every parameter of every step.
+    for operand in operands.values():
+        if operand.dtype != torch.float32 or not operand.is_contiguous():
+            return False
+    return weight.is_contiguous() and gradient.is_contiguous()

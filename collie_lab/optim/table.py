@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["TYPES", "Owners", "aligned", "blocks", "clipping", "extra_type", "on", "pointers", "upload"]
+__all__ = ["TYPES", "Launches", "Owners", "Table", "aligned", "blocks", "clipping", "extra_type", "on", "pointers",
+           "upload"]
 
 #: The types of weights and gradients that kernels know, in Triton's words.
 TYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -37,10 +38,13 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def clipping(scale: Tensor | None, limit: float | None, stand_in: Tensor) -> dict[str, Any]:
-    """A kernel's arguments for what clips a gradient; where nothing scales it, any tensor stands in for the address."""
-    return {"scale_ptr": stand_in if scale is None else scale, "limit": float(limit or 0), "SCALED": scale is not None,
-            "LIMITED": limit is not None}
+def clipping(scale: Tensor | None, limit: float | None, stand_in: Tensor) -> tuple[Tensor, float, dict[str, bool]]:
+    """What clips a gradient, as a kernel takes it: scale, limit and the constants that say which of them there are.
+
+    Where nothing scales it, any tensor stands in for the address.
+    """
+    return (stand_in if scale is None else scale, float(limit or 0),
+            {"SCALED": scale is not None, "LIMITED": limit is not None})
 
 
 def extra_type(rounding: str, weight: torch.dtype) -> torch.dtype:
@@ -61,6 +65,38 @@ def aligned(numbers: NDArray[np.int64]) -> bool:
 def blocks(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """The first program of each tensor, from how many each has."""
     return np.cumsum(counts) - counts
+
+
+class Table(NamedTuple):
+    """A table on the device."""
+
+    rows: Tensor
+    aligned: bool
+    """Whether a thread may load 16 bytes of weights and gradients at once."""
+
+
+class Launches:
+    """Starts kernels, again and again, at a third of what Triton's own start costs the host.
+
+    That finds the compiled kernel by what each argument specialises it for. Here a kernel's constants, which come last
+    in its signature, tell that, and how its tensors are aligned; its other arguments are tensors and floats.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, tuple[Any, tuple[None, ...]]] = {}
+
+    def __call__(self, kernel: Any, programs: int, arguments: tuple[Tensor | float, ...], *, warps: int = 4,
+                 **constants: Any) -> None:
+        """On the current device, which is the same each time."""
+        key = (kernel, *constants.values(), *[argument.data_ptr() % _ALIGNED for argument in arguments
+                                              if isinstance(argument, Tensor)])
+        if found := self._compiled.get(key):
+            compiled, places = found
+            compiled[programs, 1, 1](*arguments, *places)
+        # The interpreter compiles nothing.
+        elif (compiled := kernel[(programs,)](*arguments, num_warps=warps, **constants)) is not None:
+            # A compiled kernel has places for its constants, which it does not look at.
+            self._compiled[key] = compiled, (None,) * (len(kernel.arg_names) - len(arguments))
 
 
 class Owners:

@@ -27,9 +27,12 @@ _SMALL = 2**22
 
 
 def waves(ready: list[Ready]) -> Iterator[list[Ready]]:
-    """Parameters in portions: the device updates one of them while the host prepares the next, twice as large."""
+    """Parameters in portions: the device updates one of them while the host prepares the next, twice as large.
+
+    Vectors and numbers come last: AdaLomo has kernels of their own for them, whose launches are worth it for many.
+    """
     wave, size, limit = list[Ready](), 0, _FIRST_WAVE
-    for each in ready:
+    for each in sorted(ready, key=lambda each: len(each[1].shards.shape) < 2):
         wave.append(each)
         size += each[1].shards.shape.numel()  # of the whole: the same waves on every rank
         if size >= limit:

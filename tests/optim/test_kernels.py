@@ -126,6 +126,32 @@ def interpret() -> None:
                                        eager.energy(gradient, row, column, torch.float32), rtol=1e-5, atol=1e-6)
 
 
+def test_a_kernel_is_started_again_as_it_was_compiled() -> None:
+    """Without Triton's look-up: by its constants, and by how its tensors lie in memory."""
+    from collie_lab.optim.table import Launches
+
+    told: list[Any] = []
+
+    class Kernel:
+        arg_names = ("table", "rate", "FIRST", "SECOND")  # SECOND has a default
+
+        def __getitem__(self, grid: Any) -> Any:
+            def start(*arguments: Any, **constants: Any) -> Any:
+                told.append((grid, constants))
+                return {(programs, 1, 1): lambda *again: told.append(again) for programs in (3, 4)}
+
+            return start
+
+    launches, kernel, table = Launches(), Kernel(), torch.zeros(8)
+    launches(kernel, 2, (table, 0.5), FIRST=True)
+    launches(kernel, 3, (table, 0.25), FIRST=True)
+    assert told == [((2,), {"num_warps": 4, "FIRST": True}), (table, 0.25, None, None)]
+    launches(kernel, 3, (table, 0.5), FIRST=False)
+    launches(kernel, 3, (table[1:], 0.5), FIRST=False)
+    launches(kernel, 4, (table[1:], 0.5), FIRST=False)
+    assert [len(call) for call in told] == [2, 4, 2, 2, 4]
+
+
 @dataclass(frozen=True)
 class Half(Rule):
     """A state in bf16, which a table's addresses cannot tell from fp32."""
@@ -211,13 +237,13 @@ def compile_for_h200() -> None:
         assert "ld.global.v4.b32" in compiled(factored._moments, numbers, {
             **flags, **block, "STEP": factored.STEP, "ALIGNED": True})
         compiled(factored._vectors, numbers, {**flags, "LONG": factored.LONG})
-    assert "ld.global.v4.b32" in compiled(factored._energy, numbers, {
-        **clipped, "G": tl.bfloat16, "ROWS": factored.ROWS, "COLUMNS": factored.COLUMNS, "ALIGNED": True})
-    for of_rows in (True, False):
-        compiled(factored._means, numbers, {
-            **block, "DEEP": factored.DEEP, "WIDE": factored.WIDE, "OF_ROWS": of_rows})
-    compiled(factored._factors, numbers, {"WIDE": factored.WIDE, "LONG": factored.LONG})
-    compiled(factored._sizes, numbers, {**block, "ROWS": factored.ROWS, "LONG": factored.LONG})
+    for whole in (True, False):
+        assert "ld.global.v4.b32" in compiled(factored._energy, numbers, {
+            **clipped, "G": tl.bfloat16, "ROWS": factored.ROWS, "COLUMNS": factored.COLUMNS, "ALIGNED": True,
+            "WHOLE": whole, "WIDE": factored.WIDE})
+    compiled(factored._means, numbers, {**block, "DEEP": factored.DEEP, "WIDE": factored.WIDE})
+    compiled(factored._sizes, numbers, {
+        **block, "ROWS": factored.ROWS, "WIDE": factored.WIDE, "LONG": factored.LONG})
 
 
 def _types(weight: str, extra: str) -> dict[str, Any]:
