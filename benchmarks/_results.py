@@ -10,7 +10,9 @@ from typing import Any
 from collie_lab.planning.calibration import processor
 from collie_lab.training.provenance import provenance
 
-__all__ = ["keep", "machine"]
+__all__ = ["RESULTS", "h200_memory", "keep", "machine"]
+
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 
 
 def machine() -> dict[str, Any]:
@@ -23,3 +25,10 @@ def keep(file: Path | None, command: str, results: Any) -> None:
     if file is not None:
         content = {"command": f"python benchmarks/{command}", "environment": machine(), "results": results}
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def h200_memory() -> dict[str, dict[str, Any]]:
+    """What gpu_memory.py found on one H200, by model and method."""
+    files = [RESULTS / f"gpu_h200_memory_{size}.json" for size in ("1b", "7b")]
+    return {f"{row['model']}, {row['method']}": row
+            for file in files for row in json.loads(file.read_text(encoding="utf-8"))["results"]}

@@ -2,7 +2,7 @@
 
     python benchmarks/estimators.py [--json experiments/results/estimators.json]
 
-Three groups of cases: what CPU ranks and an H200 have measured (`plans_cpu.json`, `gpu_h200_memory_1b.json`,
+Three groups of cases: what CPU ranks and an H200 have measured (`plans_cpu.json`, `gpu_h200_memory_*.json`,
 `gpu_h200_training_65b.json` among the results), and LLaMA-7B and 65B on 1 to 1,024 ranks, against the plan: nobody has
 run those. The others: accelerate's `estimate-memory`, the estimators of DeepSpeed's ZeRO-2 and ZeRO-3, and
 llm-analysis, which wants an older transformers and so is installed apart:
@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _results import keep
+from _results import RESULTS, h200_memory, keep
 from gpu_memory import METHODS
-from plans import CASES, RESULTS
+from plans import CASES
 
 import collie_lab as lab
 from collie_lab.cells import RuleCell
@@ -48,14 +48,14 @@ def large(model: str, ranks: int) -> lab.Experiment:
 def on_gpu() -> dict[str, tuple[lab.Experiment, int]]:
     """What an H200 measured: the experiment, and bytes allocated at most."""
     found = {}
-    for row in json.loads((RESULTS / "gpu_h200_memory_1b.json").read_text(encoding="utf-8"))["results"]:
+    for name, row in h200_memory().items():
         cells, weights = METHODS[row["method"]]
-        found[f"1.1B, {row['method']}"] = lab.Experiment(
+        found[name] = lab.Experiment(
             model=lab.Model(row["model"], init="random"), **cells, data=lab.RandomTokens(length=row["length"]),
             training=lab.Training(batch_size=row["batch_size"], recompute=row["recompute"], **weights)), \
             int(row["allocated"])
     arm, = json.loads((RESULTS / "gpu_h200_training_65b.json").read_text(encoding="utf-8"))["arms"].values()
-    found["65B, LOMO, recompute"] = lab.Experiment(
+    found["llama-65b, LOMO, recompute"] = lab.Experiment(
         model=lab.Model("llama-65b", init="random"), data=lab.RandomTokens(length=2048), optimizer=lab.Lomo(),
         training=lab.Training(batch_size=2, precision="bf16", weights="bf16", recompute="full")), arm[0]["peak_bytes"]
     return found
@@ -145,7 +145,7 @@ def main() -> None:
     kept = json.loads((RESULTS / "plans_cpu.json").read_text(encoding="utf-8"))["results"]
     cases = [(f"CPU: {name}", CASES[name], kept["cases"][name]["measured"], kept["cases"][name]["planned"], None)
              for name in MEASURED]
-    cases += [(f"H200: {name}", experiment, truth, kept["h200"].get(name.removeprefix("1.1B, "), {}).get("planned"),
+    cases += [(f"H200: {name}", experiment, truth, kept["h200"].get(name, {}).get("planned"),
                "H200") for name, (experiment, truth) in on_gpu().items()]
     cases += [(f"{model} on {ranks:,}", large(model, ranks), None, None, "H100")
               for model in ("llama-7b", "llama-65b") for ranks in (1, 8, 64, 1024)]

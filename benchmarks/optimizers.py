@@ -6,7 +6,9 @@
 All arms update the same Llama-shaped tensors (51 M parameters in 101 tensors by default) with the same prescribed
 gradients; no model is run. The floor is the bytes that a rule must move (weights and states read and written,
 gradients read) over the bandwidth measured between the arms: the faster of a copy and of scaling in place. (On a
-CPU a copy is no bound: a core reads a line before it overwrites it, which in-place updates need anyway.)
+CPU a copy is no bound: a core reads a line before it overwrites it, which in-place updates need anyway.) A CPU's
+bandwidth changes with what else its host does: each round has its own. A GPU's does not, but may be seen too low after
+a pause: the highest of all rounds counts.
 
 Arms take turns. A turn builds the optimizer, makes one step that does not count and some that do, and frees it;
 its time is the median of those. Ratios are taken within a round of turns; tables give the median over the rounds
@@ -137,13 +139,20 @@ def compare(case: Case, arms: list[Arm], bench: Bench, rounding: str) -> dict[st
                 arms.remove(arm)
                 del turns[arm.name]
             bench.free()
-    moved = case.bytes(rounding)
     return {
-        "bytes": moved, "bandwidth": bandwidths,
-        "floor_ms": [moved * bench.numbers / max(each.values()) * 1e3 for each in bandwidths],
+        "bytes": case.bytes(rounding), "bandwidth": bandwidths,
         "auto": next((arm.name for arm in arms if arm.auto), None),
         "arms": {name: {key: [turn[key] for turn in found] for key in found[0]} for name, found in turns.items()},
     }
+
+
+def floors(results: dict[str, dict[str, Any]], numbers: int, *, steady: bool) -> None:
+    """Add each rule's floor, round by round; of a steady bandwidth the highest that was seen is the bound."""
+    seen = {name: [max(each.values()) for each in found["bandwidth"]] for name, found in results.items()}
+    highest = max(max(bandwidths) for bandwidths in seen.values())
+    for name, found in results.items():
+        found["floor_ms"] = [found["bytes"] * numbers / (highest if steady else bandwidth) * 1e3
+                             for bandwidth in seen[name]]
 
 
 def _agreeing(case: Case, arms: list[Arm], device: torch.device) -> Iterator[Arm]:
@@ -232,8 +241,9 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         for case in [case for case in CASES if not options.rules or case.name in options.rules]:
             arms = [*our_arms(case, device, rounding, in_backward=options.in_backward,
                               only_auto=options.quick), *library_arms(case, device)[0]]
-            found = compare(case, arms, bench, rounding)
-            results[case.name] = found | summarize(found)
+            results[case.name] = compare(case, arms, bench, rounding)
+        floors(results, bench.numbers, steady=device.type == "cuda")
+        results = {name: found | summarize(found) for name, found in results.items()}
         name = options.dtype if rounding == "exact" else f"{options.dtype}, {rounding}"
         bandwidth = {kind: [each[kind] / 1e9 for found in results.values() for each in found["bandwidth"]]
                      for kind in ("copy", "in place")}

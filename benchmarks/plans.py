@@ -1,6 +1,6 @@
 """Plans beside what runs measure: peak bytes of live tensors on a CPU, and an H200's figures that were kept.
 
-    python benchmarks/plans.py [--json experiments/results/plans_cpu.json]
+    python benchmarks/plans.py [--parts cases h200] [--json experiments/results/plans_cpu.json]
 
 Every configuration runs for real, on as many gloo processes as its layout has, and is planned without running.
 """
@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _results import keep
+from _results import h200_memory, keep
 from gpu_memory import METHODS
 
 import collie_lab as lab
 
-RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 BASE = lab.Experiment(
     model=lab.Model("llama-5m", init="random"), data=lab.RandomTokens(length=256, documents=64),
     optimizer=lab.AdamW(lr=1e-3), training=lab.Training(steps=3, batch_size=8, export=False))
@@ -116,26 +115,26 @@ def compare(experiment: lab.Experiment, pool: lab.Pool) -> dict[str, Any]:
 
 
 def on_gpu() -> dict[str, dict[str, Any]]:
-    """Plans beside what an H200 measured of llama-1b, method by method, and of llama-65b."""
+    """Plans beside what an H200 measured, method by method."""
     rows = {}
-    for row in json.loads((RESULTS / "gpu_h200_memory_1b.json").read_text(encoding="utf-8"))["results"]:
+    for name, row in h200_memory().items():
         cells, weights = METHODS[row["method"]]
         experiment = lab.Experiment(
             model=lab.Model(row["model"], init="random"), **cells, data=lab.RandomTokens(length=row["length"]),
             training=lab.Training(batch_size=row["batch_size"], recompute=row["recompute"], **weights))
         plan = experiment.plan("H200")
-        rows[row["method"]] = {
+        rows[name] = {
             "measured": row["allocated"], "planned": plan.peak_bytes, "error": plan.peak_bytes / row["allocated"] - 1,
             "reserved_error": plan.reserved_bytes / row["reserved"] - 1,
             "process_error": plan.process_bytes / row["process"] - 1}
+        found = rows[name]
+        print(f"H200, {name:46s} {found['measured'] / 1e9:.3f} GB: allocated {100 * found['error']:+.3f}%, reserved "
+              f"{100 * found['reserved_error']:+.2f}%, process {100 * found['process_error']:+.2f}%", flush=True)
     return rows
 
 
-def main() -> None:
-    """All of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+def on_cpu() -> dict[str, dict[str, Any]]:
+    """Every configuration, run and planned."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         cases = {**families(Path(folder)), **CASES}
@@ -151,12 +150,23 @@ def main() -> None:
     errors = [abs(row["error"]) for row in found.values()]
     print(f"{len(errors)} configurations: median {100 * statistics.median(errors):.3f}%, "
           f"worst {100 * max(errors):.3f}%")
-    gpu = on_gpu()
-    for name, row in gpu.items():
-        print(f"H200, {name:36s} {row['measured'] / 1e9:.3f} GB: allocated {100 * row['error']:+.3f}%, reserved "
-              f"{100 * row['reserved_error']:+.2f}%, process {100 * row['process_error']:+.2f}%")
+    return found
+
+
+def main() -> None:
+    """The parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = {"cases": on_cpu, "h200": on_gpu}
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    kept = {}
+    if options.json and options.json.is_file():  # parts that are not asked for stay
+        kept = json.loads(options.json.read_text(encoding="utf-8"))["results"]
+    for part in options.parts:
+        kept[part] = parts[part]()
     if options.json:
-        keep(options.json, "plans.py", {"cases": found, "h200": gpu})
+        keep(options.json, "plans.py", kept)
 
 
 if __name__ == "__main__":

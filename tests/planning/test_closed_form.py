@@ -68,8 +68,9 @@ def test_other_families(tmp_path: Path) -> None:
 
 def _measured() -> list[Any]:
     """What one H200 measured, by torch's own allocator: experiments and bytes."""
-    rows = json.loads((RESULTS / "gpu_h200_memory_1b.json").read_text(encoding="utf-8"))["results"]
-    return [pytest.param(row, id=row["method"]) for row in rows]
+    rows = [row for size in ("1b", "7b") for row in
+            json.loads((RESULTS / f"gpu_h200_memory_{size}.json").read_text(encoding="utf-8"))["results"]]
+    return [pytest.param(row, id=f"{row['model']}, {row['method']}") for row in rows]
 
 
 @pytest.mark.parametrize("row", _measured())
