@@ -11,37 +11,30 @@ from __future__ import annotations
 
 import copy
 import functools
-import pickle
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from collie_lab.folder import BEST, Board, best_checkpoints, checkpoints_in, read_json, write_json
-from collie_lab.optim import RuleOptimizer
-from collie_lab.training._safe_reader import SafeReader
+from collie_lab.folder import BEST, Board, best_checkpoints, checkpoints_in, write_json
 from collie_lab.training._share import HostMemory, SharePlanner, choose_share
+from collie_lab.training._state import model_state, optimizer_state, random_state, rank_and_world
 from collie_lab.training.finite import is_finite
 from collie_lab.training.memory import uncounted
 
-__all__ = ["Checkpointer", "Written", "load_checkpoint"]
+__all__ = ["Checkpointer", "Written"]
 
-_NORM = "norm"
 _PARTIAL = ".step-*.partial"
 
 
@@ -95,7 +88,7 @@ class Checkpointer:
                  layout: Mapping[str, int] | None = None, on_written: Callable[[Written], None] | None = None,
                  on_refused: Callable[[str], None] | None = None):
         self._folder, self._keep, self._on_written, self._on_refused = folder, keep, on_written, on_refused
-        self._rank, world = _rank_and_world()
+        self._rank, world = rank_and_world()
         self._header = {"world_size": world, "layout": dict(layout or {}), "identity": dict(identity or {})}
         self._group = _host_group(dist.group.WORLD) if world > 1 else None
         self._memory = HostMemory()
@@ -127,7 +120,7 @@ class Checkpointer:
                 write_json(plan.path / "state.json", plan.state)
                 self._settle(plan)
             return
-        state = {**_model_state(model), **_optimizer_state(model, optimizer), **_random_state(self._rank)}
+        state = {**model_state(model), **optimizer_state(model, optimizer), **random_state(self._rank)}
         items = choose_share(state, self._group)
         copies = self._memory.copy({item.index.fqn: state[item.index.fqn] for item in items})
         written = Written(step, plan.path, time.perf_counter() - began)
@@ -221,163 +214,6 @@ class Checkpointer:
                 _remove(path)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *,
-                    layout: Mapping[str, int] | None = None, seed: int = 0) -> int:
-    """Restore weights, optimizer state and random state in place; the step at which it was written.
-
-    All ranks together. They may be more or fewer than those that wrote it, and sharded otherwise. The random
-    state is restored where `layout` and the number of ranks are those of the checkpoint; elsewhere it is
-    seeded anew from `seed`, this rank's own, and the step. Nothing is changed unless all ranks can load all.
-
-    Raises:
-        ValueError: the checkpoint belongs to another model or optimizer, or is damaged.
-    """
-    rank, world = _rank_and_world()
-    header = read_json(path / "state.json")
-    same_layout = (header.get("world_size"), header.get("layout", {})) == (world, dict(layout or {}))
-    reader, state, problem = SafeReader(path), dict[str, Any](), None
-    stored: Mapping[str, Any] = {}
-    try:
-        if "step" not in header:
-            raise ValueError(f"{path} has no state.json: it is no checkpoint of a run")
-        metadata = reader.read_metadata()
-        stored = metadata.state_dict_metadata
-        state = {**_wanted_model_state(model, stored, path),
-                 **_wanted_optimizer_state(model, optimizer, stored, path)}
-        if same_layout:
-            state |= {name: value for name, value in _random_state(rank).items() if name in stored}
-        _check_shapes(state, stored, path)
-        reader.check_files(metadata)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
-        problem = error
-    _agree(problem, _model_state(model).keys(), stored, path)
-    with warnings.catch_warnings():  # each rank reads for itself; that is no lack of torch.distributed
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(state, storage_reader=reader, no_dist=True)
-    _set_optimizer_state(model, optimizer, state)
-    torch.manual_seed(int(np.random.default_rng([seed, header["step"]]).integers(2**63)))
-    if f"random.{rank}.cpu" in state:  # of a GPU too, if it was written on one
-        _set_random_state(rank, state)
-    return int(header["step"])
-
-
-# --- what a checkpoint holds ------------------------------------------------------------------------
-
-
-def _model_state(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()
-            if parameter.requires_grad}
-
-
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    state = {f"optimizer.{names[parameter]}|{key}": value
-             for parameter, entries in optimizer.state.items() for key, value in entries.items() if value is not None}
-    if isinstance(optimizer, RuleOptimizer) and optimizer.norm is not None:
-        state[_NORM] = optimizer.norm  # the next gradient may be clipped by it
-    return state
-
-
-def _random_state(rank: int) -> dict[str, Tensor]:
-    state = {f"random.{rank}.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state[f"random.{rank}.cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _parameter_of(name: str) -> str:
-    """The parameter to which an entry of the optimizer's state belongs."""
-    return name.removeprefix("optimizer.").split("|")[0]
-
-
-# --- what a rank loads ------------------------------------------------------------------------------
-
-
-def _wanted_model_state(model: nn.Module, stored: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    wanted = _model_state(model)
-    if missing := [name for name in wanted if name not in stored]:
-        raise ValueError(f"{path} has no {missing[0]!r} (and {len(missing) - 1} more): "
-                         "it was written for another model or adapter")
-    return wanted
-
-
-def _wanted_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, Any],
-                            path: Path) -> dict[str, Tensor]:
-    """Tensors to load into: a rule's own states, in place; for other optimizers new ones.
-
-    Of the stored states those of this rank's parameters: with a pipeline, others have the rest.
-    """
-    parameters = dict(model.named_parameters())
-    own = {name: meta for name, meta in stored.items()
-           if name.startswith("optimizer.") and _parameter_of(name) in parameters}
-    if not isinstance(optimizer, RuleOptimizer):
-        return _empty_optimizer_state(parameters, own)
-    state = _optimizer_state(model, optimizer)
-    state.pop(_NORM, None)
-    if differing := sorted(state.keys() ^ own.keys()):
-        raise ValueError(f"{path} and the optimizer differ in {differing[0]!r}: "
-                         "it was written for another optimizer or rounding")
-    if _NORM in stored:
-        device = next(model.parameters()).device
-        state[_NORM] = torch.zeros((), dtype=stored[_NORM].properties.dtype, device=device)
-    return state
-
-
-def _empty_optimizer_state(parameters: Mapping[str, Tensor], stored: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Laid out as their parameter where they have its shape."""
-    state = {}
-    for name, meta in stored.items():
-        if isinstance(meta, TensorStorageMetadata):
-            parameter, dtype = parameters[_parameter_of(name)], meta.properties.dtype
-            like = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-            # Step counts, scalars, stay with the host, as torch's own optimizers keep them.
-            other = torch.zeros(meta.size, dtype=dtype, device=parameter.device if meta.size else None)
-            state[name] = like if parameter.shape == meta.size else other
-    return state
-
-
-def _check_shapes(state: Mapping[str, Tensor], stored: Mapping[str, Any], path: Path) -> None:
-    for name, tensor in state.items():
-        size = getattr(stored[name], "size", None)
-        if size != tensor.shape:
-            raise ValueError(f"{name!r} is {tuple(size or ())} in {path}, and {tuple(tensor.shape)} here: "
-                             "it was written for another model or adapter")
-
-
-def _agree(problem: Exception | None, names: Any, stored: Mapping[str, Any], path: Path) -> None:
-    """Raise on all ranks what one has found; and if no rank at all has a parameter that is in the checkpoint."""
-    _, world = _rank_and_world()
-    mine = (None if problem is None else str(problem), set(names))
-    everyone: list[Any] = [mine] * world
-    if world > 1:
-        dist.all_gather_object(everyone, mine)
-    if problem is not None:
-        raise problem
-    for other, (text, _) in enumerate(everyone):
-        if text is not None:
-            raise ValueError(f"rank {other} cannot load the checkpoint: {text}")
-    saved = {name for name in stored if name.startswith("model.")}
-    if unknown := sorted(saved.difference(*(theirs for _, theirs in everyone))):
-        raise ValueError(f"the model has no {unknown[0]!r} (and {len(unknown) - 1} more), which is in {path}: "
-                         "it was written for another model or adapter")
-
-
-def _set_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    if isinstance(optimizer, RuleOptimizer):
-        optimizer.set_norm(state.get(_NORM))
-        return
-    parameters = dict(model.named_parameters())
-    for name, value in state.items():
-        if name.startswith("optimizer."):
-            optimizer.state[parameters[_parameter_of(name)]][name.split("|")[1]] = value
-
-
-def _set_random_state(rank: int, state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state[f"random.{rank}.cpu"])
-    if f"random.{rank}.cuda" in state:
-        torch.cuda.set_rng_state(state[f"random.{rank}.cuda"])
-
-
 # --- small things -----------------------------------------------------------------------------------
 
 
@@ -400,7 +236,3 @@ def _host_group(_world: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """All ranks, for messages between their hosts; one for all runs of a pool."""
     group: dist.ProcessGroup = dist.new_group(backend="gloo")
     return group
-
-
-def _rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

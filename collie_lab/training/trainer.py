@@ -27,7 +27,7 @@ from collie_lab.parallel import build_strategy
 from collie_lab.training.answers import Answers
 from collie_lab.training.budget import attach_budget, forget_choice
 from collie_lab.training.callbacks import Callbacks
-from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoint
+from collie_lab.training.checkpoint import Checkpointer, Written
 from collie_lab.training.ending import ending
 from collie_lab.training.evaluate import evaluate, file_name
 from collie_lab.training.export import export_model
@@ -38,6 +38,7 @@ from collie_lab.training.memory import NoMemory, build_memory, held_bytes, worst
 from collie_lab.training.meters import Meters, StepFigures
 from collie_lab.training.optimizer import set_learning_rate
 from collie_lab.training.probe import model_warnings
+from collie_lab.training.restore import load_checkpoint
 from collie_lab.training.step import TrainingStep
 
 __all__ = ["Trainer"]

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from collie_lab import cells
 from collie_lab.optim import build, parameter_groups
 from collie_lab.optim.library import Chained, block_matrices
-from collie_lab.training.checkpoint import Checkpointer, load_checkpoint
+from collie_lab.training.checkpoint import Checkpointer
+from collie_lab.training.restore import load_checkpoint
 from tests.ranks import run_ranks
 
 VOCABULARY, WIDTH, HIDDEN = 40, 32, 130

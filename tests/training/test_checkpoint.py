@@ -25,7 +25,8 @@ from collie_lab.folder import RunFolder, checkpoints_in, read_json
 from collie_lab.optim import RuleOptimizer, build
 from collie_lab.parallel import build_strategy
 from collie_lab.training._share import choose_share
-from collie_lab.training.checkpoint import Checkpointer, Written, load_checkpoint
+from collie_lab.training.checkpoint import Checkpointer, Written
+from collie_lab.training.restore import load_checkpoint
 from tests.ranks import run_ranks
 from tests.training.layouts import LAYOUTS, lay_out, step, tiny, whole
 
