@@ -244,12 +244,13 @@ class Run:
     @property
     def profile(self) -> pd.DataFrame:
         """What `Profile` has recorded on rank 0, a row an operator, the longest first: `operator`, `calls`, and the
-        seconds in it alone, on the `host` and on the `device` (0 on CPUs). Traces lie in `profile` in the run folder.
+        seconds in it alone, on the `host` and on the `device` (0 on CPUs). On a GPU each `kernel` has a row of its own,
+        whose seconds are also those of the operator that has launched it. Traces lie in `profile` in the run folder.
         """
         import pandas as pd
 
         rows = Tail(self.folder.path / "profile" / "operators.jsonl").new()
-        frame = pd.DataFrame(rows, columns=["operator", "calls", "host", "device"])
+        frame = pd.DataFrame(rows, columns=["operator", "kernel", "calls", "host", "device"])
         return frame.sort_values(["device", "host"], ascending=False, ignore_index=True)
 
     def logs(self, rank: int = 0, stream: Literal["out", "err", "both"] = "out", tail: int | None = None) -> str:

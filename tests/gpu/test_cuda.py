@@ -12,6 +12,7 @@ import torch
 import collie_lab as lab
 from collie_lab.data import Documents
 from collie_lab.folder import RunFolder
+from collie_lab.launch import Run
 from collie_lab.training.batch import collate
 from collie_lab.training.model import build_model
 from collie_lab.training.trainer import Trainer
@@ -129,3 +130,14 @@ def test_a_kernel_that_has_used_cuda_can_launch() -> None:
     records = (run.folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(records[-1])["memory_allocated"] > 0
     assert run.folder.read("env.json")["gpu"]
+
+
+def test_a_profile_tells_kernels_and_who_launches_them(tmp_path: Path) -> None:
+    experiment = BASE.replace(evaluate=[], training=lab.Training(steps=4, batch_size=8))
+    cpu = run_here(experiment, tmp_path / "cpu")
+    table = Run(_on_gpu(experiment.replace(callbacks=[lab.Profile(first=3, steps=2)]), tmp_path / "gpu", cpu)).profile
+    kernels, operators = table[table["kernel"]], table[~table["kernel"]]
+    assert (kernels["device"] > 0).all()
+    assert {"aten::mm", "aten::embedding"} <= set(operators["operator"])
+    # Some kernels have no operator: Triton's, which the optimizer starts itself.
+    assert 0 < operators["device"].sum() <= kernels["device"].sum() * 1.001

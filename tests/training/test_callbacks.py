@@ -319,6 +319,7 @@ def test_a_profile_tells_operators_and_leaves_traces(tmp_path: Path) -> None:
     embedding = table[table["operator"] == "aten::embedding"]
     assert list(embedding["calls"]) == [2]  # once a step
     assert (table["host"] >= 0).all()
+    assert not table["kernel"].any()
     assert table["host"].is_monotonic_decreasing
     with gzip.open(run.folder.path / "profile" / "rank-0.json.gz") as trace:
         assert json.load(trace)["traceEvents"]

@@ -56,7 +56,16 @@ class Profiler(Callback):
         folder.mkdir(exist_ok=True)
         found.export_chrome_trace(str(folder / f"rank-{trainer.rank}.json.gz"))
         if trainer.rank == 0:
-            write_lines(folder / "operators.jsonl", [
-                {"operator": each.key, "calls": each.count, "host": each.self_cpu_time_total / 1e6,
-                 "device": each.self_device_time_total / 1e6} for each in found.key_averages()])
+            write_lines(folder / "operators.jsonl", _rows(found))
             trainer.event("profile", step=trainer.step, path="profile")
+
+
+def _rows(found: profile) -> list[dict[str, Any]]:
+    rows = []
+    for each in found.key_averages():
+        kernel = each.device_type.name == "CUDA"
+        # Names that code gives to parts of itself (`Optimizer.step#AdamW`) cover the kernels in them once more.
+        if not (kernel and each.is_user_annotation):
+            rows.append({"operator": each.key, "kernel": kernel, "calls": each.count,
+                         "host": each.self_cpu_time_total / 1e6, "device": each.self_device_time_total / 1e6})
+    return rows
