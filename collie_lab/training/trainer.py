@@ -33,12 +33,13 @@ from collie_lab.training.evaluate import evaluate, file_name
 from collie_lab.training.export import export_model
 from collie_lab.training.finite import finite_everywhere
 from collie_lab.training.flops import peak_flops
-from collie_lab.training.identity import check_frozen, identity, known_figures, setting, told_figures
+from collie_lab.training.identity import check_frozen, identity
 from collie_lab.training.memory import NoMemory, build_memory, held_bytes, worst_rank
 from collie_lab.training.meters import Meters, StepFigures
 from collie_lab.training.optimizer import set_learning_rate
 from collie_lab.training.probe import model_warnings
 from collie_lab.training.restore import load_checkpoint
+from collie_lab.training.so_far import SoFar
 from collie_lab.training.step import TrainingStep
 
 __all__ = ["Trainer"]
@@ -68,11 +69,8 @@ class Trainer:
         self._stop_wish = self._best_wish = False
         self._reason = ""  # why the run ends before its last step
         self._complete = False  # `finish` has been called
-        # What evaluations have found: by the step of the weights, then by the evaluation's place.
-        self._figures: dict[int, dict[int, dict[str, float]]] = {}
         self._best: Mapping[str, Any] | None = None  # the checkpoint to go back to at the end
-        self._began, self._began_at, self._held = time.perf_counter(), 0, dict[str, int]()
-        self._seconds_before, self._peak_before = 0.0, 0  # of the runs that this one goes on from
+        self._so_far, self._began_at, self._held = SoFar(experiment, device), 0, dict[str, int]()
         self._callbacks = Callbacks(experiment)
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -175,22 +173,13 @@ class Trainer:
         """Take a checkpoint now, and write it while the training goes on; on all ranks together."""
         self._beat.say("checkpoint")
         self._best_wish = False
+        so_far = self._so_far.state_dict(self.step, self._meters, self._strategy.most(self._peak_bytes))
         self._checkpoints.save(self.step, *self._strategy.snapshot(self._adapted, self.optimizer), rolling=rolling,
-                               extra={"callbacks": self._callbacks.state_dict(), "so_far": self._so_far()})
-
-    def _so_far(self) -> dict[str, Any]:
-        """What a run that goes on from here is to know, for its figures to be those of the whole."""
-        return {"evaluated": told_figures(self.experiment, self._figures.get(self.step, {})),
-                "meters": self._meters.state_dict(), "seconds": self._seconds,
-                "setting": setting(self.experiment, self.device), "peak_bytes": self._strategy.most(self._peak_bytes)}
-
-    @property
-    def _seconds(self) -> float:
-        return self._seconds_before + time.perf_counter() - self._began
+                               extra={"callbacks": self._callbacks.state_dict(), "so_far": so_far})
 
     @property
     def _peak_bytes(self) -> int:
-        return max(self._peak_before, self._memory.peak_bytes or 0)
+        return self._so_far.peak_bytes(self._memory.peak_bytes)
 
     @property
     def stages(self) -> tuple[dist.ProcessGroup | None, Collection[Tensor]]:
@@ -260,19 +249,11 @@ class Trainer:
         if self.resumed_from is not None:
             check_frozen(self.resumed_from, shared["drawn_on"])
             self.step = self._began_at = self._load(self.resumed_from)
-            self._go_on(read_json(self.resumed_from / "state.json"))
+            state = read_json(self.resumed_from / "state.json")
+            self._callbacks.load_state_dict(state.get("callbacks", {}))
+            self._so_far.load_state_dict(state.get("so_far", {}), self.step, self._meters)
         self.event("start", step=self.step, steps=training.steps, world_size=experiment.parallel.world_size,
                    device=str(self.device.type), **asdict(built.size))
-
-    def _go_on(self, state: Mapping[str, Any]) -> None:
-        """Take over what a checkpoint knows beside the weights."""
-        self._callbacks.load_state_dict(state.get("callbacks", {}))
-        so_far = state.get("so_far", {})
-        self._seconds_before = so_far.get("seconds", 0.0)
-        self._figures[self.step] = known_figures(self.experiment, so_far.get("evaluated", []))
-        same = so_far.get("setting") == setting(self.experiment, self.device)
-        self._peak_before = so_far["peak_bytes"] if same else 0
-        self._meters.load_state_dict(so_far.get("meters", {}), speed=same)
 
     def _load(self, checkpoint: Path) -> int:
         """Weights, optimizer and random state of a checkpoint; its step."""
@@ -329,10 +310,10 @@ class Trainer:
         later ones.
         """
         at = self.step if step is None else step
-        known, found = self._figures.get(at, {}), dict[str, float]()
+        known, found = self._so_far.figures.get(at, {}), dict[str, float]()
         for place, (cell, documents) in enumerate(zip(self.experiment.evaluate, self._held_out, strict=True)):
             if due(cell) and place not in known:
-                self._figures[at] = known
+                self._so_far.figures[at] = known
                 with optim.averaged(self.optimizer):
                     known[place] = evaluate(
                         cell, self._adapted, documents, self._tokenizer, self._strategy, flat=self._step.flat,
@@ -373,7 +354,7 @@ class Trainer:
             self._checkpoints.finish()
         result = {
             "status": status, "steps": self.step, **self._meters.summary(), **figures,
-            **worst_rank(self._peak_bytes, self._held, self.device), "seconds": self._seconds,
+            **worst_rank(self._peak_bytes, self._held, self.device), "seconds": self._so_far.seconds,
             "world_size": self.experiment.parallel.world_size, **self._counts,
             **({"restored": step} if step != self.step else {}), **ending(status, self._reason, self.folder),
         }
