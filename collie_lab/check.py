@@ -11,6 +11,7 @@ from typing import Any
 from collie_lab.cells import CellError, Experiment, HeldOut, Instructions, Model, Problem, Text, TrainTokenizer
 from collie_lab.check_adapter import adapter_problems
 from collie_lab.check_callbacks import callback_problems
+from collie_lab.check_compile import compile_problems, compiler_problems
 from collie_lab.check_deepspeed import deepspeed_problems
 from collie_lab.check_evaluation import evaluation_problems
 from collie_lab.check_optimizer import matrix_problems, optimizer_problems
@@ -73,7 +74,7 @@ def check(experiment: Experiment) -> Report:
     problems: list[Problem] = []
     config = _cells(experiment, problems)
     _collect(problems, lambda: problems.extend(matrix_problems(experiment)))
-    problems += _gpus(experiment)
+    problems += [*_gpus(experiment), *compiler_problems(experiment)]
     _collect(problems, lambda: _data(experiment, config, problems))
     return Report(problems)
 
@@ -90,7 +91,8 @@ def _cells(experiment: Experiment, problems: list[Problem]) -> dict[str, Any]:
     config: dict[str, Any] = _collect(problems, lambda: _model(experiment.model, problems)) or {}
     problems += [*_batches(experiment), *tokenizer_problems(experiment, config), *optimizer_problems(experiment),
                  *adapter_problems(experiment), *parallel_problems(experiment, config), *deepspeed_problems(experiment),
-                 *evaluation_problems(experiment, config), *callback_problems(experiment), *_without_effect(experiment)]
+                 *evaluation_problems(experiment, config), *callback_problems(experiment),
+                 *compile_problems(experiment, config), *_without_effect(experiment)]
     return config
 
 

@@ -5,21 +5,34 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from collie_lab.machine import user_cache
 
-__all__ = ["build", "find_compiler"]
+__all__ = ["build", "find_compiler", "missing_for_torch"]
 
 
 def find_compiler() -> str | None:
     """The C++ compiler of this machine."""
     return next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
+
+
+def missing_for_torch() -> tuple[str, str] | None:
+    """What torch.compile needs and this machine has not, and how to get it: on a GPU too, where Triton builds what
+    starts its kernels."""
+    if not (os.environ.get("CXX") or os.environ.get("CC") or find_compiler()):
+        return "a C++ compiler", "install one (Debian: `apt install g++`)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        return f"Python's headers ({header})", "install them (Debian: `apt install python3-dev`)"
+    return None
 
 
 def build(source: str, flags: Sequence[str]) -> ctypes.CDLL:

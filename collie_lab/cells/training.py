@@ -31,6 +31,10 @@ class Training(Cell):
     """How weights are kept. `bf16` halves them and their gradients; the optimizer's `rounding` keeps their updates."""
     recompute: Literal["none", "full"] = "none"
     """`full`: every block recomputes its activations in the backward pass."""
+    compile: bool = False
+    """Have torch.compile make kernels of its own for every transformer block, while it trains: the same losses but for
+    rounding (dropout draws other numbers). The first steps wait for the compiler, tens of seconds each; evaluation and
+    generation run as before."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """How the learning rate falls after the warm-up, to `final_lr` times its peak. `wsd` (warm-up, stable, decay: Hu et
     al., arXiv 2404.06395) falls at the end alone, linearly: a checkpoint from before is one to train on."""

@@ -35,6 +35,7 @@ from collie_lab.planning._llama import Model, Shape
 from collie_lab.planning._moments import Peak, at_the_ends, deepened
 from collie_lab.planning._roles import Role
 from collie_lab.planning._sizes import Memory, Parameter, Storage, Tape
+from collie_lab.planning._texts import uncompiled_text
 from collie_lab.planning.plan import CONTEXT, GRANULE, check_plan, in_words, longest_document
 
 __all__ = ["FAMILIES", "Estimate", "estimate"]
@@ -86,7 +87,8 @@ class Estimate:
         return None if self.gpu is None or self.process_bytes is None else self.process_bytes <= self.gpu.memory
 
     def __repr__(self) -> str:
-        return in_words(self.peak_bytes, self.gpu, self.fits, self.components, f", in the {self.moment}")
+        return in_words(self.peak_bytes, self.gpu, self.fits, self.components, f", in the {self.moment}") \
+            + uncompiled_text(self.experiment)
 
 
 def estimate(experiment: Experiment, gpu: GPU | str | None = None) -> Estimate:

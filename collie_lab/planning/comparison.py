@@ -105,7 +105,8 @@ def _labels(plans: Sequence[Plan]) -> list[str]:
     """What differs, in words; numbers where that does not tell them apart."""
     parts = [[experiment.model.source, type(experiment.adapter or experiment.optimizer).__name__,
               layout_text(experiment.parallel), f"{experiment.training.weights} weights",
-              *batches_text(experiment), f"{plan.length} tokens", plan.gpu.name if plan.gpu else "CPU"]
+              *batches_text(experiment), "compiled (not forecast)" if experiment.training.compile else "not compiled",
+              f"{plan.length} tokens", plan.gpu.name if plan.gpu else "CPU"]
              for plan in plans for experiment in [plan.experiment]]
     differing = [column for column in range(len(parts[0])) if len({row[column] for row in parts}) > 1]
     names = [", ".join(row[column] for column in differing) or row[1] for row in parts]

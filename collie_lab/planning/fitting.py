@@ -27,6 +27,7 @@ from collie_lab.data.hub import context_length, holds_weights, model_config
 from collie_lab.gpus import GPU, find_gpu
 from collie_lab.planning._rough import Shape
 from collie_lab.planning._search import Goal, Option, Refusal, Search
+from collie_lab.planning._texts import uncompiled_text
 from collie_lab.planning.calibration import find_rates
 from collie_lab.planning.plan import longest_document
 from collie_lab.planning.rates import published
@@ -181,7 +182,8 @@ def fit(model: Model | str | Path | Experiment, gpus: int = 8, gpu: GPU | str = 
                         "a plan could tell") for each in options if not each.fits]
     ranked = sorted(filter(lambda each: each.fits, options), key=lambda each: (not each.confirmed, each.score(goal)))
     title = (f"{base.model.source} on {gpus} x {chosen.name} ({bytes_text(chosen.memory)}), batches of "
-             f"{base.training.batch_size} x {search.length} tokens, ranked by {goal}")
+             f"{base.training.batch_size} x {search.length} tokens, ranked by {goal}"
+             + uncompiled_text(base))
     return Fit(title, tuple(ranked), (*refused, *dropped))
 
 

@@ -25,6 +25,7 @@ from collie_lab.data.hub import context_length, model_config
 from collie_lab.data.prepare import room_for_documents, sequence_length
 from collie_lab.gpus import GPU, find_gpu
 from collie_lab.planning._client import ask
+from collie_lab.planning._texts import uncompiled_text
 from collie_lab.planning.calibration import find_rates
 from collie_lab.planning.speed import Speed, forecast_speed
 
@@ -44,7 +45,7 @@ GRANULE: Final = 512
 
 @dataclass(frozen=True)
 class Plan:
-    """What an experiment will need, before it runs; for steps whose sequences are all of full length.
+    """What an experiment will need, before it runs; for steps whose sequences are all of full length, uncompiled.
 
     Attributes:
         experiment: what was asked about.
@@ -177,7 +178,8 @@ class Plan:
         return draw(worst, self.gpu)
 
     def __repr__(self) -> str:
-        return in_words(self.peak_bytes, self.gpu, self.fits, self.worst["components"]) + self._pace
+        return in_words(self.peak_bytes, self.gpu, self.fits, self.worst["components"]) + self._pace \
+            + uncompiled_text(self.experiment)
 
     @property
     def _pace(self) -> str:
@@ -274,13 +276,14 @@ def _without_weights(model: Model) -> Model:
 
 
 def _bare(experiment: Experiment, length: int) -> Experiment:
-    """The same step without data or a tokenizer. Sophia's second step refreshes its Hessian: it takes most."""
+    """The same step without data, a tokenizer or a compiler. Sophia's second step refreshes its Hessian: it takes most.
+    """
     model, optimizer = _without_weights(experiment.model), experiment.optimizer
     if isinstance(model.tokenizer, NewTokenizer):
         model = model.replace(tokenizer=None, config=dict(model.overrides))
     if isinstance(optimizer, Sophia) and optimizer.hessian_every <= experiment.training.steps:
         optimizer = optimizer.replace(hessian_every=min(2, optimizer.hessian_every))
-    return experiment.replace(model=model, optimizer=optimizer,
+    return experiment.replace(model=model, optimizer=optimizer, training=experiment.training.replace(compile=False),
                               data=RandomTokens(length=length, packing=experiment.data.packing))
 
 

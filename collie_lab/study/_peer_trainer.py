@@ -183,7 +183,7 @@ def arguments(experiment: Experiment, folder: RunFolder, device: torch.device) -
         optim="adamw_torch_fused", learning_rate=cell.lr, adam_beta1=cell.betas[0], adam_beta2=cell.betas[1],
         adam_epsilon=cell.eps, weight_decay=cell.weight_decay, max_grad_norm=training.clip_grad_norm or 0.0,
         lr_scheduler_type="constant",  # where nobody makes another
-        bf16=training.precision == "bf16", seed=training.seed,
+        bf16=training.precision == "bf16", torch_compile=training.compile, seed=training.seed,
         train_sampling_strategy="sequential", dataloader_num_workers=0, dataloader_pin_memory=device.type == "cuda",
         remove_unused_columns=False, save_strategy="no", report_to=[], disable_tqdm=True, logging_strategy="no",
         logging_nan_inf_filter=False,  # it waits for the device at every micro-batch

@@ -129,6 +129,11 @@ def _precision(run: Conditions) -> str | None:
     return words + (f" ({rounding})" if rounding and weights != "fp32" else "")  # fp32 weights are not rounded
 
 
+def _compilation(run: Conditions) -> str | None:
+    training = run.cell("training")
+    return ("compiled" if training.get("compile") else "not compiled") if training else None
+
+
 def _evaluation(run: Conditions) -> str | None:
     """What is asked of the model, on what; how often and in what batches does not matter."""
     cells = run.experiment.get("evaluate")
@@ -230,6 +235,7 @@ ASPECTS: Final = (
     Aspect("data order", ("data",), _order),
     Aspect("seed", ("training.seed",), lambda run: run.cell("training").get("seed")),
     Aspect("recomputation", ("training.recompute",), lambda run: run.cell("training").get("recompute")),
+    Aspect("compilation", ("training.compile",), _compilation),
     Aspect("precision", ("training.precision", "training.weights", "optimizer.rounding"), _precision),
     Aspect("learning-rate schedule", ("training.schedule", "training.warmup", "training.decay",
                                       "training.final_lr"), _schedule),

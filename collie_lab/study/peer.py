@@ -6,6 +6,8 @@ that DeepSpeed draws in shards). Sequences, their order, micro-batches, learning
 the experiment. The Trainer gets what makes it fast: a fused AdamW, no log that waits for the device, batches padded to
 their longest row, and with `engine="deepspeed"` the configuration that transformers advises.
 
+`Training.compile` is its `torch_compile`: the whole model is compiled, where ours compiles the blocks.
+
 What differs: packed documents share a padded row, kept apart by a mask; logits are made whole.
 """
 
@@ -62,6 +64,9 @@ def _layout(experiment: Experiment) -> Iterator[Problem]:
     if sharded and training.precision != ("bf16" if training.weights == "bf16" else "fp32"):
         yield Problem("Training", "weights", "DeepSpeed, as the Trainer calls it, computes in the type of the "
                       "weights", 'weights="bf16" with precision="bf16": it keeps an fp32 copy')
+    if parallel.engine == "deepspeed" and training.compile:
+        yield Problem("Training", "compile", "transformers' Trainer is compiled without DeepSpeed here",
+                      "compile=False")
     if not sharded and training.weights == "bf16":
         yield Problem("Training", "weights", "the Trainer rounds bf16 weights to nearest, which loses updates",
                       'weights="fp32"; or engine="deepspeed" with zero, which keeps an fp32 copy')

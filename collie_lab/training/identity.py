@@ -42,7 +42,8 @@ def setting(experiment: Experiment, device: torch.device) -> dict[str, Any]:
     """What speed and memory depend on, of what a run that goes on may change."""
     training = experiment.training
     return {"parallel": experiment.parallel.to_dict(), "micro_batch_size": training.micro_batch_size,
-            "recompute": training.recompute, "precision": training.precision, "weights": training.weights,
+            "recompute": training.recompute, "compile": training.compile, "precision": training.precision,
+            "weights": training.weights,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
 
 

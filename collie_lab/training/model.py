@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from collie_lab.cells import AdaLoRA, Experiment, Parallel, QLoRA, VirtualTokens
@@ -15,6 +14,7 @@ from collie_lab.data import Extension, Tokenizer
 from collie_lab.parallel import Strategy
 from collie_lab.size import Size
 from collie_lab.training.adapters import adapt
+from collie_lab.training.blocks import wrap_blocks
 from collie_lab.training.budget import attach_orthogonality
 from collie_lab.training.first_values import set_first_values
 from collie_lab.training.flops import StepFlops
@@ -67,8 +67,7 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
         attach_whole_loss(model, training.loss)
     else:
         attach_loss(model, training.loss, strategy.tensor)
-    if training.recompute == "full":
-        _recompute_blocks(model)
+    wrap_blocks(model, recompute=training.recompute == "full", compiled=training.compile)
     if isinstance(experiment.adapter, QLoRA):
         quantize_linears(model, experiment.adapter, torch.bfloat16 if training.precision == "bf16" else torch.float32)
     root = model if experiment.adapter is None else adapt(
@@ -88,23 +87,3 @@ def build_model(experiment: Experiment, device: torch.device, strategy: Strategy
     fill(root, experiment.model, training.seed, device, dtype, extension)
     set_first_values(root, experiment.adapter, strategy.gather, tokenizer, training.seed)
     return BuiltModel(model, root, flops, size)
-
-
-def _recompute_blocks(model: nn.Module) -> None:
-    """Every block keeps its input only and runs again in the backward pass.
-
-    Non-reentrant: the reentrant kind gives a weight that several blocks share two gradients, which an
-    optimizer in backward would take for two steps.
-    """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    for block in [module for module in model.modules() if type(module).__name__ in names]:
-        block.forward = _checkpointed(block.forward)
-
-
-def _checkpointed(forward: Any) -> Any:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run

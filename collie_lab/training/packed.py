@@ -13,6 +13,7 @@ L longest of them.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-__all__ = ["ATTENTION", "PackedLayout", "supports_packed_attention", "to_device"]
+__all__ = ["ATTENTION", "PackedLayout", "attention", "supports_packed_attention", "to_device"]
 
 #: The name under which transformers finds the attention function of this file.
 ATTENTION = "collie_packed"
@@ -55,6 +56,15 @@ class PackedLayout:
     """Tokens of each group."""
     prefix: Tensor | None = None
     """[layers, 2, heads, virtual tokens, D]: keys and values before every document's own."""
+    attend: Callable[..., Tensor] | None = None
+    """What computes attention in place of this file's function: the same, kept out of compiled graphs (`blocks`)."""
+
+    @property
+    def equal_documents(self) -> int | None:
+        """How many documents there are, where they are of one length and nothing stands before them: all that attention
+        depends on, beside the shapes of its operands. Else None."""
+        group = self.groups[0]
+        return group.count if len(self.groups) == 1 and group.index_NL is None and self.prefix is None else None
 
     @classmethod
     def build(cls, lengths: NDArray[np.int64], device: torch.device) -> PackedLayout:
@@ -113,16 +123,27 @@ def _packed_attention(module: nn.Module, query_BHTD: Tensor, key_BKTD: Tensor, v
                       **_: Any) -> tuple[Tensor, None]:
     """transformers' attention function: [1, H, T, D] queries to [1, T, H, D] outputs.
 
-    Without `packed` (generation, a model called by hand) it is plain SDPA with the mask it is given. Where other ranks
-    have other heads, dropout draws other numbers: `module.separate_random` is the context for it.
+    Without `packed` (generation, a model called by hand) it is plain SDPA with the mask it is given.
+    """
+    attend = attention if packed is None or packed.attend is None else packed.attend
+    return attend(module, query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, packed,
+                  sliding_window), None
+
+
+def attention(module: nn.Module, query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor,
+              attention_mask: Tensor | None, scaling: float | None, dropout: float, packed: PackedLayout | None,
+              sliding_window: int | None) -> Tensor:
+    """The same, all of it given by its place.
+
+    Where other ranks have other heads, dropout draws other numbers: `module.separate_random` is the context for it.
     """
     prefix = None if packed is None or packed.prefix is None else packed.prefix[cast(int, module.layer_idx)]
     if dropout and (separate := getattr(module, "separate_random", None)):
         with separate():
             return _attention(query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, packed,
-                              sliding_window, prefix), None
+                              sliding_window, prefix)
     return _attention(query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, packed, sliding_window,
-                      prefix), None
+                      prefix)
 
 
 def _attention(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, attention_mask: Tensor | None,
@@ -131,7 +152,9 @@ def _attention(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, attenti
     if packed is None:
         out = _sdpa(query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling, dropout, sliding_window)
         return out.transpose(1, 2)
-    parts = zip(*(x.split(packed.sizes, dim=2) for x in (query_BHTD, key_BKTD, value_BKTD)), strict=True)
+    # A graph that has this code holds for any length only if the length is read from a tensor.
+    sizes = packed.sizes if len(packed.groups) > 1 else (query_BHTD.shape[2],)
+    parts = zip(*(x.split(sizes, dim=2) for x in (query_BHTD, key_BKTD, value_BKTD)), strict=True)
     outputs = []
     for group, part in zip(packed.groups, parts, strict=True):
         q, k, v = (_rows(x, group) for x in part)
@@ -149,7 +172,7 @@ def _rows(x_BHTD: Tensor, group: _Group) -> Tensor:
         return x_BHTD
     if group.index_NL is not None:
         x_BHTD = x_BHTD.index_select(2, group.index_NL.flatten())
-    rows_NHLD: Tensor = x_BHTD.unflatten(2, (group.count, group.longest))[0].transpose(0, 1)
+    rows_NHLD: Tensor = x_BHTD.unflatten(2, (group.count, -1))[0].transpose(0, 1)
     return rows_NHLD
 
 
@@ -160,8 +183,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float |
         place = torch.arange(keys, device=q.device)
         age = place[keys - queries :, None] - place  # the last query goes with the last key
         mask = (age >= 0) & (age < (keys if window is None else window))
-    # One query against a cache sees all of it; `is_causal` would align it with the first key.
-    causal = mask is None and queries > 1
+    causal = mask is None
+    if queries == 1:  # it sees all of a cache; `is_causal` would align it with the first key
+        causal = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling,
                                           enable_gqa=k.shape[1] != q.shape[1])
 

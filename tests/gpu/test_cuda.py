@@ -34,6 +34,8 @@ ARMS = {
         optimizer=lab.Lion(lr=1e-3, in_backward=True),
         training=lab.Training(steps=10, batch_size=8, clip_grad_norm=0.5)),
     "recompute": BASE.with_("training.recompute", "full"),
+    "compiled": BASE.with_("training.compile", True),
+    "compiled, recompute": BASE.replace(training=BASE.training.replace(compile=True, recompute="full")),
 }
 
 

@@ -281,3 +281,12 @@ def test_gpus_are_found_by_what_people_call_them() -> None:
     own = GPU("mine", 10**9, 1e12, 1e14, 1e10)
     assert find_gpu(own) is own
     assert isinstance(plan(BASE, own), Plan)
+
+
+def test_of_a_compiled_run_the_uncompiled_step_is_forecast_and_that_is_said() -> None:
+    eager, compiled = plan(BASE), plan(BASE.with_("training.compile", True))
+    assert compiled.peak_bytes == eager.peak_bytes
+    assert "of steps without compile=True" in repr(compiled)
+    assert "compile" not in repr(eager)
+    assert "of steps without compile=True" in repr(lab.estimate(compiled.experiment))
+    assert list(eager.compare(compiled).plans) == ["not compiled", "compiled (not forecast)"]

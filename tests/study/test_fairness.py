@@ -79,6 +79,7 @@ def test_other_seeds() -> None:
     ("data order", {"experiment": BASE.with_("data.packing", False)}),
     ("learning-rate schedule", {"experiment": BASE.with_("training.schedule", "cosine")}),
     ("recomputation", {"experiment": BASE.with_("training.recompute", "full")}),
+    ("compilation", {"experiment": BASE.with_("training.compile", True)}),
     ("loss", {"experiment": BASE.with_("training.loss", torch.nn.functional.cross_entropy)}),
     ("gradient clipping", {"experiment": BASE.with_("training.clip_grad_norm", 0.5)}),
     ("evaluation set", {"experiment": BASE.replace(evaluate=(lab.Perplexity(limit=50),))}),

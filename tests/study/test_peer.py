@@ -14,6 +14,7 @@ import collie_lab as lab
 from collie_lab.data import prepare
 from collie_lab.folder import RunFolder
 from collie_lab.study import peer
+from collie_lab.study._peer_trainer import arguments
 from tests.ranks import losses, run_here, run_ranks
 
 #: Of a loss: both compute in fp32, in another order of sums, and clip by a norm to which others add a little.
@@ -77,6 +78,13 @@ def test_losses_on_two_ranks(layout: dict[str, Any], tmp_path: Path) -> None:
     _compare(RunFolder(tmp_path / "ours"), RunFolder(tmp_path / "theirs"))
 
 
+def test_the_compiler_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which the Trainer's settings change
+    found = [arguments(_experiment(training={"compile": each}), RunFolder(tmp_path), torch.device("cpu")).torch_compile
+             for each in (False, True)]
+    assert found == [False, True]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     experiment = _experiment(optimizer=lab.AdamW(lr=1e30), training={"warmup": 0, "schedule": "constant", "steps": 9})
     folder = _prepared(experiment, tmp_path / "theirs")
@@ -104,6 +112,7 @@ def test_the_stop_flag_is_heeded(tmp_path: Path) -> None:
     ({"optimizer": lab.AdamW(lr_scale={"*embed*": 0.1})}, "lr_scale"), ({"evaluate": (lab.Perplexity(),)}, "evaluate"),
     ({"training": {"export": True}}, "export"), ({"training": {"checkpoint_every": 2}}, "checkpoint_every"),
     ({"training": {"weights": "bf16", "precision": "bf16"}}, "weights"),
+    ({"training": {"compile": True}, "parallel": lab.Parallel(dp=2, engine="deepspeed")}, "compile"),
     ({"training": {"precision": "bf16"}, "parallel": lab.Parallel(dp=2, zero=3, engine="deepspeed")}, "weights"),
 ])
 def test_what_it_cannot_do_is_refused(cells: dict[str, Any], field: str) -> None:

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from collie_lab import cells
 from collie_lab.cells import Callback, Experiment
+from collie_lab.training.callbacks.compilation import Compilation
 from collie_lab.training.callbacks.monitors import EarlyStop, KeepBest
 from collie_lab.training.callbacks.profiler import Profiler
 from collie_lab.training.callbacks.statistics import TensorStatistics
@@ -29,6 +30,8 @@ class Callbacks(Callback):
                 number += 1
                 name = f"{type(item).__name__} {number}"
             self._each[name] = _build(item, experiment)
+        if experiment.training.compile:
+            self._each["the compiler"] = Compilation()
 
     @override
     def on_start(self, trainer: Any) -> None:

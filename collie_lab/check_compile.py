@@ -1,0 +1,53 @@
+"""What torch.compile cannot do, or needs; part of `collie_lab.check`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from collie_lab.cells import Experiment, Problem, QLoRA
+from collie_lab.compiler import missing_for_torch
+
+__all__ = ["compile_problems", "compiler_problems"]
+
+#: Fields by which configurations of transformers tell of a state that goes from token to token.
+_STATES: Final = ("state_size", "ssm_state_size", "mamba_d_state", "lru_width", "conv_kernel", "linear_conv_kernel_dim",
+                  "chunk_size", "attention_hidden_size")
+_LEAVE_OUT: Final = "compile=False"
+
+
+def compile_problems(experiment: Experiment, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What cannot be compiled; `config` is the model's."""
+    if not experiment.training.compile:
+        return
+    config, parallel = {**config, **config.get("text_config", {})}, experiment.parallel
+    family = config.get("model_type", "")
+    if any(config.get(name) for name in _STATES) or any(hasattr(_configuration(family), name) for name in _STATES):
+        yield Problem("Training", "compile", f"the family {family} keeps a state from token to "
+                      "token, in loops that torch.compile unrolls: minutes for every length of a row", _LEAVE_OUT)
+    if parallel.engine == "deepspeed" and parallel.zero == 3:
+        yield Problem("Training", "compile", "with zero=3 DeepSpeed gathers weights in hooks inside of a block, which "
+                      "are no graph: torch.compile gives up in the first step",
+                      f'{_LEAVE_OUT}, zero=2, or engine="torch", where zero=3 can be compiled')
+    if parallel.pp > 1 and parallel.schedule == "zero_bubble":
+        yield Problem("Training", "compile", "zero_bubble computes the gradients of weights apart, layer by layer, "
+                      "which takes a compiled block to pieces again", f'{_LEAVE_OUT}, or schedule="interleaved"')
+    if isinstance(experiment.adapter, QLoRA):
+        yield Problem("Training", "compile", "four-bit layers of bitsandbytes have not been tried under torch.compile",
+                      f"{_LEAVE_OUT}, or LoRA")
+
+
+def compiler_problems(experiment: Experiment) -> Iterator[Problem]:
+    """What torch.compile would miss on this machine."""
+    if experiment.training.compile and (missing := missing_for_torch()):
+        yield Problem("Training", "compile", f"torch.compile needs {missing[0]}, which this machine does not have",
+                      f"{missing[1]}, or {_LEAVE_OUT}")
+
+
+def _configuration(family: str) -> Any:
+    """A family's class, whose defaults a file may leave out; None for a family that transformers does not know."""
+    from transformers import CONFIG_MAPPING
+
+    if family not in CONFIG_MAPPING:
+        return None
+    return CONFIG_MAPPING[family]
