@@ -148,7 +148,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                               for parameter, index in ready])
         else:
             self._take_leftovers([parameter for parameter, _ in ready])
-            self._waiting.flush(self._update)
+            self._waiting.flush(self._update_fresh)
             if self._norms:
                 self._close_norm()
         self.set_norm(self.norm)
@@ -212,20 +212,29 @@ class RuleOptimizer(torch.optim.Optimizer):
             parameter.grad = None
 
     def _take(self, parameter: Tensor, slot: Slot, gradient: Tensor) -> None:
-        """Measure a gradient, and update with it unless this is the measuring pass."""
-        update = self._phase == "update"
-        if update and self._max_norm is not None and self._scale is None:
+        """Update with a gradient, now or together with others; in the measuring pass only measure it."""
+        part, each = self._fired.get(parameter, 0), (parameter, slot, gradient)
+        if self._phase == "measure":
+            self._measure([each])
+        elif self._max_norm is not None and self._scale is None:
             raise RuntimeError("clipping by norm in backward needs the norm first: run the same forward and backward "
                                "pass before, inside `with optimizer.measure():`")
-        if self._record_norm and not (update and self._norm_is_measured):
-            self._norms.append((gradient_norms([gradient])[0], slot))
-        part = self._fired.get(parameter, 0)
         # Not so FSDP2's gradients: they are there on a stream of its own, which it waits for before the end.
-        if update and slot.engine.together and not isinstance(parameter, DTensor):
-            self._waiting.add((parameter, slot, gradient), part, self._update)
-        elif update:
-            self._update([(parameter, slot, gradient)], part)
+        elif slot.engine.together and not isinstance(parameter, DTensor):
+            self._waiting.add(each, part, self._update_fresh)
+        else:
+            self._update_fresh([each], part)
         self._fired[parameter] = part + 1
+
+    def _measure(self, ready: list[Ready]) -> None:
+        norms = gradient_norms([gradient for _, _, gradient in ready])
+        self._norms += [(norm, slot) for norm, (_, slot, _) in zip(norms, ready, strict=True)]
+
+    def _update_fresh(self, ready: list[Ready], part: int) -> None:
+        """In backward: update with gradients that may still be to be measured."""
+        if self._record_norm and not self._norm_is_measured:
+            self._measure(ready)
+        self._update(ready, part)
 
     def _update(self, ready: list[Ready], part: int = 0) -> None:
         """Update parameters with their gradients, or with one more part of them."""
@@ -258,7 +267,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The context of a backward pass that only finds the gradient's norm, by which the next is clipped."""
         if not self.in_backward or self._max_norm is None:
             raise ValueError("measure() is for clipping by norm in backward: there is no max_norm, or no need of it")
-        self._waiting.flush(self._update)
+        self._waiting.flush(self._update_fresh)
         try:
             with self._in_phase("measure"):
                 yield
