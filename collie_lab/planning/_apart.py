@@ -56,6 +56,7 @@ def _begin(function: Callable[[], Any]) -> tuple[int, int]:
     try:
         die_with_parent()
         os.close(reader)
+        _renew_pool()
         try:
             answer = (False, function())
         except Exception as error:
@@ -65,3 +66,12 @@ def _begin(function: Callable[[], Any]) -> tuple[int, int]:
         status = 0
     finally:
         os._exit(status)
+
+
+def _renew_pool() -> None:
+    """A fork leaves torch's pool of threads to be made anew by whoever wants it next. That is not safe to do twice at
+    once, and autograd's own thread may want it when this one does: torch then ends the process ("Invalid thread pool!",
+    in one of ten dry runs by torch 2.11). So it is made while there is no other thread."""
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
