@@ -250,7 +250,7 @@ def _compiled_energy() -> Callable[..., Any]:
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     # Compiled code is kept with the code object, up to a limit: closures of one function must not share it.
     function.__code__ = function.__code__.replace()  # type: ignore[attr-defined]
-    # Else fp32 → bf16 → fp32 is simplified away, and with it what Kahan's compensation keeps.
+    # Else fp32 → bf16 → fp32 is simplified away where a formula has it; rounding does not rely on this (`nearest`).
     compiled: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True,
                                                  options={"emulate_precision_casts": True})
     return compiled

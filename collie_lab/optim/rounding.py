@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["ROUNDINGS", "Weight", "compute_dtype", "hash32", "noise_keys", "read_weight", "wrap32", "write_weight"]
+__all__ = ["ROUNDINGS", "Weight", "compute_dtype", "hash32", "nearest", "noise_keys", "read_weight", "wrap32",
+           "write_weight"]
 
 ROUNDINGS = ("stochastic", "kahan", "master")
 
@@ -106,13 +107,21 @@ def write_weight(value: Tensor, tensor: Tensor, extra: Tensor | None, rounding: 
         value = torch.where(torch.isnan(value), value, bits.view(torch.float32))
     elif rounding == "kahan":
         assert extra is not None
-        rounded = value.to(tensor.dtype)
+        rounded = nearest(value) if torch.compiler.is_compiling() else value.to(tensor.dtype)
         extra.copy_(value - rounded.to(value.dtype))
         value = rounded
     elif rounding == "master":
         assert extra is not None
         extra.copy_(value)
     tensor.copy_(value)
+
+
+def nearest(value: Tensor) -> Tensor:
+    """The nearest numbers of bf16, ties to even, in fp32 and by whole numbers: fp32 → bf16 → fp32 is nothing to some
+    compilers (torch 2.11 on CPUs, whatever its options say), and so would be what rounding cuts off."""
+    bits = value.view(torch.int32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return torch.where(torch.isnan(value), value, bits.view(torch.float32))
 
 
 def hash32(index: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from collie_lab.optim import SGD, RuleOptimizer
-from collie_lab.optim.rounding import ROUNDINGS, Weight, hash32, noise_keys, wrap32
+from collie_lab.optim.rounding import ROUNDINGS, Weight, hash32, nearest, noise_keys, wrap32
 
 SIZE, STEPS, LR = 20_000, 300, 1e-5
 
@@ -121,6 +121,13 @@ def test_what_is_not_finite_stays_so(rounding: str) -> None:
         weight.write(value)
         torch.testing.assert_close(weight.tensor.float(), value, rtol=0, atol=0, equal_nan=True)
         assert weight.tensor[4].signbit()
+
+
+def test_nearest_is_the_cast() -> None:
+    bits = torch.arange(2**16, dtype=torch.int32)[:, None] << 16
+    value = (bits + torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)).view(torch.float32)
+    torch.testing.assert_close(nearest(value), value.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+    assert nearest(torch.tensor(-0.0)).signbit()
 
 
 @pytest.mark.parametrize(("rounding", "digits"), [("stochastic", 7), ("kahan", 15), ("master", 24)])
