@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from typing_extensions import override
 
 from collie_lab.cells._base import CellError, Problem
 
@@ -16,14 +17,39 @@ __all__ = ["dump", "parse", "read"]
 _FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+\Z")
 
 
+_MERGE: Final = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """A key that stands twice is an error: PyYAML takes the last one."""
+
+    @override
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what `<<` merges before a mapping's own keys, the first of several mappings last: a key's last counts.
+
+        PyYAML 6.0.4 has the last of several mappings win, and drops keys that override merged ones.
+        """
+        merged: list[tuple[yaml.Node, yaml.Node]] = []
+        own = [pair for pair in node.value if pair[0].tag != _MERGE]
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                continue
+            sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for source in reversed(sources):
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(
+                        "while constructing a mapping", node.start_mark,
+                        f"expected a mapping or list of mappings for merging, but found {source.id}", source.start_mark)
+                self.flatten_mapping(source)
+                merged += source.value
+        node.value = merged + own
+        super().flatten_mapping(node)  # whatever else it does
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:  # not yet with what `<<` merges, which they may override
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
                 line = key.start_mark.line + 1
                 if (key.tag, key.value) in lines:
                     raise yaml.YAMLError(f"the key `{key.value}` stands twice, in line {lines[key.tag, key.value]} and "

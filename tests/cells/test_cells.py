@@ -61,6 +61,10 @@ def test_a_key_of_yaml_stands_once_and_overrides_what_is_merged() -> None:
         lab.Experiment.from_yaml("model: x\ntraining: {steps: 1}\n\ntraining: {batch_size: 2}")
     merged = "model: {source: x, config: {a: &a {p: 1, q: 1}, b: &b {<<: *a, p: 2}, c: {<<: *b, q: 3}}}"
     assert lab.Experiment.from_yaml(merged).model.config["c"] == {"p": 2, "q": 3}
+    several = "model: {source: x, config: {a: &a {one: 1, two: 1}, b: &b {two: 2, six: 2}, c: {<<: [*a, *b], one: 3}}}"
+    assert lab.Experiment.from_yaml(several).model.config["c"] == {"one": 3, "two": 1, "six": 2}
+    with pytest.raises(lab.CellError, match="found scalar"):
+        lab.Experiment.from_yaml("model: {source: x, config: {<<: 1}}")
 
 
 def test_a_file_that_is_no_utf8_is_named(tmp_path: Path) -> None:
