@@ -119,6 +119,8 @@ def test_broken_files_are_named_with_their_line(tmp_path: Path) -> None:
 
 
 def test_same_figures_of_two_evaluations_are_refused() -> None:
+    for module in ("rouge_score", "sacrebleu", "sklearn"):
+        pytest.importorskip(module)
     for pair in ((lab.MultipleChoice(CHOICES), lab.Classification()), (lab.ExactMatch(), lab.Generation())):
         experiment = lab.Experiment(model=lab.Model("llama-tiny", init="random"), evaluate=pair)
         assert "would write the same figures" in str(experiment.check().errors[0])

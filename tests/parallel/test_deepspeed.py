@@ -85,6 +85,7 @@ ARMS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run for each experiment, in one process, and each arm, on two ranks."""
+    pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("deepspeed")
     for name, experiment in EXPERIMENTS.items():
         run_here(experiment, folder / name)
@@ -189,6 +190,7 @@ def test_one_process_goes_on_from_its_checkpoint(name: str, runs: Path, tmp_path
 
 
 def test_offload_on_one_rank_by_the_launcher(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
     experiment = ADAMW.with_("training.steps", 3).replace(parallel=Parallel(zero=1, offload="optimizer"), evaluate=[])
     assert experiment.parallel.engine == "deepspeed"
     run = experiment.launch(folder=tmp_path, show=False)
@@ -205,6 +207,7 @@ GOOD = ADAMW.replace(parallel=_zero(2))
 
 
 def test_the_engine_has_no_problems_of_its_own() -> None:
+    pytest.importorskip("deepspeed")
     assert repr(GOOD.check()) == "no problems"
     assert repr(GOOD.replace(parallel=Parallel(zero=3, offload="parameters")).check()) == "no problems"
 
@@ -230,6 +233,7 @@ def test_refusals(experiment: Experiment, message: str) -> None:
 
 
 def test_a_rounding_that_has_no_effect_is_told() -> None:
+    pytest.importorskip("deepspeed")
     bf16 = GOOD.with_("training.precision", "bf16").with_("training.weights", "bf16")
     report = bf16.replace(optimizer=Lion(rounding="kahan")).check()
     assert report.ok

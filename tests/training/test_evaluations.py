@@ -247,6 +247,7 @@ def _run_layouts(folder: str) -> None:
 @pytest.mark.ranks
 def test_every_layout_gives_the_samples_of_one_process(tmp_path: Path) -> None:
     """Each once, in the order of the data: five questions on two ranks, one of which has fewer."""
+    pytest.importorskip("sklearn")
     alone = run_here(_experiment(tmp_path), tmp_path / "alone")
     run_ranks(_run_layouts, 2, str(tmp_path))
     expected = _answers(alone)
