@@ -89,6 +89,8 @@ class Ledger(Roles, TorchDispatchMode):
     def take(self, tensor: Tensor) -> None:
         """Count the storage of a tensor, if it is a new one, or has another size now."""
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.device.type == "meta":  # a shape for torch's pipeline stages, say, which some versions keep
+            return
         storage = local.untyped_storage()
         size, key = self._rounded(storage.nbytes()), storage._cdata
         number, before = self._held.get(key, (0, -1))

@@ -56,6 +56,11 @@ def _embedding(scores: Tensor) -> None:
     torch.nn.functional.embedding(torch.zeros(4, 256, dtype=torch.int64), table).backward(_turned(scores))
 
 
+def _shape_alone(scores: Tensor) -> None:
+    shape = torch.empty(SHAPE, device="meta")
+    assert (scores * 2).shape == shape.shape
+
+
 def _attention(length: int, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], None]:
     def work(scores: Tensor) -> None:
         q, k, v = (torch.ones(2, length, 2, 32, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
@@ -67,7 +72,7 @@ def _attention(length: int, dtype: torch.dtype = torch.float32) -> Callable[[Ten
 
 
 @pytest.mark.parametrize("work", [
-    _masked_attention, _logsumexp, _gather, _sum_of_two, _softmax, _log_softmax, _layer_norm, _embedding,
+    _masked_attention, _logsumexp, _gather, _sum_of_two, _softmax, _log_softmax, _layer_norm, _embedding, _shape_alone,
     _attention(48), _attention(300), _attention(800), _attention(300, torch.bfloat16)])
 def test_the_most_that_operators_take_is_counted(work: Callable[[Tensor], None]) -> None:
     work(torch.ones(SHAPE))  # what they take once
