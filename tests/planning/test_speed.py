@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.pipelining import schedules
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import collie_lab as lab
 from collie_lab import machine
@@ -21,7 +24,7 @@ from collie_lab.planning.rates import Curve, published
 from collie_lab.planning.speed import bubble, forecast_speed, wire_bytes
 from collie_lab.planning.summary import Summary, forecast
 
-LAYERS, HIDDEN, INNER, VOCABULARY = 2, 64, 172, 320  # llama-tiny
+LAYERS, HIDDEN, HEADS, INNER, VOCABULARY = 2, 64, 4, 172, 320  # llama-tiny
 BLOCKS = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
 PARAMETERS = BLOCKS + VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
 BATCH, LENGTH = 4, 96
@@ -49,11 +52,20 @@ def total(summary: Summary, field: int, **wanted: str) -> float:
     return sum(row[6] * (1 if field == 6 else row[field]) for row in rows)
 
 
+@functools.cache
+def angles() -> int:
+    """The FLOPs of the rotary angles, once for all layers: a matrix product in some versions of transformers."""
+    rotary = LlamaRotaryEmbedding(LlamaConfig(hidden_size=HIDDEN, num_attention_heads=HEADS))
+    with FlopCounterMode(display=False) as counter:
+        rotary(torch.zeros(BATCH, LENGTH, HIDDEN), torch.arange(LENGTH).expand(BATCH, -1))
+    return counter.get_total_flops()
+
+
 def test_flops_are_those_of_the_formula() -> None:
     base = work(BASE)
     head = VOCABULARY * HIDDEN * (TOKENS - BATCH)  # the last token of a document predicts nothing
     scores = LAYERS * HIDDEN * LENGTH * TOKENS  # a product of a half, in all layers
-    assert total(base, 3, phase="forward", kind="matmul") == 2 * BLOCKS * TOKENS
+    assert total(base, 3, phase="forward", kind="matmul") == 2 * BLOCKS * TOKENS + angles()
     assert total(base, 3, phase="backward", kind="matmul") == 4 * BLOCKS * TOKENS
     assert total(base, 3, phase="loss") == 6 * head
     assert total(base, 3, kind="attention") == 2 * scores
@@ -66,7 +78,7 @@ def test_flops_are_those_of_the_formula() -> None:
 def test_recomputation_is_a_forward_pass_more() -> None:
     base, again = work(BASE), work(BASE.with_("training.recompute", "full"))
     last = 2 * LAYERS * HIDDEN * INNER * TOKENS  # a block's last product: nothing wants its result again
-    assert total(again, 3, phase="recompute") == total(base, 3, phase="forward") - last
+    assert total(again, 3, phase="recompute") == total(base, 3, phase="forward") - last - angles()
     assert total(again, 3) - total(base, 3) == total(again, 3, phase="recompute")
     assert again.flops == base.flops
 
@@ -75,7 +87,7 @@ def test_frozen_weights_want_no_gradient() -> None:
     found = work(BASE.replace(adapter=lab.LoRA(r=4, targets=("q_proj",))))
     pieces = LAYERS * 4 * 2 * HIDDEN
     first = 2 * TOKENS * (HIDDEN**2 + 4 * HIDDEN)  # of the first layer's query nothing asks for the input's gradient
-    assert total(found, 3, phase="forward", kind="matmul") == 2 * (BLOCKS + pieces) * TOKENS
+    assert total(found, 3, phase="forward", kind="matmul") == 2 * (BLOCKS + pieces) * TOKENS + angles()
     backward = total(found, 3, phase="backward", kind="matmul")
     assert 2 * BLOCKS * TOKENS + 4 * pieces * TOKENS - 4 * first <= backward <= (2 * BLOCKS + 4 * pieces) * TOKENS
     assert found.flops[0] == 4 * (BLOCKS + VOCABULARY * HIDDEN) + 6 * pieces
