@@ -130,10 +130,17 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, types.FunctionType):
             self.functions.append(value)
+        if isinstance(value, types.CodeType) and value.co_filename:
+            # cloudpickle 3.1.3 forgets the file, by which a traceback finds its lines: the two travel apart.
+            return _in_file, (value.replace(co_filename=""), value.co_filename)
         tensor = getattr(sys.modules.get("torch"), "Tensor", None)  # torch is never imported for this
         if tensor is not None and isinstance(value, tensor) and value.device.type not in ("cpu", "meta"):
             raise _RefusedError(f"is (or holds) a tensor on {value.device}")
         return super().reducer_override(value)
+
+
+def _in_file(code: types.CodeType, file: str) -> types.CodeType:
+    return code.replace(co_filename=file)
 
 
 def _dump(values: dict[str, Any]) -> tuple[_Pickler, bytes]:

@@ -75,7 +75,8 @@ def test_cell_sources_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     _, packed = code.pack(toy.experiment(scope["callback"]))
     (tmp_path / "code.pkl").write_bytes(packed)
     del linecache.cache[name]
-    code.load(RunFolder(tmp_path))
+    (callback,) = code.load(RunFolder(tmp_path)).values()
+    assert callback.__code__.co_filename == name
     assert linecache.getline(name, 2) == "    raise ValueError  # here\n"
 
 
