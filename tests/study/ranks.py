@@ -49,7 +49,7 @@ def act(seed: int, step: int) -> None:
     if seed == 2:
         time.sleep(600)
     if seed == 3:
-        held = [bytearray(os.urandom(1 << 20) * 400)]
+        held = [bytearray(os.urandom(1 << 20) * 1000)]
         time.sleep(600)
         del held
     if seed == 4:
