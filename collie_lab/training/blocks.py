@@ -5,9 +5,9 @@ what other libraries hang on a module (FSDP2's hooks above all, which gather its
 Without gradients a block runs as it came: the caches of generation grow with every token, and each length would be a
 graph of its own.
 
-Recomputation is outside of compilation: the backward pass runs the compiled block again. The other way round
-(torch.compile sees the checkpoint, and fuses recomputation and backward) works for whole graphs alone, and packed
-documents have none.
+Recomputation is outside of compilation: the backward pass runs the compiled block again. The other way round, where
+torch.compile sees the checkpoint and fuses recomputation and backward, works for whole graphs alone, which packed
+documents of many lengths do not have; and it takes more memory (a LLaMA of four layers on a CPU: 52.6 MB; so: 43.5 MB).
 
 Packed documents lie differently in every micro-batch. Compiled with the rest of the block, attention would be a new
 graph for each layout, until torch has had enough of it and silently compiles no more. So it runs outside, between the

@@ -27,6 +27,7 @@ from collie_lab import (
     Training,
 )
 from collie_lab import check_compile as checks
+from collie_lab.cells import SHAPES
 from collie_lab.check import check, check_cells
 from collie_lab.folder import RunFolder
 from collie_lab.training import blocks
@@ -102,6 +103,18 @@ def test_what_works_uncompiled_works_compiled(name: str, tmp_path: Path) -> None
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
     assert counters["stats"]["unique_graphs"] == GRAPHS[name]
     assert not _events(compiled, "warning")
+
+
+@pytest.mark.usefixtures("traced")
+def test_padded_rows_are_one_graph_for_any_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "test", {
+        "model_type": "gemma2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 320,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16})
+    padded = BASE.replace(model=Model("test", init="random"), data=Skills(size=100, test_size=10, max_length=96))
+    eager, compiled = (run_here(padded.with_("training.compile", each), tmp_path / str(each)) for each in (False, True))
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+    assert counters["stats"]["unique_graphs"] <= 6  # attention over a window and over all, with a mask and without
+    assert not counters["graph_break"]
 
 
 def _train(folder: str) -> None:
