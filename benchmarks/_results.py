@@ -31,4 +31,5 @@ def h200_memory() -> dict[str, dict[str, Any]]:
     """What gpu_memory.py found on one H200, by model and method."""
     files = [RESULTS / f"gpu_h200_memory_{size}.json" for size in ("1b", "7b")]
     return {f"{row['model']}, {row['method']}": row
-            for file in files for row in json.loads(file.read_text(encoding="utf-8"))["results"]}
+            for file in files for row in json.loads(file.read_text(encoding="utf-8"))["results"]
+            if not row.get("out_of_memory")}

@@ -13,6 +13,8 @@ __all__ = ["compile_problems", "compiler_problems"]
 #: Fields by which configurations of transformers tell of a state that goes from token to token.
 _STATES: Final = ("state_size", "ssm_state_size", "mamba_d_state", "lru_width", "conv_kernel", "linear_conv_kernel_dim",
                   "chunk_size", "attention_hidden_size")
+#: Families whose attention is such a loop; nothing else in their configurations tells.
+_LOOPS: Final = ("minimax",)
 _LEAVE_OUT: Final = "compile=False"
 
 
@@ -20,9 +22,9 @@ def compile_problems(experiment: Experiment, config: Mapping[str, Any]) -> Itera
     """What cannot be compiled; `config` is the model's."""
     if not experiment.training.compile:
         return
-    config, parallel = {**config, **config.get("text_config", {})}, experiment.parallel
+    config, parallel = {**config, **(config.get("text_config") or {})}, experiment.parallel
     family = config.get("model_type", "")
-    if any(config.get(name) for name in _STATES) or any(hasattr(_configuration(family), name) for name in _STATES):
+    if _keeps_a_state(family, config):
         yield Problem("Training", "compile", f"the family {family} keeps a state from token to "
                       "token, in loops that torch.compile unrolls: minutes for every length of a row", _LEAVE_OUT)
     if parallel.engine == "deepspeed" and parallel.zero == 3:
@@ -42,6 +44,13 @@ def compiler_problems(experiment: Experiment) -> Iterator[Problem]:
     if experiment.training.compile and (missing := missing_for_torch()):
         yield Problem("Training", "compile", f"torch.compile needs {missing[0]}, which this machine does not have",
                       f"{missing[1]}, or {_LEAVE_OUT}")
+
+
+def _keeps_a_state(family: str, config: Mapping[str, Any]) -> bool:
+    if layers := config.get("layer_types"):  # of hybrids, which may have attention alone
+        return not all("attention" in layer and "linear" not in layer for layer in layers)
+    known = _configuration(family)
+    return family in _LOOPS or any(config.get(name) or hasattr(known, name) for name in _STATES)
 
 
 def _configuration(family: str) -> Any:

@@ -19,7 +19,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 def parallel_problems(experiment: Experiment, config: Mapping[str, Any]) -> Iterator[Problem]:
     """Errors and warnings of the layout, each with its remedy; `config` is the model's."""
     cell = experiment.parallel
-    config = {**config, **config.get("text_config", {})}
+    config = {**config, **(config.get("text_config") or {})}
     if cell.tp > 1:
         yield from _tensor(experiment, config)
     if cell.pp > 1:

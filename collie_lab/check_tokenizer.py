@@ -21,7 +21,7 @@ def tokenizer_problems(experiment: Experiment, config: dict[str, Any]) -> Iterat
                       "from", "train on Text, Instructions or Skills")
     if "vocab_size" in model.config:
         yield Problem("Model", "config", f"vocab_size={model.config['vocab_size']}, but {name} sets it", "leave it out")
-    if isinstance(cell, TrainTokenizer) and "text_config" in config:
+    if isinstance(cell, TrainTokenizer) and config.get("text_config"):
         yield Problem("Model", "tokenizer", f"{model.source} is a model of several parts: it keeps its own tokenizer",
                       "a named shape, or a model of text alone")
     if isinstance(cell, TrainTokenizer) and model.init == "pretrained":

@@ -30,8 +30,9 @@ class _Loader(yaml.SafeLoader):
         PyYAML 6.0.4 has the last of several mappings win, and drops keys that override merged ones.
         """
         merged: list[tuple[yaml.Node, yaml.Node]] = []
-        own = [pair for pair in node.value if pair[0].tag != _MERGE]
-        for key, value in node.value:
+        pairs = node.value
+        node.value = own = [pair for pair in pairs if pair[0].tag != _MERGE]  # a mapping may merge itself
+        for key, value in pairs:
             if key.tag != _MERGE:
                 continue
             sources = value.value if isinstance(value, yaml.SequenceNode) else [value]

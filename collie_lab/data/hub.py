@@ -64,11 +64,11 @@ def holds_weights(model: Model) -> bool:
 
 def context_length(config: dict[str, Any]) -> int | None:
     """The longest sequence the model was built for, in tokens; None where the configuration does not say."""
-    config = {**config, **config.get("text_config", {})}
+    config = {**config, **(config.get("text_config") or {})}
     return next((int(config[name]) for name in _CONTEXT_FIELDS if config.get(name)), None)
 
 
 def vocabulary_size(config: dict[str, Any]) -> int | None:
     """The rows of a model for tokens; None where the configuration does not say."""
-    rows = {**config, **config.get("text_config", {})}.get("vocab_size")
+    rows = {**config, **(config.get("text_config") or {})}.get("vocab_size")
     return None if rows is None else int(rows)

@@ -251,6 +251,7 @@ class Run:
 
         rows = Tail(self.folder.path / "profile" / "operators.jsonl").new()
         frame = pd.DataFrame(rows, columns=["operator", "kernel", "calls", "host", "device"])
+        frame["kernel"] = frame["kernel"].eq(True)  # older folders do not tell
         return frame.sort_values(["device", "host"], ascending=False, ignore_index=True)
 
     def logs(self, rank: int = 0, stream: Literal["out", "err", "both"] = "out", tail: int | None = None) -> str:

@@ -150,7 +150,9 @@ class Factored:
         rows = np.zeros((np.size(fields["n"]), len(_NAMES)), dtype=np.int64)
         for name, values in fields.items():
             rows[:, _NAMES.index(name)] = values
-        return Table(upload(rows, self._device), aligned(rows[:, [_N.value, _W.value, _E.value, _G.value]]))
+        # What is read 16 bytes at a time: the row factors are not, but they lie in scratch, and a vector's v is.
+        wide = rows[:, [_N.value, _W.value, _E.value, _G.value, _ROW.value]]
+        return Table(upload(rows, self._device), aligned(wide))
 
 
 def _addresses(weights: Sequence[Weight], gradients: Sequence[Gradient]) -> dict[str, _Rows]:

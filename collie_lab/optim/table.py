@@ -79,7 +79,7 @@ class Launches:
     """Starts kernels, again and again, at a third of what Triton's own start costs the host.
 
     That finds the compiled kernel by what each argument specialises it for. Here a kernel's constants, which come last
-    in its signature, tell that, and how its tensors are aligned; its other arguments are tensors and floats.
+    in its signature, tell that, with the types of its tensors and how they are aligned; its other arguments are floats.
     """
 
     def __init__(self) -> None:
@@ -88,8 +88,8 @@ class Launches:
     def __call__(self, kernel: Any, programs: int, arguments: tuple[Tensor | float, ...], *, warps: int = 4,
                  **constants: Any) -> None:
         """On the current device, which is the same each time."""
-        key = (kernel, *constants.values(), *[argument.data_ptr() % _ALIGNED for argument in arguments
-                                              if isinstance(argument, Tensor)])
+        key = (kernel, warps, *constants.values(), *[(argument.dtype, argument.data_ptr() % _ALIGNED)
+                                                     for argument in arguments if isinstance(argument, Tensor)])
         if found := self._compiled.get(key):
             compiled, places = found
             compiled[programs, 1, 1](*arguments, *places)

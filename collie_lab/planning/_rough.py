@@ -40,7 +40,7 @@ class Shape:
     @classmethod
     def of(cls, model: Model, config: Mapping[str, Any]) -> Shape:
         """From the configuration; of families that it does not tell the size of, by building the model on meta."""
-        config = {**config, **config.get("text_config", {})}
+        config = {**config, **(config.get("text_config") or {})}
 
         def number(*names: str, default: int = 0) -> int:
             return next((int(config[name]) for name in names if config.get(name)), default)

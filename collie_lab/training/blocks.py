@@ -1,7 +1,7 @@
 """What is done about the forward pass of every transformer block while it trains: compiled, recomputed, or both.
 
 Wrapped is a block's `forward`, not the block: its names, and with them checkpoints and exports, stay what they are, and
-what other libraries hang on a module (FSDP2's hooks above all, which gather its weights) stays outside of the graph.
+what other libraries hang on a block (FSDP2's hooks above all, which gather its weights) stays outside of the graph.
 Without gradients a block runs as it came: the caches of generation grow with every token, and each length would be a
 graph of its own.
 
@@ -93,13 +93,16 @@ class _Layouts:
 
 
 def _prepared_compiler() -> _Layouts:
-    # What was compiled once is found again, by the next run of the same model too. torch would keep it in /tmp.
+    # What was compiled once is found again, by the next run of the same model too. torch would keep it in /tmp, and
+    # does where this process has compiled something else before.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache("inductor")))
     # A pool's ranks have other runs behind them, whose graphs count towards the limit of the same code.
     torch.compiler.reset()
     # Blocks are smaller than DDP's buckets, or as large: cutting them up to send the first gradients sooner costs more
     # than it gains.
     torch._dynamo.config.optimize_ddp = False
+    # A hook that somebody hangs on a module inside a block, or takes away, counts from the next step on.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     return _Layouts()
 
 

@@ -42,9 +42,10 @@ def setting(experiment: Experiment, device: torch.device) -> dict[str, Any]:
     """What speed and memory depend on, of what a run that goes on may change."""
     training = experiment.training
     return {"parallel": experiment.parallel.to_dict(), "micro_batch_size": training.micro_batch_size,
-            "recompute": training.recompute, "compile": training.compile, "precision": training.precision,
+            "recompute": training.recompute, "precision": training.precision,
             "weights": training.weights,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            **({"compile": True} if training.compile else {})}  # checkpoints from before there was such a thing count
 
 
 Figures = Mapping[int, Mapping[str, float]]

@@ -63,6 +63,8 @@ def test_a_key_of_yaml_stands_once_and_overrides_what_is_merged() -> None:
     assert lab.Experiment.from_yaml(merged).model.config["c"] == {"p": 2, "q": 3}
     several = "model: {source: x, config: {a: &a {one: 1, two: 1}, b: &b {two: 2, six: 2}, c: {<<: [*a, *b], one: 3}}}"
     assert lab.Experiment.from_yaml(several).model.config["c"] == {"one": 3, "two": 1, "six": 2}
+    itself = "model: {source: x, config: {a: &a {<<: *a, one: 1}}}"
+    assert lab.Experiment.from_yaml(itself).model.config["a"] == {"one": 1}
     with pytest.raises(lab.CellError, match="found scalar"):
         lab.Experiment.from_yaml("model: {source: x, config: {<<: 1}}")
 

@@ -153,7 +153,8 @@ def test_a_kernel_is_started_again_as_it_was_compiled() -> None:
     launches(kernel, 3, (table, 0.5), FIRST=False)
     launches(kernel, 3, (table[1:], 0.5), FIRST=False)
     launches(kernel, 4, (table[1:], 0.5), FIRST=False)
-    assert [len(call) for call in told] == [2, 4, 2, 2, 4]
+    launches(kernel, 4, (table[1:].double(), 0.5), FIRST=False)  # numbers of another type
+    assert [len(call) for call in told] == [2, 4, 2, 2, 4, 2]
 
 
 @dataclass(frozen=True)

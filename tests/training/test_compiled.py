@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from collie_lab import (
 from collie_lab import check_compile as checks
 from collie_lab.cells import SHAPES
 from collie_lab.check import check, check_cells
+from collie_lab.check_compile import compile_problems
 from collie_lab.folder import RunFolder
 from collie_lab.training import blocks
 from collie_lab.training.blocks import wrap_blocks
@@ -103,6 +106,26 @@ def test_what_works_uncompiled_works_compiled(name: str, tmp_path: Path) -> None
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
     assert counters["stats"]["unique_graphs"] == GRAPHS[name]
     assert not _events(compiled, "warning")
+
+
+def _reset_and_listen(trainer: Any) -> None:
+    """A callback: the compiler forgets all, and somebody listens to a module inside of a block."""
+    mlp = trainer.model.model.layers[0].mlp
+    if trainer.step == 2:
+        torch.compiler.reset()
+        trainer.heard = []
+        mlp.register_forward_hook(lambda *_: trainer.heard.append(trainer.step))
+    if trainer.step == trainer.experiment.training.steps:
+        trainer.event("heard", text=str(trainer.heard))
+
+
+@pytest.mark.usefixtures("traced")
+def test_what_callbacks_may_do_to_a_compiled_model(tmp_path: Path) -> None:
+    handlers = len(logging.getLogger("torch._dynamo.convert_frame").handlers)
+    run = run_here(COMPILED.replace(callbacks=(_reset_and_listen,)), tmp_path / "run")
+    assert run.read("result.json")["status"] == "ok"
+    assert _events(run, "heard") == ["[3, 4, 5]"]
+    assert len(logging.getLogger("torch._dynamo.convert_frame").handlers) == handlers
 
 
 @pytest.mark.usefixtures("traced")
@@ -204,11 +227,20 @@ def test_what_cannot_be_compiled_is_refused(change: dict[str, object], words: st
     assert not [each for each in check_cells(BASE.replace(**change)).errors if each.field == "compile"]
 
 
-def test_a_family_with_a_state_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+@pytest.mark.parametrize("config", [
+    {"model_type": "mamba"}, {"model_type": "minimax"}, {"model_type": "qwen3_next", "text_config": None},
+    {"model_type": "granitemoehybrid", "layer_types": ["attention", "mamba"]},
+], ids=lambda config: config["model_type"])
+def test_a_family_with_a_state_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
     model = Model(str(tmp_path), init="random")
     problems = check_cells(COMPILED.replace(model=model)).errors
     assert [problem.field for problem in problems if problem.cell == "Training"] == ["compile"]
+
+
+def test_a_hybrid_of_attention_alone_is_not(tmp_path: Path) -> None:
+    assert not list(compile_problems(COMPILED, {"model_type": "granitemoehybrid", "layer_types": ["attention"] * 2}))
+    assert not list(compile_problems(COMPILED, {"model_type": "llama", "text_config": None}))
 
 
 def test_a_missing_compiler_is_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

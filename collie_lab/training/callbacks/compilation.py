@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,8 +41,9 @@ class Compilation(Callback):
     def _close(self) -> None:
         if self._trainer is not None:
             self._trainer = None
-            callback.callback_handler.remove_start_callback(self._begin)
             self._limit.logger.removeHandler(self._limit)
+            if self._begin in callback.callback_handler.start_callbacks:  # torch.compiler.reset() forgets them
+                callback.callback_handler.remove_start_callback(self._begin)
 
     def _begin(self, *_: Any) -> None:
         """Before a piece of a block is compiled: several in a step, seconds each."""
@@ -51,9 +53,13 @@ class Compilation(Callback):
             self._trainer.event("phase", text="compiling the model")
 
     def _give_up(self, reason: str) -> None:
-        self._trainer.event("warning", text=f"Training.compile: from step {self._trainer.step} on a part of the model "
-                            "runs uncompiled, as torch has compiled it as often as it would for one run; "
-                            f"Training(compile=False) spends no time on it ({reason})")
+        text = (f"Training.compile: from step {self._trainer.step} on a part of the model runs uncompiled, as torch "
+                "has compiled it as often as it would for one run; Training(compile=False) spends no time on it "
+                f"({reason})")
+        if self._trainer.rank == 0:
+            self._trainer.event("warning", text=text)
+        else:  # it has other documents, or other layers; its log tells
+            print(text, file=sys.stderr, flush=True)
 
 
 class _Limit(logging.Handler):
