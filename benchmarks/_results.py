@@ -10,7 +10,7 @@ from typing import Any
 from collie_lab.planning.calibration import processor
 from collie_lab.training.provenance import provenance
 
-__all__ = ["RESULTS", "h200_memory", "keep", "machine"]
+__all__ = ["RESULTS", "h200_memory", "keep", "kept", "machine"]
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 
@@ -25,6 +25,14 @@ def keep(file: Path | None, command: str, results: Any) -> None:
     if file is not None:
         content = {"command": f"python benchmarks/{command}", "environment": machine(), "results": results}
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def kept(file: Path | None) -> dict[str, Any]:
+    """The parts that an earlier run has written: those that are not asked for stay."""
+    if file is None or not file.is_file():
+        return {}
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["results"]
+    return results
 
 
 def h200_memory() -> dict[str, dict[str, Any]]:

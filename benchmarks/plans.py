@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _results import h200_memory, keep
+from _results import h200_memory, keep, kept
 from gpu_memory import METHODS
 
 import collie_lab as lab
@@ -160,13 +160,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    kept = {}
-    if options.json and options.json.is_file():  # parts that are not asked for stay
-        kept = json.loads(options.json.read_text(encoding="utf-8"))["results"]
+    found = kept(options.json)
     for part in options.parts:
-        kept[part] = parts[part]()
+        found[part] = parts[part]()
     if options.json:
-        keep(options.json, "plans.py", kept)
+        keep(options.json, "plans.py", found)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _results import RESULTS, h200_memory, keep
+from _results import RESULTS, h200_memory, keep, kept
 from gpu_memory import METHODS
 
 import collie_lab as lab
@@ -179,17 +179,15 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    kept = {}
-    if options.json and options.json.is_file():  # parts that are not asked for stay
-        kept = json.loads(options.json.read_text(encoding="utf-8"))["results"]
+    found = kept(options.json)
     for part in options.parts:
-        kept[part] = parts[part]()
-        rows = [each for name, each in kept[part].items() if name != "calibration" and not each.get("not_scored")]
+        found[part] = parts[part]()
+        rows = [each for name, each in found[part].items() if name != "calibration" and not each.get("not_scored")]
         errors = [abs(each["error"]) for each in rows]
         within = sum(each["low"] <= each["measured"] <= each["high"] for each in rows)
         print(f"{part}: {len(errors)} configurations, median {100 * statistics.median(errors):.1f}%, worst "
               f"{100 * max(errors):.1f}%, {within} within the stated range\n")
-        keep(options.json, "throughput_plans.py", kept)
+        keep(options.json, "throughput_plans.py", found)
 
 
 if __name__ == "__main__":
