@@ -244,9 +244,8 @@ class Run:
     @property
     def profile(self) -> pd.DataFrame:
         """What `Profile` has recorded on rank 0, a row an operator, the longest first: `operator`, `calls`, and the
-        seconds in it alone, on the `host` and on the `device` (0 on CPUs). On a GPU each `kernel` has a row of its own,
-        whose seconds are also those of the operator that has launched it. Traces lie in `profile` in the run folder.
-        """
+        seconds in it alone, on the `host` and the `device` (0 on CPUs). Each `kernel` of a GPU has a row of its own,
+        and its seconds are its operator's too. Traces lie in `profile` in the run folder."""
         import pandas as pd
 
         rows = Tail(self.folder.path / "profile" / "operators.jsonl").new()
