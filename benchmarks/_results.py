@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from collie_lab.planning.calibration import processor
 from collie_lab.training.provenance import provenance
 
-__all__ = ["RESULTS", "h200_memory", "keep", "kept", "machine"]
+__all__ = ["RESULTS", "ask_for_parts", "h200_memory", "keep", "machine"]
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 
@@ -27,12 +29,15 @@ def keep(file: Path | None, command: str, results: Any) -> None:
         file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def kept(file: Path | None) -> dict[str, Any]:
-    """The parts that an earlier run has written: those that are not asked for stay."""
-    if file is None or not file.is_file():
-        return {}
-    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["results"]
-    return results
+def ask_for_parts(description: str, parts: Iterable[str]) -> tuple[list[str], Path | None, dict[str, Any]]:
+    """What the command line asks for: parts, by default all, and a file for results; and the results that are in it,
+    for parts that are not asked for stay."""
+    parser, names = argparse.ArgumentParser(description=description), list(parts)
+    parser.add_argument("--parts", nargs="+", choices=names, default=names)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    there = options.json is not None and options.json.is_file()
+    return options.parts, options.json, json.loads(options.json.read_text(encoding="utf-8"))["results"] if there else {}
 
 
 def h200_memory() -> dict[str, dict[str, Any]]:

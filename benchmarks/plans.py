@@ -7,7 +7,6 @@ Every configuration runs for real, on as many gloo processes as its layout has, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -15,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _results import h200_memory, keep, kept
+from _results import ask_for_parts, h200_memory, keep
 from gpu_memory import METHODS
 
 import collie_lab as lab
@@ -155,16 +154,11 @@ def on_cpu() -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """The parts asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = {"cases": on_cpu, "h200": on_gpu}
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    found = kept(options.json)
-    for part in options.parts:
+    chosen, file, found = ask_for_parts(__doc__.splitlines()[0], parts)
+    for part in chosen:
         found[part] = parts[part]()
-    if options.json:
-        keep(options.json, "plans.py", found)
+    keep(file, "plans.py", found)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ transformers' own, so the ratio is no error of the plan alone.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -22,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _results import RESULTS, h200_memory, keep, kept
+from _results import RESULTS, ask_for_parts, h200_memory, keep
 from gpu_memory import METHODS
 
 import collie_lab as lab
@@ -174,20 +173,16 @@ def tell(name: str, found: dict[str, Any]) -> None:
 
 def main() -> None:
     """The parts asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = {"cpu": on_cpu, "h200": on_h200, "published": published}
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    found = kept(options.json)
-    for part in options.parts:
+    chosen, file, found = ask_for_parts(__doc__.splitlines()[0], parts)
+    for part in chosen:
         found[part] = parts[part]()
         rows = [each for name, each in found[part].items() if name != "calibration" and not each.get("not_scored")]
         errors = [abs(each["error"]) for each in rows]
         within = sum(each["low"] <= each["measured"] <= each["high"] for each in rows)
         print(f"{part}: {len(errors)} configurations, median {100 * statistics.median(errors):.1f}%, worst "
               f"{100 * max(errors):.1f}%, {within} within the stated range\n")
-        keep(options.json, "throughput_plans.py", found)
+        keep(file, "throughput_plans.py", found)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from collie_lab.cells import Experiment, Problem, QLoRA
 from collie_lab.compiler import missing_for_torch
+from collie_lab.data.hub import text_fields
 
 __all__ = ["compile_problems", "compiler_problems"]
 
@@ -22,7 +23,7 @@ def compile_problems(experiment: Experiment, config: Mapping[str, Any]) -> Itera
     """What cannot be compiled; `config` is the model's."""
     if not experiment.training.compile:
         return
-    config, parallel = {**config, **(config.get("text_config") or {})}, experiment.parallel
+    config, parallel = text_fields(config), experiment.parallel
     family = config.get("model_type", "")
     if _keeps_a_state(family, config):
         yield Problem("Training", "compile", f"the family {family} keeps a state from token to "

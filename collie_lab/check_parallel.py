@@ -7,6 +7,7 @@ from typing import Any
 
 from collie_lab.cells import Experiment, LibraryOptimizer, Parallel, Problem, RuleCell
 from collie_lab.cells.parallel import check_micro_batches
+from collie_lab.data.hub import text_fields
 
 __all__ = ["parallel_problems"]
 
@@ -19,7 +20,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 def parallel_problems(experiment: Experiment, config: Mapping[str, Any]) -> Iterator[Problem]:
     """Errors and warnings of the layout, each with its remedy; `config` is the model's."""
     cell = experiment.parallel
-    config = {**config, **(config.get("text_config") or {})}
+    config = text_fields(config)
     if cell.tp > 1:
         yield from _tensor(experiment, config)
     if cell.pp > 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from collie_lab.cells import SHAPES, CellError, Model, Problem
 
-__all__ = ["context_length", "fetch", "holds_weights", "model_config", "vocabulary_size"]
+__all__ = ["context_length", "fetch", "holds_weights", "model_config", "text_fields", "vocabulary_size"]
 
 # Names under which configurations of transformers keep the longest sequence.
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
@@ -62,13 +63,18 @@ def holds_weights(model: Model) -> bool:
     return not folder.is_dir() or any(next(folder.glob(each), None) for each in ("*.safetensors", "*.bin"))
 
 
+def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the fields of its language model on top, where it is one of several parts."""
+    return {**config, **(config.get("text_config") or {})}
+
+
 def context_length(config: dict[str, Any]) -> int | None:
     """The longest sequence the model was built for, in tokens; None where the configuration does not say."""
-    config = {**config, **(config.get("text_config") or {})}
+    config = text_fields(config)
     return next((int(config[name]) for name in _CONTEXT_FIELDS if config.get(name)), None)
 
 
 def vocabulary_size(config: dict[str, Any]) -> int | None:
     """The rows of a model for tokens; None where the configuration does not say."""
-    rows = {**config, **(config.get("text_config") or {})}.get("vocab_size")
+    rows = text_fields(config).get("vocab_size")
     return None if rows is None else int(rows)

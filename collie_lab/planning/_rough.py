@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from collie_lab.cells import Adafactor, AdaLomo, Adan, Experiment, Freeze, Lion, Lomo, Model, Optimizer, Parallel
+from collie_lab.data.hub import text_fields
 from collie_lab.gpus import GPU
 from collie_lab.planning.rates import Rates
 from collie_lab.planning.speed import bubble, wire_bytes
@@ -40,7 +41,7 @@ class Shape:
     @classmethod
     def of(cls, model: Model, config: Mapping[str, Any]) -> Shape:
         """From the configuration; of families that it does not tell the size of, by building the model on meta."""
-        config = {**config, **(config.get("text_config") or {})}
+        config = text_fields(config)
 
         def number(*names: str, default: int = 0) -> int:
             return next((int(config[name]) for name in names if config.get(name)), default)
