@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from collie_lab.optim.rule import Gradient, Group, Rule, Scalars, States, Update
+from collie_lab.optim.rule import Gradient, Group, Rule, Scalars, States
 from collie_lab.optim.shards import Shards
 
 if TYPE_CHECKING:
     from collie_lab.optim.engine import Engine
     from collie_lab.optim.rounding import Weight
+    from collie_lab.optim.updates import Updates
 
 __all__ = ["AdaLomo"]
 
@@ -57,7 +57,7 @@ class AdaLomo(Rule):
         return weight * states["shrink"] - gradient * states["row"] * states["column"], {}
 
     @override
-    def apply(self, engine: Engine, updates: Sequence[Update], group: Group, step: int) -> None:
+    def apply(self, engine: Engine, updates: Updates, group: Group, step: int) -> None:
         scalars = self.scalars(group, step)
         for weight, gradient, states, shards in engine.factored(self, _VECTOR, updates, scalars):
             if len(shards.shape) < 2:

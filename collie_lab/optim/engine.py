@@ -12,8 +12,8 @@ import functools
 import subprocess
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from typing_extensions import override
 
 from collie_lab.optim.rounding import Weight, read_weight, wrap32, write_weight
 from collie_lab.optim.rule import Gradient, Scalars, States, Update, clip
+
+if TYPE_CHECKING:
+    from collie_lab.optim.updates import Updates
 
 __all__ = ["ENGINES", "Compiled", "Eager", "Engine", "Formula", "choose_engine"]
 
@@ -45,6 +48,8 @@ class Engine(ABC):
 
     together: bool = False
     """Whether many updates at once cost it less than one after the other."""
+    keeps: bool = False
+    """Whether it keeps what it finds out of tensors from step to step: see `Updates.kept`."""
 
     @abstractmethod
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
@@ -55,13 +60,12 @@ class Engine(ABC):
         weight [m, n].
         """
 
-    def elementwise_all(self, formula: Formula, updates: Sequence[Update], scalars: Scalars) -> None:
+    def elementwise_all(self, formula: Formula, updates: Updates, scalars: Scalars) -> None:
         """The same for many parameters; an engine may have a faster way than one after the other."""
         for weight, gradient, states, _ in updates:
             self.elementwise(formula, weight, gradient, states, scalars)
 
-    def factored(self, matrix: Formula, vector: Formula, updates: Sequence[Update], scalars: Scalars
-                 ) -> Sequence[Update]:
+    def factored(self, matrix: Formula, vector: Formula, updates: Updates, scalars: Scalars) -> Iterable[Update]:
         """Make AdaLomo's whole updates where the engine has kernels of its own for them; those that it leaves.
 
         `matrix` and `vector` are the formulas of the last pass.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import linecache
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from collie_lab.optim.rounding import MULTIPLIER_1, MULTIPLIER_2, Weight, wrap32
 from collie_lab.optim.rule import Gradient, Scalars, States, Update
 from collie_lab.optim.table import TYPES, Launches, Owners, Table, aligned, blocks, clipping, extra_type, on, upload
 from collie_lab.optim.trace import FACTORS, TRITON, VECTOR, operand_kind, trace
+from collie_lab.optim.updates import Updates
 
 __all__ = ["Triton", "build_kernel", "kernel_source"]
 
@@ -168,7 +169,7 @@ class Triton(Engine):
                 COLUMNS=launch.columns)
 
     @override
-    def elementwise_all(self, formula: Formula, updates: Sequence[Update], scalars: Scalars) -> None:
+    def elementwise_all(self, formula: Formula, updates: Updates, scalars: Scalars) -> None:
         if len(updates) == 1:
             super().elementwise_all(formula, updates, scalars)
             return
@@ -205,8 +206,7 @@ class Triton(Engine):
             ALIGNED=table.aligned, **clipped, BLOCK=_BLOCK, COLUMNS=launch.columns)
 
     @override
-    def factored(self, matrix: Formula, vector: Formula, updates: Sequence[Update], scalars: Scalars
-                 ) -> list[Update]:
+    def factored(self, matrix: Formula, vector: Formula, updates: Updates, scalars: Scalars) -> list[Update]:
         left: list[Update] = []
         launches: dict[Any, tuple[_Launch, bool, list[Update]]] = {}
         for update in updates:

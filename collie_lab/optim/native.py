@@ -9,7 +9,7 @@ import ctypes
 import functools
 import math
 from array import array
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from collie_lab.optim.loops import Kind, Loops, write_factored, write_loop, writ
 from collie_lab.optim.rounding import Weight, compute_dtype
 from collie_lab.optim.rule import Gradient, Scalars, States, Update
 from collie_lab.optim.trace import is_flat, operand_kind
+from collie_lab.optim.updates import Updates
 
 __all__ = ["Native", "factored_scratch", "split_factored"]
 
@@ -36,6 +37,8 @@ class Native(Engine):
         OSError, SubprocessError: there is no C++ compiler, or it does not work.
     """
 
+    keeps = True
+
     def __init__(self, device: torch.device):
         self._eager = Eager(device)
         if find_compiler() is None:
@@ -45,40 +48,35 @@ class Native(Engine):
     @override
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
                     scalars: Scalars) -> None:
-        self._elementwise(formula, [(weight, gradient, operands)], scalars)
+        lies = _lie(weight, gradient, operands)
+        if lies is None:
+            self._eager.elementwise(formula, weight, gradient, operands, scalars)
+            return
+        kinds, n = lies
+        table = _Table(_kind(weight, gradient), kinds)
+        table.add(0, weight, gradient, operands, n)
+        _run(formula, table, _clip(gradient.scale, gradient.limit), scalars)
 
     @override
-    def elementwise_all(self, formula: Formula, updates: Sequence[Update], scalars: Scalars) -> None:
-        self._elementwise(formula, [update[:3] for update in updates], scalars)
-
-    def _elementwise(self, formula: Formula, updates: list[tuple[Weight, Gradient, States]], scalars: Scalars) -> None:
-        tables: dict[Any, _Table] = {}
-        for weight, gradient, operands in updates:
-            w = weight.tensor
-            if not _suits(w, gradient.raw, operands):
-                self._eager.elementwise(formula, weight, gradient, operands, scalars)
-                continue
-            kinds = tuple([(name, operand_kind(tensor, w)) for name, tensor in operands.items()])
-            n = 1 if is_flat(kinds) else w.shape[-1]
-            _table(tables, weight, gradient, kinds).add(weight, gradient, n, operands.values())
-        for (*_, kinds), table in tables.items():
-            table.run(_loop(formula, table.kind, kinds, tuple(scalars)), *scalars.values())
+    def elementwise_all(self, formula: Formula, updates: Updates, scalars: Scalars) -> None:
+        tables, left = _sorted(updates, formula, lambda update: _lie(*update[:3]))
+        for place in left:
+            self._eager.elementwise(formula, *updates[place][:3], scalars)
+        clip = _clip(updates.scale, updates.limit)
+        for table in tables:
+            _run(formula, table, clip, scalars)
 
     @override
-    def factored(self, matrix: Formula, vector: Formula, updates: Sequence[Update], scalars: Scalars
-                 ) -> list[Update]:
-        mine, left = split_factored(updates)
-        tables: dict[Any, _Table] = {}
-        for weight, gradient, states, _ in mine:
-            is_matrix = weight.tensor.ndim == 2
-            n = weight.tensor.shape[1] if is_matrix else 1
-            _table(tables, weight, gradient, is_matrix).add(weight, gradient, n, states.values())
-        scratch = factored_scratch(mine)
-        for (*_, are_matrices), table in tables.items():
+    def factored(self, matrix: Formula, vector: Formula, updates: Updates, scalars: Scalars) -> list[Update]:
+        tables, left = _sorted(updates, (matrix, vector),
+                               lambda update: _lie_factored(update) if _is_whole(update) else None)
+        clip = _clip(updates.scale, updates.limit)
+        scratch = factored_scratch(updates.weights[place] for table in tables if table.lie for place in table.places)
+        for table in tables:
             functions, beta = _factored(matrix, vector, table.kind), scalars["beta"]
-            table.run(functions.matrices if are_matrices else functions.vectors, beta, 1 - beta, scalars["lr"],
+            table.run(functions.matrices if table.lie else functions.vectors, clip, beta, 1 - beta, scalars["lr"],
                       scalars["weight_decay"], scratch.data_ptr())
-        return left
+        return [updates[place] for place in left]
 
     @override
     def moments(self, weight: Weight, gradient: Gradient) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,8 +86,8 @@ class Native(Engine):
         (m, n), threads = w.shape, torch.get_num_threads()
         row, columns = torch.empty(m, dtype=weight.dtype), torch.empty(threads, n, dtype=weight.dtype)
         square = _sums(_kind(weight, gradient)).moments(
-            m, n, threads, w.data_ptr(), (w if e is None else e).data_ptr(), g.data_ptr(), *_clip(gradient),
-            row.data_ptr(), columns.data_ptr())
+            m, n, threads, w.data_ptr(), (w if e is None else e).data_ptr(), g.data_ptr(),
+            *_clip(gradient.scale, gradient.limit), row.data_ptr(), columns.data_ptr())
         return row, columns[0], torch.tensor(square, dtype=weight.dtype)
 
     @override
@@ -99,58 +97,89 @@ class Native(Engine):
             return self._eager.energy(gradient, row, column, dtype)
         kind = Kind("exact", dtype, g.dtype, _is_clipped(gradient))
         return torch.tensor(_sums(kind).energy(
-            *g.shape, torch.get_num_threads(), g.data_ptr(), *_clip(gradient), row.data_ptr(), column.data_ptr()),
-            dtype=dtype)
+            *g.shape, torch.get_num_threads(), g.data_ptr(), *_clip(gradient.scale, gradient.limit), row.data_ptr(),
+            column.data_ptr()), dtype=dtype)
 
 
-def split_factored(updates: Sequence[Update]) -> tuple[list[Update], list[Update]]:
+def split_factored(updates: Iterable[Update]) -> tuple[list[Update], list[Update]]:
     """The updates that `Native.factored` makes, of whole matrices and vectors, and those that it leaves."""
     sides: tuple[list[Update], list[Update]] = [], []
     for update in updates:
-        weight, gradient, states, shards = update
-        w = weight.tensor
-        suits = not shards.dims and w.ndim <= 2 and w.numel() and _suits(w, gradient.raw, states)
-        sides[0 if suits else 1].append(update)
+        sides[0 if _is_whole(update) else 1].append(update)
     return sides
 
 
-def factored_scratch(updates: Sequence[Update]) -> Tensor:
+def factored_scratch(matrices: Iterable[Tensor]) -> Tensor:
     """Memory for what AdaLomo's passes note of the largest matrix: of its rows, and for each thread of its columns."""
-    threads, weights = torch.get_num_threads(), [update.weight for update in updates if update.weight.tensor.ndim == 2]
-    sizes = [(weight.tensor.shape[0] + weight.tensor.shape[1] * threads) * weight.dtype.itemsize for weight in weights]
+    threads = torch.get_num_threads()
+    sizes = [(each.shape[0] + each.shape[1] * threads) * compute_dtype(each.dtype).itemsize for each in matrices]
     return torch.empty(max(sizes, default=0), dtype=torch.uint8)
 
 
 class _Table:
-    """Tensors that share a call: of each its sizes, where its noise begins, and its addresses."""
+    """Tensors that share a call: of each its sizes, where its noise begins, and its addresses.
 
-    def __init__(self, weight: Weight, gradient: Gradient):
-        self.kind, self._clip = _kind(weight, gradient), _clip(gradient)
-        self._rows: list[int] = []
-        self._count = 0
+    Attributes:
+        kind, lie: what they have in common: their types, and how their operands lie.
+        places: theirs among the updates.
+    """
 
-    def add(self, weight: Weight, gradient: Gradient, n: int, operands: Iterable[Tensor]) -> None:
-        """One more, as a matrix with `n` columns."""
+    def __init__(self, kind: Kind, lie: Any):
+        self.kind, self.lie = kind, lie
+        self.places: list[int] = []
+        self._rows = array("q")
+
+    def add(self, place: int, weight: Weight, gradient: Gradient, operands: States, n: int) -> None:
+        """One more, at that place of its updates, as a matrix with `n` columns."""
         w, e = weight.tensor, weight.extra
         address = w.data_ptr()
-        self._rows += [w.numel() // max(1, n), n, weight.noise & 0xFFFFFFFF, address,
-                       address if e is None else e.data_ptr(), gradient.raw.data_ptr(),
-                       *[operand.data_ptr() for operand in operands]]
-        self._count += 1
+        self.places.append(place)
+        self._rows.extend([w.numel() // max(1, n), n, weight.noise & 0xFFFFFFFF, address,
+                           address if e is None else e.data_ptr(), gradient.raw.data_ptr(),
+                           *[operand.data_ptr() for operand in operands.values()]])
 
-    def run(self, function: Any, *rest: float) -> None:
+    def renew(self, updates: Updates) -> None:
+        """Take what is another in each step: noise and gradients."""
+        width = len(self._rows) // len(self.places)
+        self._rows[2::width] = array("q", [updates.noise[place] & 0xFFFFFFFF for place in self.places])
+        self._rows[5::width] = array("q", [updates.gradients[place].data_ptr() for place in self.places])
+
+    def run(self, function: Any, clip: tuple[float, float], *rest: float) -> None:
         """Call a function of `optim.loops` with the table, and what else it takes."""
-        rows = array("q", self._rows)
-        function(rows.buffer_info()[0], self._count, torch.get_num_threads(), *self._clip, *rest)
+        function(self._rows.buffer_info()[0], len(self.places), torch.get_num_threads(), *clip, *rest)
 
 
-def _table(tables: dict[Any, _Table], weight: Weight, gradient: Gradient, what: Hashable) -> _Table:
-    """The table of all that has the same types, clipping, and `what` else."""
-    key = weight.rounding, weight.tensor.dtype, gradient.raw.dtype, id(gradient.scale), gradient.limit, what
-    table = tables.get(key)
-    if table is None:
-        table = tables[key] = _Table(weight, gradient)
-    return table
+_Sorted = tuple[list[_Table], list[int]]
+
+
+def _sorted(updates: Updates, key: Hashable, lie: Callable[[Update], tuple[Hashable, int] | None]) -> _Sorted:
+    """The tables of updates, and the places of those that go another way; kept for the next step.
+
+    Args:
+        key: what the tables are for.
+        lie: of an update, how its operands lie, and how many columns it has; None: it goes another way.
+    """
+    key = key, updates.scale is not None
+    found: _Sorted | None = updates.kept.get(key)
+    if found is not None:
+        for table in found[0]:
+            table.renew(updates)
+        return found
+    tables: dict[Any, _Table] = {}
+    left: list[int] = []
+    for place, update in enumerate(updates):
+        if (lies := lie(update)) is None:
+            left.append(place)
+            continue
+        what, n = lies
+        kind = _kind(update.weight, update.gradient)
+        tables.setdefault((kind, what), _Table(kind, what)).add(place, *update[:3], n)
+    found = updates.kept[key] = list(tables.values()), left
+    return found
+
+
+def _run(formula: Formula, table: _Table, clip: tuple[float, float], scalars: Scalars) -> None:
+    table.run(_loop(formula, table.kind, table.lie, tuple(scalars)), clip, *scalars.values())
 
 
 @functools.cache
@@ -190,14 +219,35 @@ def _kind(weight: Weight, gradient: Gradient) -> Kind:
     return Kind(weight.rounding, weight.tensor.dtype, gradient.raw.dtype, _is_clipped(gradient))
 
 
-def _clip(gradient: Gradient) -> tuple[float, float]:
+def _clip(scale: Tensor | None, limit: float | None) -> tuple[float, float]:
     """Scale and limit; what does nothing to a gradient where there is none."""
-    scale = 1.0 if gradient.scale is None else float(gradient.scale)
-    return scale, math.inf if gradient.limit is None else gradient.limit
+    return 1.0 if scale is None else float(scale), math.inf if limit is None else limit
 
 
 def _is_clipped(gradient: Gradient) -> bool:
     return gradient.scale is not None or gradient.limit is not None
+
+
+def _lie(weight: Weight, gradient: Gradient, operands: States) -> tuple[tuple[tuple[str, str], ...], int] | None:
+    """How operands lie beside a weight, and its columns; None: no loop takes them."""
+    w = weight.tensor
+    if not _suits(w, gradient.raw, operands):
+        return None
+    kinds = tuple([(name, operand_kind(tensor, w)) for name, tensor in operands.items()])
+    return kinds, 1 if is_flat(kinds) else w.shape[-1]
+
+
+def _is_whole(update: Update) -> bool:
+    """Whether AdaLomo's own loops take a parameter: a whole matrix, vector or number."""
+    weight, gradient, states, shards = update
+    w = weight.tensor
+    return bool(not shards.dims and w.ndim <= 2 and w.numel() and _suits(w, gradient.raw, states))
+
+
+def _lie_factored(update: Update) -> tuple[bool, int]:
+    """Whether it is a matrix, and its columns."""
+    w = update.weight.tensor
+    return (True, w.shape[1]) if w.ndim == 2 else (False, 1)
 
 
 def _suits(weight: Tensor, gradient: Tensor, operands: States) -> bool:

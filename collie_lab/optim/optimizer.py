@@ -21,7 +21,7 @@ from collie_lab.optim.rule import Rule
 from collie_lab.optim.rules import SophiaG
 from collie_lab.optim.shards import global_norm, local_gradient
 from collie_lab.optim.slot import Ready, Slot, claim, make_slot, release
-from collie_lab.optim.updates import gather
+from collie_lab.optim.updates import Gatherer
 from collie_lab.optim.waves import Waiting, waves
 
 __all__ = ["RuleOptimizer"]
@@ -75,7 +75,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.norm: Tensor | None = None
         self._max_norm, self._max_value, self._clip_by = max_norm, max_value, clip_by
         self._accumulate = accumulate if in_backward else None  # out of it, gradients add up anyway
-        self._rounding, self._reduce, self._seed = rounding or rule.rounding, reduce, seed
+        self._rounding, self._reduce = rounding or rule.rounding, reduce
         # With parts of a gradient there is no moment at which the whole could be measured.
         self._record_norm = (record_norm or max_norm is not None) and self._accumulate != "each"
         self._phase: _Phase = "update"
@@ -86,7 +86,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._scale: Tensor | None = None
         self._stages, self._copies = stages, {id(parameter) for parameter in copies}
         self._engine, self._engines, self._lazy = engine, dict[torch.device, Engine](), lazy
-        self._waiting = Waiting()
+        self._waiting, self._gather = Waiting(), Gatherer(seed)
         self._hessian_tokens = 0
         self._since_refresh = 0
         check_options(rule, rounding=self._rounding, accumulate=self._accumulate, max_norm=max_norm,
@@ -141,13 +141,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ready = [(parameter, index) for index, group in enumerate(self.param_groups) for parameter in group["params"]
-                 if parameter.grad is not None]
         if not self.in_backward:
-            self._update_all([(parameter, self.adopt(parameter, index), local_gradient(parameter))
-                              for parameter, index in ready])
+            self._update_all([(parameter, self.adopt(parameter, index), local_gradient(parameter, gradient))
+                              for index, group in enumerate(self.param_groups) for parameter in group["params"]
+                              if (gradient := parameter.grad) is not None])
         else:
-            self._take_leftovers([parameter for parameter, _ in ready])
+            self._take_leftovers()
             self._waiting.flush(self._update_fresh)
             if self._norms:
                 self._close_norm()
@@ -162,9 +161,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         slot.group = group  # DeepSpeed steps through the groups one by one, each as if it were the only one
         return slot
 
-    def _take_leftovers(self, parameters: list[Tensor]) -> None:
+    def _take_leftovers(self) -> None:
         """With `hold`: parameters (experts) that got gradients from earlier micro-batches, but not from the last."""
-        for parameter in parameters:
+        for parameter in [parameter for parameter in self._numbers if parameter.grad is not None]:
             if self._accumulate != "hold" or parameter not in self._slots:
                 raise RuntimeError("in backward, a gradient was left: its parameter was frozen when the optimizer was "
                                    "made, or another optimizer has taken it over")
@@ -182,7 +181,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._close_norm()
         if self._max_norm is not None and self.norm is not None:
             self._scale = clip_coefficient(self.norm, self._max_norm)
-        for wave in waves(ready):
+        together = any(engine.together for engine in self._engines.values())
+        for wave in waves(ready) if together else [ready]:
             self._update(wave)
 
     @property
@@ -205,10 +205,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             if self._reduce is not None:
                 self._reduce(gradient)
             if self._phase == "refresh":
-                self._refresh(slot, local_gradient(parameter))
+                self._refresh(slot, local_gradient(parameter, gradient))
                 self._fired[parameter] = 1
             else:
-                self._take(parameter, slot, local_gradient(parameter))
+                self._take(parameter, slot, local_gradient(parameter, gradient))
             parameter.grad = None
 
     def _take(self, parameter: Tensor, slot: Slot, gradient: Tensor) -> None:
@@ -238,17 +238,18 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _update(self, ready: list[Ready], part: int = 0) -> None:
         """Update parameters with their gradients, or with one more part of them."""
-        together = gather(ready, part=part, seed=self._seed, scale=self._scale, limit=self._max_value)
+        together = self._gather(ready, part=part, scale=self._scale, limit=self._max_value)
         if not part:
-            torch._foreach_add_([slot.step for _, slot, _ in ready], 1)
-        for (engine, index, step), updates in together.items():
+            for _, slot, _ in ready:
+                slot.counts[0] += 1
+        for engine, index, step, updates in together:
             group = self.param_groups[index]
             if part:  # weight decay is part of a step, not of each part of its gradient
                 group = {**group, "weight_decay": 0.0}
             self.rule.apply(engine, updates, group, step)
         # Engines write behind autograd's back; a graph that still needs the old weights must raise.
         torch.autograd.graph.increment_version(
-            [update.weight.tensor for updates in together.values() for update in updates])
+            [weight for *_, updates in together for weight in updates.weights])
 
     def _close_norm(self) -> None:
         # In the order of parameters, not of hooks: the same sum in and out of backward, and on every rank.
@@ -267,7 +268,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The context of a backward pass that only finds the gradient's norm, by which the next is clipped."""
         if not self.in_backward or self._max_norm is None:
             raise ValueError("measure() is for clipping by norm in backward: there is no max_norm, or no need of it")
-        self._waiting.flush(self._update_fresh)
+        with torch.no_grad():
+            self._waiting.flush(self._update_fresh)
         try:
             with self._in_phase("measure"):
                 yield
@@ -298,7 +300,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def restart(self) -> None:
         """Forget all momenta and averages, and count steps from 1 again; weights stay (Adan's restart condition)."""
         for slot in self._slots.values():
-            slot.start.copy_(slot.step)
+            slot.counts[1] = slot.counts[0]
             for state in slot.states.values():
                 state.zero_()
 
@@ -321,8 +323,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._fired.clear()
         if not self.in_backward:
             for parameter, slot in self._slots.items():
-                if parameter.grad is not None:
-                    self._refresh(slot, local_gradient(parameter))
+                if (gradient := parameter.grad) is not None:
+                    self._refresh(slot, local_gradient(parameter, gradient))
                     parameter.grad = None
         self._since_refresh = 0
 

@@ -8,7 +8,7 @@ which weights are kept, shards, and when an update happens. An engine decides ho
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collie_lab.optim.engine import Engine
     from collie_lab.optim.rounding import Weight
     from collie_lab.optim.shards import Shards
+    from collie_lab.optim.updates import Updates
 
 __all__ = ["Gradient", "Group", "Rule", "Scalars", "States", "Update"]
 
@@ -100,7 +101,7 @@ class Rule(ABC):
         Only operators, and the torch functions named in `collie_lab.optim.trace`.
         """
 
-    def apply(self, engine: Engine, updates: Sequence[Update], group: Group, step: int) -> None:
+    def apply(self, engine: Engine, updates: Updates, group: Group, step: int) -> None:
         """Update `step` of parameters of one group, in place; rules that look at a whole tensor at once override it."""
         engine.elementwise_all(self, updates, self.scalars(group, step))
 

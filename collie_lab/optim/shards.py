@@ -24,13 +24,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_gradient(parameter: Tensor) -> Tensor:
+def local_gradient(parameter: Tensor, gradient: Tensor) -> Tensor:
     """The local piece of a parameter's gradient, laid out as the parameter.
 
     Tensor parallelism leaves the gradient of a replicated parameter (a norm's weight) as a partial sum.
     """
-    gradient = parameter.grad
-    assert gradient is not None
     if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and (
             gradient.placements != parameter.placements):
         with torch.no_grad():

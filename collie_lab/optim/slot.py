@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -23,7 +24,7 @@ __all__ = ["Ready", "Slot", "claim", "make_slot", "release"]
 _hooks: Any = WeakIdKeyDictionary()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Slot:
     """What an update needs of one parameter, found once; tensors are local pieces."""
 
@@ -31,10 +32,8 @@ class Slot:
     """Its number among all parameters, frozen ones too: that of stochastic rounding's noise."""
     group: int
     shards: Shards
-    step: Tensor
-    """Updates so far."""
-    start: Tensor
-    """Those of them before the last restart."""
+    counts: memoryview
+    """Updates so far, and those of them before the last restart: the memory of the state's `step` and `start`."""
     states: States
     extra: Tensor | None
     rounding: str
@@ -60,9 +59,10 @@ def make_slot(parameter: Tensor, rule: Rule, rounding: str, *, index: int, group
     rounding = rounding if weight.dtype == torch.bfloat16 else "exact"
     value = weight.to(compute_dtype(weight.dtype), memory_format=torch.contiguous_format)
     states = rule.init(value)
-    entries = {name: torch.tensor(0) for name in ("step", "start")}
-    slot = Slot(index, group, shards, entries["step"], entries["start"], states, None, rounding, engine, weight.dtype,
-                weight.device)
+    counts = np.zeros(2, dtype=np.int64)  # a number of Python's is read and written ten times as fast as a tensor
+    entries = {name: torch.from_numpy(count.reshape(()))
+               for name, count in zip(("step", "start"), np.split(counts, 2), strict=True)}
+    slot = Slot(index, group, shards, counts.data, states, None, rounding, engine, weight.dtype, weight.device)
     for name, piece in states.items():
         entries[name] = rule.layout(name, shards, piece)
     if rounding == "master":

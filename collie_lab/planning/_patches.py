@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 from unittest import mock
 
@@ -28,6 +28,7 @@ from collie_lab.optim.native import factored_scratch, split_factored
 from collie_lab.optim.rounding import Weight
 from collie_lab.optim.rule import Gradient, Scalars, States, Update
 from collie_lab.optim.tiles import scratch_sizes
+from collie_lab.optim.updates import Updates
 from collie_lab.parallel.sharding import blocks
 from collie_lab.planning._ledger import Ledger
 from collie_lab.planning._roles import Role
@@ -53,11 +54,11 @@ class _DryEngine(Eager):
         self._work.update(formula, weight, gradient, operands, scalars)
 
     @override
-    def factored(self, matrix: Formula, vector: Formula, updates: Sequence[Update], scalars: Scalars
-                 ) -> Sequence[Update]:
+    def factored(self, matrix: Formula, vector: Formula, updates: Updates, scalars: Scalars) -> list[Update]:
         """Whole matrices and vectors as loops and kernels have them: passes, with little scratch."""
         mine, left = split_factored(updates)
-        scratch = _kernels_scratch(mine) if self._on_gpu else factored_scratch(mine)
+        matrices = [tensor for update in mine if (tensor := update.weight.tensor).ndim == 2]
+        scratch = _kernels_scratch(matrices) if self._on_gpu else factored_scratch(matrices)
         for weight, gradient, states, _ in mine:
             is_matrix, number = weight.tensor.ndim == 2, gradient.raw.view(-1)[0]
             self._work.read(weight.tensor, gradient.raw)
@@ -83,9 +84,9 @@ class _DryEngine(Eager):
         return torch.empty_like(row, dtype=dtype).sum()
 
 
-def _kernels_scratch(updates: Sequence[Update]) -> Tensor:
+def _kernels_scratch(matrices: Iterable[Tensor]) -> Tensor:
     """What `optim.factored` takes of a GPU's memory at most, where all matrices share a launch; without its tables."""
-    shapes = np.array([update.weight.tensor.shape for update in updates if update.weight.tensor.ndim == 2])
+    shapes = np.array([matrix.shape for matrix in matrices])
     sizes = scratch_sizes(*shapes.reshape(-1, 2).T).values()
     return torch.empty(int(sum(size.sum() for size in sizes)), dtype=torch.float32)
 

@@ -48,8 +48,6 @@ _DEPTHS: Final = (3, 4)
 
 #: fp32 numbers that a rule keeps of each parameter; `optim.rules`.
 _STATES: Final[dict[type[RuleCell], int]] = {AdamW: 2, Lion: 1, Adan: 4, Sophia: 2, Lomo: 0, AdaLomo: 0}
-#: Bytes that count the steps of a parameter, and those before a restart; `optim.slot`.
-_COUNTS: Final = 16
 #: Of a message of averaged gradients; `parallel.sharding`.
 _BUCKET_BYTES: Final = 25 * 2**20
 #: Bytes beside a bf16 weight.
@@ -164,8 +162,6 @@ class _Step:
         self._states = [self.memory.new(_state_bytes(self._optimizer, each, shard(each, ranks)), "optimizer")
                         for each in trained]
         self._states.append(self.memory.new(4, "optimizer"))  # the gradient's norm
-        if not on_gpu:  # whose steps are counted in the host's memory
-            self._states.append(self.memory.new(_COUNTS * len(trained), "optimizer"))
         replicated = self._parallel.dp > 1 and not sharded and not self._optimizer.in_backward
         self._by_hand = replicated and tp > 1  # else by torch's DistributedDataParallel, in buckets
         self._buckets = [self.memory.new(each.count * each.width, "gradients") for each in trained] \

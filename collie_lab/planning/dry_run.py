@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 from collie_lab.cells import Experiment
 from collie_lab.data import Documents, Order
 from collie_lab.data.order import Step
+from collie_lab.optim import RuleOptimizer
 from collie_lab.parallel import build_strategy
 from collie_lab.planning._ledger import Event, Ledger
 from collie_lab.planning._patches import patched
@@ -82,8 +83,8 @@ def dry_run(experiment: Experiment, documents: Documents, *, rank: int = 0, step
             plan = whole if parallel.pp > 1 else _without_alike(whole)
             step = TrainingStep(experiment, device, strategy, say=_counter(ledger.work, whole, plan))
             for number in range(1, steps + 1):
-                if on_gpu:
-                    _leave_to_host(ledger, step.optimizer)
+                if on_gpu or isinstance(step.optimizer, RuleOptimizer):
+                    _leave_out_counts(ledger, step.optimizer)
                 begins.append(len(ledger.events))
                 ledger.work.begin(counts=number == steps)
                 ledger.begin("embedding")
@@ -120,8 +121,8 @@ def _counter(work: Work, whole: Step, run: Step) -> Callable[..., None]:
     return begin
 
 
-def _leave_to_host(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
-    """Counts of steps stay in the host's memory, also those of torch's own optimizers."""
+def _leave_out_counts(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
+    """Counts of steps stay in the host's memory, also those of torch's own optimizers; ours are not even torch's."""
     for value in tree_iter(list(optimizer.state.values())):
         if isinstance(value, Tensor) and not value.ndim:
             ledger.ignore(value)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,23 @@ from torch import nn
 from collie_lab.optim import RuleOptimizer, native
 from collie_lab.optim.engine import Eager, choose_engine
 from collie_lab.optim.rounding import Weight
-from collie_lab.optim.rule import Gradient
+from collie_lab.optim.rule import Gradient, Rule
 from collie_lab.testing.optimizers import KINDS, check_engine
 from tests.optim.rules import RULES
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
+
+
+class _Side:
+    """Some weights, one of which begins in the middle of a page, and their optimizer."""
+
+    def __init__(self, rule: Rule, hyper: dict[str, Any], engine: str):
+        source = torch.Generator().manual_seed(0)
+        memory = torch.randn(75 * 75 + 3, generator=source)
+        self.weights = [nn.Parameter(memory[3:].view(75, 75)), nn.Parameter(torch.randn(40, 33, generator=source)),
+                        nn.Parameter(torch.randn(5000, generator=source))]
+        self.optimizer = RuleOptimizer(self.weights, rule, engine=engine, **hyper)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -41,8 +53,9 @@ def test_reductions_equal_torch_in_float64() -> None:
         torch.testing.assert_close(engine.energy(gradient, row, column, torch.float64), (u * u).sum())
 
 
-def test_threads_change_nothing_but_the_order_of_sums() -> None:
-    rule, hyper = RULES["adamw"]
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw"])  # loops that fetch ahead by pages, and one that does not
+def test_threads_change_nothing_but_the_order_of_sums(name: str) -> None:
+    rule, hyper = RULES[name]
     source = torch.Generator().manual_seed(0)
     weight, raw = torch.randn(2, 300, 701, generator=source)
     before, results = torch.get_num_threads(), []
@@ -95,6 +108,46 @@ def test_what_no_loop_takes_is_updated_beside_the_others() -> None:
             optimizer.step()
             sides.append(weights)
         for one, two in zip(*sides, strict=True):
+            torch.testing.assert_close(one, two, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw", "adalomo"])
+def test_what_is_kept_of_tensors_goes_when_they_move(name: str) -> None:
+    """Step by step as the eager engine, whatever has been done to tensors in between."""
+    rule, hyper = RULES[name]
+    sides, source = [_Side(rule, hyper, engine) for engine in ("eager", "native")], torch.Generator().manual_seed(1)
+
+    def transpose_a_gradient(side: _Side) -> None:
+        side.weights[0].grad = side.weights[0].grad.T.contiguous().T  # type: ignore[union-attr]
+
+    def drop_a_gradient(side: _Side) -> None:
+        side.weights[1].grad = None
+
+    def move_a_weight(side: _Side) -> None:
+        side.weights[1].data = side.weights[1].data.clone()
+
+    def transpose_a_weight(side: _Side) -> None:
+        side.weights[0].data = side.weights[0].data.T  # the same memory and shape
+
+    def move_the_states(side: _Side) -> None:
+        for weight in side.weights:
+            for state in side.optimizer.state[weight].values():
+                if state.numel() > 1:
+                    state.data = state.data.clone()
+
+    def restart(side: _Side) -> None:
+        side.optimizer.restart()
+
+    for change in (None, None, transpose_a_gradient, None, drop_a_gradient, None, move_a_weight, move_the_states,
+                   restart, None, transpose_a_weight, None):
+        gradients = [torch.randn(weight.shape, generator=source) for weight in sides[0].weights]
+        for side in sides:
+            for weight, gradient in zip(side.weights, gradients, strict=True):
+                weight.grad = gradient.clone()
+            if change is not None:
+                change(side)
+            side.optimizer.step()
+        for one, two in zip(*[side.weights for side in sides], strict=True):
             torch.testing.assert_close(one, two, rtol=2e-6, atol=2e-6)
 
 

@@ -81,9 +81,12 @@ class TensorStatistics(Callback):
         by_layout: dict[tuple[dist.ProcessGroup, ...], tuple[Tensor, Tensor]] = {}
         size = len(self._cell.groups) + 1
         for parameter, shards, members in self._parameters:
-            if self._of_gradients and parameter.grad is None:
+            if not self._of_gradients:
+                piece = local(parameter)
+            elif (gradient := parameter.grad) is not None:
+                piece = local_gradient(parameter, gradient)
+            else:
                 continue
-            piece = local_gradient(parameter) if self._of_gradients else local(parameter)
             sums, largest = by_layout.setdefault(shards.groups, (
                 torch.zeros(size, _SUMS, dtype=torch.float64, device=device), torch.zeros(size, device=device)))
             sums[members] += _sums(piece)
