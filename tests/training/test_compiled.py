@@ -140,22 +140,32 @@ def test_padded_rows_are_one_graph_for_any_shape(tmp_path: Path, monkeypatch: py
     assert not counters["graph_break"]
 
 
-def _train(folder: str) -> None:
+def _train(folder: str, layouts: dict[str, Parallel]) -> None:
     blocks.BACKEND = "aot_eager"
-    for name, cell in LAYOUTS.items():
+    for name, cell in layouts.items():
         run_here(COMPILED.replace(parallel=cell), Path(folder) / name)
 
 
-LAYOUTS = {"replicas": Parallel(dp=2), "zero": Parallel(dp=2, zero=3), "tensor": Parallel(tp=2),
-           "pipeline": Parallel(pp=2)}
+def _assert_curves_of_one_process(folder: Path, layouts: dict[str, Parallel]) -> None:
+    run_ranks(_train, 2, str(folder), layouts)
+    expected = losses(run_here(BASE, folder / "one"))
+    for name in layouts:
+        run = RunFolder(folder / name)
+        assert losses(run) == pytest.approx(expected, abs=1e-5), name
+        assert not _events(run, "warning"), name
 
 
 @pytest.mark.ranks
 def test_every_layout_gives_the_curve_of_one_process(tmp_path: Path) -> None:
-    run_ranks(_train, 2, str(tmp_path))
-    expected = losses(run_here(BASE, tmp_path / "one"))
-    for name in LAYOUTS:
-        assert losses(RunFolder(tmp_path / name)) == pytest.approx(expected, abs=1e-5), name
+    _assert_curves_of_one_process(tmp_path, {"replicas": Parallel(dp=2), "zero": Parallel(dp=2, zero=3),
+                                             "tensor": Parallel(tp=2), "pipeline": Parallel(pp=2)})
+
+
+@pytest.mark.ranks
+def test_deepspeed_gives_the_curve_of_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    _assert_curves_of_one_process(tmp_path, {"replicas": Parallel(dp=2, engine="deepspeed"), "offload": Parallel(
+        dp=2, engine="deepspeed", zero=2, offload="optimizer")})
 
 
 class _Block(nn.Module):
