@@ -112,8 +112,8 @@ extern "C" void run(const Row* row, long count, int threads, T scale, T limit{pa
 """
 _CALL = "part(begin, {end}, row->n, row->w, row->e, row->g, scale, limit, row->noise{arguments});"
 _BY_PAGES = """for (long next; begin < end; begin = next) {{
-        const long page = PAGE / sizeof(W), left = (PAGE - uintptr_t(row->w + begin) % PAGE) / sizeof(W);
-        next = std::min(end, begin + left);
+        const long page = PAGE / sizeof(W), bytes = PAGE - uintptr_t(row->w + begin) % PAGE;
+        next = std::min(end, begin + (bytes + long(sizeof(W)) - 1) / long(sizeof(W)));
         if (next + 2 * page < end) {{ {fetch} }}
         {call}
       }}"""

@@ -159,7 +159,7 @@ def _sorted(updates: Updates, key: Hashable, lie: Callable[[Update], tuple[Hasha
         key: what the tables are for.
         lie: of an update, how its operands lie, and how many columns it has; None: it goes another way.
     """
-    key = key, updates.scale is not None
+    key = key, updates.scale is not None  # which the kind of a table says too
     found: _Sorted | None = updates.kept.get(key)
     if found is not None:
         for table in found[0]:

@@ -163,7 +163,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _take_leftovers(self) -> None:
         """With `hold`: parameters (experts) that got gradients from earlier micro-batches, but not from the last."""
-        for parameter in [parameter for parameter in self._numbers if parameter.grad is not None]:
+        for parameter in [parameter for group in self.param_groups for parameter in group["params"]
+                          if parameter.grad is not None]:
             if self._accumulate != "hold" or parameter not in self._slots:
                 raise RuntimeError("in backward, a gradient was left: its parameter was frozen when the optimizer was "
                                    "made, or another optimizer has taken it over")
@@ -181,8 +182,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._close_norm()
         if self._max_norm is not None and self.norm is not None:
             self._scale = clip_coefficient(self.norm, self._max_norm)
-        together = any(engine.together for engine in self._engines.values())
-        for wave in waves(ready) if together else [ready]:
+        for wave in waves(ready) if any(engine.together for engine in self._engines.values()) else [ready]:
             self._update(wave)
 
     @property
@@ -241,7 +241,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         together = self._gather(ready, part=part, scale=self._scale, limit=self._max_value)
         if not part:
             for _, slot, _ in ready:
-                slot.counts[0] += 1
+                slot.counts.advance()
         for engine, index, step, updates in together:
             group = self.param_groups[index]
             if part:  # weight decay is part of a step, not of each part of its gradient
@@ -300,7 +300,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def restart(self) -> None:
         """Forget all momenta and averages, and count steps from 1 again; weights stay (Adan's restart condition)."""
         for slot in self._slots.values():
-            slot.counts[1] = slot.counts[0]
+            slot.counts.restart()
             for state in slot.states.values():
                 state.zero_()
 

@@ -102,7 +102,10 @@ class Rule(ABC):
         """
 
     def apply(self, engine: Engine, updates: Updates, group: Group, step: int) -> None:
-        """Update `step` of parameters of one group, in place; rules that look at a whole tensor at once override it."""
+        """Update `step` of parameters of one group, in place; rules that look at a whole tensor at once override it.
+
+        They give `updates` on to an engine as they got them, or go through them one by one.
+        """
         engine.elementwise_all(self, updates, self.scalars(group, step))
 
     def layout(self, name: str, shards: Shards, state: Tensor) -> Tensor:

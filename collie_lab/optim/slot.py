@@ -24,6 +24,46 @@ __all__ = ["Ready", "Slot", "claim", "make_slot", "release"]
 _hooks: Any = WeakIdKeyDictionary()
 
 
+class Counts:
+    """Updates of a parameter, and those of them before the last restart.
+
+    Python reads and writes them ten times as fast as it could tensors, which have the same memory: `step` and `start`
+    of the parameter in `Optimizer.state`.
+    """
+
+    __slots__ = ("_counts", "_place", "start", "step")
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(2, dtype=np.int64).data
+        self.step, self.start = self._tensors()
+        self._place = self.step.data_ptr() if type(self.step) is Tensor else None  # those of a dry run lie nowhere
+
+    def read(self) -> tuple[int, int]:
+        """Both."""
+        if self._place is not None and self._place != self.step.data_ptr():
+            self._take_back()
+        return self._counts[0], self._counts[1]
+
+    def advance(self) -> None:
+        """One more update."""
+        self._counts[0] += 1
+
+    def restart(self) -> None:
+        """All updates so far were before a restart."""
+        self._counts[1], _ = self.read()
+
+    def _take_back(self) -> None:
+        """Somebody has moved the optimizer's states (`state.data = ...`): counts stay with the host, as torch's do."""
+        moved = self.step, self.start
+        self._counts[0], self._counts[1] = map(int, moved)
+        for tensor, ours in zip(moved, self._tensors(), strict=True):
+            tensor.data = ours
+
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        step, start = np.split(np.asarray(self._counts), 2)
+        return torch.from_numpy(step.reshape(())), torch.from_numpy(start.reshape(()))
+
+
 @dataclass(slots=True, eq=False)
 class Slot:
     """What an update needs of one parameter, found once; tensors are local pieces."""
@@ -32,8 +72,7 @@ class Slot:
     """Its number among all parameters, frozen ones too: that of stochastic rounding's noise."""
     group: int
     shards: Shards
-    counts: memoryview
-    """Updates so far, and those of them before the last restart: the memory of the state's `step` and `start`."""
+    counts: Counts
     states: States
     extra: Tensor | None
     rounding: str
@@ -59,10 +98,9 @@ def make_slot(parameter: Tensor, rule: Rule, rounding: str, *, index: int, group
     rounding = rounding if weight.dtype == torch.bfloat16 else "exact"
     value = weight.to(compute_dtype(weight.dtype), memory_format=torch.contiguous_format)
     states = rule.init(value)
-    counts = np.zeros(2, dtype=np.int64)  # a number of Python's is read and written ten times as fast as a tensor
-    entries = {name: torch.from_numpy(count.reshape(()))
-               for name, count in zip(("step", "start"), np.split(counts, 2), strict=True)}
-    slot = Slot(index, group, shards, counts.data, states, None, rounding, engine, weight.dtype, weight.device)
+    counts = Counts()
+    entries = {"step": counts.step, "start": counts.start}
+    slot = Slot(index, group, shards, counts, states, None, rounding, engine, weight.dtype, weight.device)
     for name, piece in states.items():
         entries[name] = rule.layout(name, shards, piece)
     if rounding == "master":

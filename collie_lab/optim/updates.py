@@ -28,8 +28,8 @@ class Updates:
         weights, gradients: local, dense tensors.
         noise: where the noise of stochastic rounding begins; 0 where there is none.
         scale, limit: what clips the gradients.
-        kept: whatever the engine has found out of these tensors. The same in the next update, unless one of them is
-            another by then or lies elsewhere; gradients may lie elsewhere.
+        kept: whatever the engine has found out of these tensors. The same in the next update, unless one of them has
+            another place, shape or type by then; gradients may lie elsewhere.
     """
 
     def __init__(self, slots: tuple[Slot, ...], weights: Sequence[Tensor], gradients: Sequence[Tensor], *,
@@ -75,7 +75,7 @@ class Gatherer:
         together: dict[tuple[Engine, int, int], list[Ready]] = {}
         for each in ready:
             slot = each[1]
-            steps, start = slot.counts
+            steps, start = slot.counts.read()
             together.setdefault((slot.engine, slot.group, steps + (not part) - start), []).append(each)
         return [(*key, self._updates(some, part, scale, limit)) for key, some in together.items()]
 
@@ -83,6 +83,8 @@ class Gatherer:
         parameters, slots, gradients = zip(*ready, strict=True)
         kept = self._kept.get(slots[0])
         if kept is None or kept.slots != slots:
+            if sum(map(len, self._kept.values())) > _MOST:  # whose parameters differ from step to step
+                self._kept.clear()
             kept = self._kept[slots[0]] = _Kept(parameters, slots)
         weights = [local(parameter) for parameter in parameters] if kept.is_sharded else parameters
         noise = self._noise(slots, part) if kept.is_noisy else [0] * len(slots)
@@ -91,17 +93,22 @@ class Gatherer:
 
     def _noise(self, slots: tuple[Slot, ...], part: int) -> list[int]:
         # Every part of a gradient has noise of its own.
-        steps = np.array([slot.counts[0] + (not part) for slot in slots], dtype=np.uint64)
+        steps = np.array([slot.counts.read()[0] + (not part) for slot in slots], dtype=np.uint64)
         numbers = np.array([slot.index for slot in slots], dtype=np.uint64)
         keys = noise_keys(self._seed + part, steps, numbers).tolist()
         return [key + slot.shards.offset for key, slot in zip(keys, slots, strict=True)]
 
 
-_Signature = tuple[list[int], list[bool], list[torch.dtype], list[int]]
+# Parameters of which something is kept, at some 300 bytes each.
+_MOST = 2**17
+_Signature = tuple[list[int], list[torch.Size], list[torch.dtype], list[bool]]
 
 
 class _Kept:
     """What is kept of the parameters of some slots, as long as all their tensors are what and where they were."""
+
+    def __len__(self) -> int:
+        return len(self.slots)
 
     def __init__(self, parameters: tuple[Tensor, ...], slots: tuple[Slot, ...]):
         self.slots = slots
@@ -117,8 +124,10 @@ class _Kept:
         """What was found of them; nothing where something has changed."""
         signature: _Signature | None = None
         if self._reads_addresses and all(each.is_contiguous() for each in gradients):
-            signature = ([weight.data_ptr() for weight in weights], [weight.is_contiguous() for weight in weights],
-                         [gradient.dtype for gradient in gradients], [tensor.data_ptr() for tensor in self._beside])
+            tensors = [*weights, *self._beside]
+            signature = ([tensor.data_ptr() for tensor in tensors], [tensor.shape for tensor in tensors],
+                         [tensor.dtype for tensor in [*tensors, *gradients]],
+                         [tensor.is_contiguous() for tensor in tensors])
         if signature is None or signature != self._signature:
             self._check(weights, gradients)
             self._found, self._signature = {}, signature

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from collie_lab.optim import RuleOptimizer, native
+from collie_lab.optim import SGD, RuleOptimizer, native
 from collie_lab.optim.engine import Eager, choose_engine
 from collie_lab.optim.rounding import Weight
 from collie_lab.optim.rule import Gradient, Rule
@@ -123,6 +123,17 @@ def test_what_is_kept_of_tensors_goes_when_they_move(name: str) -> None:
     def drop_a_gradient(side: _Side) -> None:
         side.weights[1].grad = None
 
+    def drop_another(side: _Side) -> None:
+        side.weights[2].grad = None
+
+    def change_the_type_of_a_gradient(side: _Side) -> None:
+        weight = side.weights[0]
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        if hasattr(weight, "grad_dtype"):  # from torch 2.10 on
+            weight.grad_dtype = torch.bfloat16
+        weight.grad = gradient.to(getattr(weight, "grad_dtype", weight.dtype))
+
     def move_a_weight(side: _Side) -> None:
         side.weights[1].data = side.weights[1].data.clone()
 
@@ -132,23 +143,53 @@ def test_what_is_kept_of_tensors_goes_when_they_move(name: str) -> None:
     def move_the_states(side: _Side) -> None:
         for weight in side.weights:
             for state in side.optimizer.state[weight].values():
-                if state.numel() > 1:
-                    state.data = state.data.clone()
+                state.data = state.data.clone()
 
     def restart(side: _Side) -> None:
         side.optimizer.restart()
 
-    for change in (None, None, transpose_a_gradient, None, drop_a_gradient, None, move_a_weight, move_the_states,
-                   restart, None, transpose_a_weight, None):
+    for step, change in enumerate((
+            None, None, transpose_a_gradient, None, drop_a_gradient, drop_another, None, move_a_weight, move_the_states,
+            restart, change_the_type_of_a_gradient, None, transpose_a_weight, None), 1):
         gradients = [torch.randn(weight.shape, generator=source) for weight in sides[0].weights]
         for side in sides:
             for weight, gradient in zip(side.weights, gradients, strict=True):
-                weight.grad = gradient.clone()
+                weight.grad = gradient.to(getattr(weight, "grad_dtype", weight.dtype), copy=True)
             if change is not None:
                 change(side)
             side.optimizer.step()
+            assert side.optimizer.state[side.weights[0]]["step"] == step
         for one, two in zip(*[side.weights for side in sides], strict=True):
             torch.testing.assert_close(one, two, rtol=2e-6, atol=2e-6)
+
+
+def test_a_weight_that_became_smaller_where_it_was_is_seen() -> None:
+    memory = torch.ones(6, 5)
+    weight = nn.Parameter(memory)
+    optimizer = RuleOptimizer([weight], SGD(), lr=0.5, weight_decay=0.0)
+    for rows in (6, 2, 6):
+        weight.grad = None
+        weight.data = memory[:rows]
+        weight.grad = torch.ones(rows, 5)
+        optimizer.step()
+    assert memory[:, 0].tolist() == [-0.5, -0.5, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weights_may_begin_at_any_byte(name: str) -> None:
+    """As those that are mapped from a file."""
+    rule, hyper = RULES[name]
+    results = []
+    for offset in range(4):
+        weight = nn.Parameter(torch.frombuffer(bytearray(4 * 5000 + 3), dtype=torch.float32, count=5000,
+                                               offset=offset))
+        optimizer = RuleOptimizer([weight], rule, engine="native", **hyper)
+        weight.grad = torch.linspace(-1, 1, 5000)
+        optimizer.step()
+        results.append(weight.detach())
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+    assert results[0].abs().amax() > 0
 
 
 def test_loops_are_built_once_and_kept(tmp_path: Path) -> None:
