@@ -6,7 +6,7 @@ import html
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from collie_lab.cells import CellError, Experiment, HeldOut, Instructions, Model, Problem, Text, TrainTokenizer
 from collie_lab.check_adapter import adapter_problems
@@ -17,7 +17,7 @@ from collie_lab.check_evaluation import evaluation_problems
 from collie_lab.check_optimizer import matrix_problems, optimizer_problems
 from collie_lab.check_parallel import parallel_problems
 from collie_lab.check_tokenizer import tokenizer_problems
-from collie_lab.data.hub import context_length, holds_weights, model_config
+from collie_lab.data.hub import context_length, holds_weights, model_config, weights_digest
 from collie_lab.data.prepare import room_for_documents
 from collie_lab.data.records import Corpus
 from collie_lab.data.tokenizer import save_tokenizer
@@ -96,20 +96,30 @@ def _cells(experiment: Experiment, problems: list[Problem]) -> dict[str, Any]:
     return config
 
 
+#: Fields of adapters that say how it is trained, or where its first values came from.
+_OF_TRAINING: Final = ("load", "dropout", "plus")
+
+
 def identity(experiment: Experiment, fingerprint: str) -> dict[str, Any]:
-    """What a run and the one that it goes on from have in common: the optimizer, and the course of the data."""
-    training, data = experiment.training, experiment.data
-    return {"optimizer": experiment.optimizer.kind, "batch_size": training.batch_size, "seed": training.seed,
-            "data": fingerprint, "shuffle": data.shuffle, "group_by_length": data.group_by_length,
-            "packing": data.packing and (data.max_length or True)}
+    """What a run and the one that it goes on from have in common: the optimizer, the course of the data, and what is
+    not trained."""
+    training, data, adapter = experiment.training, experiment.data, experiment.adapter
+    course = {"optimizer": experiment.optimizer.kind, "batch_size": training.batch_size, "seed": training.seed,
+              "data": fingerprint, "shuffle": data.shuffle, "group_by_length": data.group_by_length,
+              "packing": data.packing and (data.max_length or True)}
+    if adapter is None:
+        return {**course, "adapter": None}
+    # A checkpoint holds what is trained; the rest of the function is the adapter's, and the frozen weights'.
+    fields = {name: value for name, value in adapter.to_dict().items() if name not in _OF_TRAINING}
+    return {**course, "adapter": fields, "frozen_weights": weights_digest(experiment.model)}
 
 
 def check_resume(experiment: Experiment, fingerprint: str, checkpoint: Path) -> None:
     """Whether a run can go on from a checkpoint exactly as the one that wrote it would have.
 
     Raises:
-        CellError: another optimizer, batch size, seed, data or order of them; or the checkpoint is already at the last
-            step.
+        CellError: another optimizer, batch size, seed, data or order of them, adapter or frozen weights; or the
+            checkpoint is already at the last step.
     """
     state = read_json(checkpoint / "state.json")
     training = experiment.training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from collie_lab.cells import (
     Benchmark,
@@ -25,8 +25,15 @@ from collie_lab.cells import (
 from collie_lab.data.benchmarks import read_questions
 from collie_lab.data.hub import context_length
 from collie_lab.data.prepare import answer_problem, room_for_documents
+from collie_lab.training.metrics import names
 
-__all__ = ["evaluation_problems"]
+__all__ = ["TAKEN", "evaluation_problems"]
+
+#: What stands beside the figures of evaluations: in the result of a run, in its events, and in a study's tables.
+TAKEN: Final = frozenset((
+    "checkpoint", "components", "detail", "gradients_bytes", "kind", "loss", "mfu", "optimizer_bytes", "parameters",
+    "peak_bytes", "planned_bytes", "restored", "seconds", "status", "step", "steps", "tgs", "time",
+    "tokens_per_second", "tokens_per_step", "trainable", "weights_bytes", "world_size"))
 
 
 def evaluation_problems(experiment: Experiment, config: dict[str, Any]) -> Iterator[Problem]:
@@ -37,6 +44,8 @@ def evaluation_problems(experiment: Experiment, config: dict[str, Any]) -> Itera
     for cell in experiment.evaluate:
         kind = type(cell).__name__
         written = {(cell.name, figure) for figure in _figures(cell)}
+        if isinstance(cell, Generation):
+            yield from _metrics(cell)
         if written & seen:
             yield Problem(kind, "name", "two evaluations would write the same figures", 'tell them apart: name="..."')
         seen |= written
@@ -65,8 +74,34 @@ def _figures(cell: Evaluation) -> set[str]:
         case Classification() | MultipleChoice():
             return {"accuracy"}
         case Generation():
-            return {cell.kind, *(metric.__name__ if callable(metric) else metric for metric in cell.metrics)}
-    return {cell.kind}
+            return {cell.kind, *_written(cell)}
+    return {cell.kind, *(cell.better or {})}
+
+
+def _written(cell: Generation) -> list[str]:
+    """The figures of its metrics, of those that have a name."""
+    written: list[str] = []
+    for metric in cell.metrics:
+        if metric == "bleu":
+            written.append(metric)
+        elif isinstance(metric, str) or hasattr(metric, "__name__"):
+            written += names(metric)
+    return written
+
+
+def _metrics(cell: Generation) -> Iterator[Problem]:
+    """Functions without a name, and names that are another figure's."""
+    remedy = "def name_of_the_figure(answer, reference): ..."
+    for metric in cell.metrics:
+        if not isinstance(metric, str) and not hasattr(metric, "__name__"):
+            yield Problem("Generation", "metrics", f"a figure goes by its function's name, and {metric!r} has none",
+                          remedy)
+    written = _written(cell)
+    for name in sorted({name for name in written if written.count(name) > 1}):
+        yield Problem("Generation", "metrics", f"two metrics would write {name!r}", remedy)
+    for name in sorted(TAKEN.intersection(written) if cell.name is None else ()):
+        yield Problem("Generation", "metrics", f"{name!r} is a figure of every run",
+                      'another name for the function, or Generation(name="...")')
 
 
 def _packages(cell: Evaluation) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 from collie_lab.cells import SHAPES, CellError, Model, Problem
 
-__all__ = ["context_length", "fetch", "holds_weights", "model_config", "text_fields", "vocabulary_size"]
+__all__ = ["context_length", "fetch", "holds_weights", "model_config", "text_fields", "vocabulary_size",
+           "weights_digest"]
 
+_SAMPLE = 2**16
 # Names under which configurations of transformers keep the longest sequence.
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
 
@@ -61,6 +64,23 @@ def holds_weights(model: Model) -> bool:
         return False
     folder = Path(model.source).expanduser()
     return not folder.is_dir() or any(next(folder.glob(each), None) for each in ("*.safetensors", "*.bin"))
+
+
+def weights_digest(model: Model) -> str:
+    """What tells trained weights from others of the same shape, without reading all of them: a hash of the sizes of
+    their files, and of 64 KiB at 256 places of each. Of the hub, and of random weights, the name."""
+    folder = Path(model.source).expanduser()
+    if model.init == "random" or not folder.is_dir():
+        return f"{model.source}@{model.revision}" if model.revision else model.source
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{size}".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(_SAMPLE, size // 256)):
+                file.seek(place)
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import collie_lab as lab
 from collie_lab.check import check_resume, identity
+from collie_lab.check_evaluation import TAKEN
 from collie_lab.folder import write_json
+from tests.ranks import run_here
 
 GOOD = lab.Experiment(model=lab.Model("llama-tiny", init="random"), data=lab.Skills(size=40, test_size=10),
                       training=lab.Training(steps=2, batch_size=4), evaluate=[lab.Perplexity(), lab.ExactMatch()])
+
+
+def _named(name: str) -> Callable[[str, str], float]:
+    def metric(answer: str, reference: str) -> float:
+        return 1.0
+
+    metric.__name__ = name
+    return metric
 
 
 def test_a_sound_experiment_has_no_problems() -> None:
@@ -42,6 +56,15 @@ def test_a_sound_experiment_has_no_problems() -> None:
     (GOOD.replace(adapter=lab.IA3(), parallel=lab.Parallel(tp=2)), "Parallel.tp: IA3 needs whole matrices"),
     (GOOD.replace(adapter=lab.LoRA(dora=True), parallel=lab.Parallel(tp=2)), "Parallel.tp: DoRA needs whole matrices"),
     (GOOD.replace(evaluate=[lab.Perplexity(), lab.Perplexity(limit=3)]), "two evaluations would write the same"),
+    *[(GOOD.replace(evaluate=[lab.Generation(metrics=metrics)]), message) for metrics, message in (
+        ((_named("tokens_per_second"),), "Generation.metrics: 'tokens_per_second' is a figure of every run"),
+        ((_named("status"),), "'status' is a figure of every run"),
+        ((_named("<lambda>"), _named("<lambda>")), "two metrics would write '<lambda>'"),
+        (("exact_match", _named("exact_match")), "two metrics would write 'exact_match'"),
+        (("rouge", _named("rouge1")), "two metrics would write 'rouge1'"),
+        ((functools.partial(_named("a"), "b"),), "Generation.metrics: a figure goes by its function's name"))],
+    (GOOD.replace(evaluate=[lab.Perplexity(), lab.Generation(metrics=(_named("nll"),))]),
+     "Generation.name: two evaluations would write the same"),
     (GOOD.replace(data=lab.Instructions("absent.json")), "no such file: absent.json"),
     (GOOD.replace(data=lab.Instructions([])), "holds no records"),
     (GOOD.replace(data=lab.Text([" "])), "holds no text"),
@@ -92,6 +115,32 @@ def test_resuming_another_run_is_refused(tmp_path: Path) -> None:
             check_resume(other, "abc", tmp_path)
     with pytest.raises(lab.CellError, match="data was 'abc'"):
         check_resume(GOOD, "other", tmp_path)
+
+
+def test_no_figure_of_a_run_may_be_a_metrics_name(tmp_path: Path) -> None:
+    run = run_here(GOOD.replace(evaluate=[]), tmp_path / "run")
+    assert set(run.read("result.json")) <= TAKEN
+
+
+def test_what_is_not_trained_is_that_of_the_resumed_run(tmp_path: Path) -> None:
+    weights = bytearray(random.Random(0).randbytes(300_000))
+    for name, change in (("a", 0), ("moved", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        weights[150_000] ^= change
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+
+    def on(name: str, **fields: Any) -> lab.Experiment:
+        return GOOD.replace(model=lab.Model(tmp_path / name), adapter=lab.LoRA(r=4, **fields))
+
+    write_json(tmp_path / "state.json", {"step": 1, "identity": identity(on("a"), "abc")})
+    check_resume(on("moved", dropout=0.1), "abc", tmp_path)
+    for other, message in ((on("b"), "frozen_weights was"), (on("a", alpha=800), "adapter was .*'alpha': 16.0"),
+                           (on("a").replace(adapter=None), "adapter was"),
+                           (on("a").replace(adapter=lab.Freeze(("*norm*",))), "adapter was")):
+        with pytest.raises(lab.CellError, match=message):
+            check_resume(other, "abc", tmp_path)
+    write_json(tmp_path / "state.json", {"step": 1, "identity": identity(GOOD, "abc")})
+    check_resume(GOOD.replace(model=lab.Model(tmp_path / "b")), "abc", tmp_path)  # all of it is in the checkpoint
 
 
 def test_all_problems_come_at_once() -> None:
