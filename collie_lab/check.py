@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from collie_lab.cells import CellError, Experiment, HeldOut, Instructions, Model, Problem, Text, TrainTokenizer
+from collie_lab.cells import (
+    AddedAdapter,
+    CellError,
+    Experiment,
+    HeldOut,
+    Instructions,
+    Model,
+    Problem,
+    Text,
+    TrainTokenizer,
+)
 from collie_lab.check_adapter import adapter_problems
 from collie_lab.check_callbacks import callback_problems
 from collie_lab.check_compile import compile_problems, compiler_problems
@@ -124,8 +134,11 @@ def check_resume(experiment: Experiment, fingerprint: str, checkpoint: Path) -> 
     state = read_json(checkpoint / "state.json")
     training = experiment.training
     now = identity(experiment, fingerprint)
+    adapter = experiment.adapter
+    other = f"{type(adapter).__name__}(load=run.model_path)" if isinstance(adapter, AddedAdapter) \
+        else "Model(run.model_path)"
     problems = [Problem("launch", "resume", f"{name} was {then!r} in {checkpoint}, and is {now[name]!r}",
-                        "resume goes on with the same run; to start from its weights: Model(run.model_path)")
+                        f"resume goes on with the same run; to start from its weights: {other}")
                 for name, then in state.get("identity", {}).items() if name in now and then != now[name]]
     if state.get("step", 0) >= training.steps:
         problems.append(Problem("launch", "resume", f"{checkpoint} is at step {state['step']} of {training.steps}",
