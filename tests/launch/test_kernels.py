@@ -134,6 +134,7 @@ def test_an_interrupt_reaches_the_ranks_of_a_pool(kernel: Kernel, tmp_path: Path
     kernel.manager.interrupt_kernel()
     assert kernel.reply(request, timeout=10)["ename"] == "RankError"
     toy.assert_gone(mark, seconds=5.0)
+    kernel.execute("pool.close()")  # its folder is there for as long as its kernel, which a test kills
 
 
 def test_a_detached_run_outlives_a_restart(kernel: Kernel, tmp_path: Path, mark: str) -> None:
