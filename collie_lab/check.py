@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,13 +80,18 @@ class Report:
         return f"<table><tr><th></th><th>field</th><th>problem</th><th>remedy</th></tr>{rows}</table>"
 
 
-def check(experiment: Experiment) -> Report:
-    """All problems of an experiment; reads its model's configuration and its data, starts nothing of a run."""
+def check(experiment: Experiment, known: dict[str, list[Problem]] | None = None) -> Report:
+    """All problems of an experiment; reads its model's configuration and its data, starts nothing of a run.
+
+    `known` keeps what takes long to find out: of experiments that are given the same, records are read once.
+    """
+    known = {} if known is None else known
     problems: list[Problem] = []
     config = _cells(experiment, problems)
-    _collect(problems, lambda: problems.extend(matrix_problems(experiment)))
+    problems += _once(known, ("matrices", experiment.model, experiment.adapter, experiment.optimizer.kind),
+                      lambda: matrix_problems(experiment))
     problems += [*_gpus(experiment), *compiler_problems(experiment)]
-    _collect(problems, lambda: _data(experiment, config, problems))
+    _collect(problems, lambda: _data(experiment, config, problems, known))
     return Report(problems)
 
 
@@ -156,6 +162,15 @@ def _collect(problems: list[Problem], action: Any) -> Any:
         return None
 
 
+def _once(known: dict[str, list[Problem]], of: tuple[Any, ...],
+          find: Callable[[], Iterable[Problem] | None]) -> list[Problem]:
+    """The problems that are found, or raised, of these cells; the search is made once."""
+    if (key := repr(of)) not in known:
+        known[key] = []
+        _collect(known[key], lambda: known[key].extend(find() or ()))
+    return known[key]
+
+
 def _model(model: Model, problems: list[Problem]) -> dict[str, Any]:
     if model.init == "pretrained" and model.is_shape:
         problems.append(Problem("Model", "init", f"{model.source} is a named shape and has no trained weights",
@@ -210,7 +225,8 @@ def _gpus(experiment: Experiment) -> Iterator[Problem]:
                       "one rank a GPU; CUDA_VISIBLE_DEVICES='' hides them, for a run on CPU cores")
 
 
-def _data(experiment: Experiment, config: dict[str, Any], problems: list[Problem]) -> None:
+def _data(experiment: Experiment, config: dict[str, Any], problems: list[Problem],
+          known: dict[str, list[Problem]]) -> None:
     context = context_length(config)
     room = room_for_documents(experiment, context)
     taken = f" beside {experiment.virtual.tokens} virtual tokens" if experiment.virtual is not None else ""
@@ -219,9 +235,10 @@ def _data(experiment: Experiment, config: dict[str, Any], problems: list[Problem
     problems += [Problem(type(cell).__name__, "max_length", f"{cell.max_length} tokens do not fit the model's context "
                          f"of {context}{taken}", f"at most {room}")
                  for cell in cells if room is not None and (cell.max_length or 0) > room]
+    model = experiment.model if config else None
     for cell in cells:
         if isinstance(cell, (Instructions, Text)):  # every record is looked at
-            _collect(problems, lambda cell=cell: _records(cell, experiment.model if config else None))
+            problems += _once(known, ("records", cell, model), partial(_records, cell, model))
 
 
 def _records(cell: Instructions | Text, model: Model | None) -> None:

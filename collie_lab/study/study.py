@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from collie_lab.cells import CellError, Problem
 from collie_lab.cells._yaml import dump
-from collie_lab.check import Report, check, check_cells
+from collie_lab.check import Report, check
 from collie_lab.folder import write_json
 from collie_lab.launch import Run
 from collie_lab.provenance import code_version, provenance
@@ -151,14 +151,11 @@ class Study(Presentation):
         """The conflicts in the arms that have no result yet; what several arms share stands there once."""
         self._ends.clear()
         found: dict[Problem, list[str]] = {}
-        looked: set[str] = set()
+        known: dict[str, list[Problem]] = {}  # of what arms share: records are read once
         for arm in self.arms:
             if self._outcome(arm)[0] in FINAL:
                 continue
-            reads = repr((arm.experiment.data, arm.experiment.evaluate, arm.experiment.model, arm.gpus))
-            look = check_cells if reads in looked else check  # records are read once
-            looked.add(reads)
-            for problem in [*look(arm.experiment).problems, *arm.refused]:
+            for problem in [*check(arm.experiment, known).problems, *arm.refused]:
                 found.setdefault(problem, []).append(arm.name)
         return Report([Problem(each.cell, each.field, f"{each.message} ({_named(names)})", each.remedy, each.level)
                        for each, names in found.items()])
