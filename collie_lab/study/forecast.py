@@ -6,12 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from collie_lab.cells import CellError, Experiment
 from collie_lab.data.progress import Progress
 from collie_lab.folder import read_json, write_json
-from collie_lab.gpus import find_gpu
+from collie_lab.gpus import find_gpu, gpu_of_device
+from collie_lab.machine import gpu_model
 from collie_lab.planning import PlanError
 from collie_lab.planning._client import AT_ONCE
 from collie_lab.study.arms import Arm
@@ -20,31 +21,49 @@ from collie_lab.study.store import FINAL, ArmFolder
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Forecast", "planned_columns"]
+__all__ = ["Forecast", "device_of", "planned_columns"]
+
+
+#: Under which the plans for a CPU are kept.
+_CPU: Final = "cpu"
 
 
 class Forecast:
-    """The plans of a study's arms, kept in `forecast.json` of its results by the id of the arm."""
+    """The plans of a study's arms, kept in `forecast.json` of its results by the id of the arm and the GPU."""
 
     def __init__(self, results: Path):
         self._results = results
 
     @property
-    def planned(self) -> dict[str, dict[str, Any]]:
+    def planned(self) -> dict[str, dict[str, dict[str, Any]]]:
         """What was planned: `bytes`, `components`, `fits`, `tokens_per_second`, `seconds` of all steps,
-        `gpu`, `note`, by the id of an arm."""
-        return read_json(self._results / "forecast.json")
+        `gpu`, `note`, by the id of an arm and what it was planned for: a GPU's name, or `cpu`."""
+        kept = read_json(self._results / "forecast.json")
+        # Files of earlier versions have one plan an arm.
+        return {id: {each["gpu"] or _CPU: each} if "bytes" in each else each for id, each in kept.items()}
+
+    def beside(self, devices: Mapping[str, str | None]) -> dict[str, dict[str, Any]]:
+        """The plan to be shown of each arm, by its id: for the device that it ran on, or none. Of an arm that has not
+        run (None) the last that was made, for a device that others ran on where there are such."""
+        planned, ran = self.planned, {device for device in devices.values() if device is not None}
+        found: dict[str, dict[str, Any]] = {}
+        for id, device in devices.items():
+            own = [plan for place, plan in planned.get(id, {}).items()
+                   if place == device or (device is None and (place in ran or not ran))]
+            found[id] = own[-1] if own else {}
+        return found
 
     def make(self, arms: Sequence[Arm], gpu: str | None,
              outcome: Callable[[Arm], tuple[str, Mapping[str, Any]]]) -> pd.DataFrame:
         """Plan what is not planned for this GPU yet, and put it into a table, a row an arm; see `Study.forecast`."""
         import pandas as pd
 
+        gpu = None if gpu is None else find_gpu(gpu).name  # one that is none is a mistake, and no note of every arm's
         planned = self._plan(arms, gpu)
         measured = {arm.id: _measured(self._results, arm) for arm in arms}
         rows = {}
         for arm in arms:
-            plan = planned[arm.id]
+            plan = planned[arm.id][gpu or _CPU]
             rows[arm.name] = {
                 "status": outcome(arm)[0], "planned_bytes": plan["bytes"], "fits": plan["fits"],
                 "tokens_per_second": plan["tokens_per_second"], "seconds": plan["seconds"],
@@ -56,26 +75,34 @@ class Forecast:
         frame["remaining"] = frame["seconds"].where(open_, 0.0)
         return frame
 
-    def _plan(self, arms: Sequence[Arm], gpu: str | None) -> dict[str, dict[str, Any]]:
+    def _plan(self, arms: Sequence[Arm], gpu: str | None) -> dict[str, dict[str, dict[str, Any]]]:
         """What is planned, these arms with the rest. Those that are alike are planned once, several at once, and kept
         as they come: an interrupt loses none."""
-        if gpu is not None:
-            find_gpu(gpu)  # a name that is none is a mistake, and no note of every arm's
         planned, alike = self.planned, defaultdict[str, list[Arm]](list)
-        for arm in (arm for arm in arms if planned.get(arm.id, {"gpu": ""})["gpu"] != gpu):
+        for arm in (arm for arm in arms if (gpu or _CPU) not in planned.get(arm.id, {})):
             alike[repr(_without_luck(arm.experiment))].append(arm)
         self._results.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(AT_ONCE) as pool, Progress("forecast", lambda: len(alike), "plans") as progress:
             made = {pool.submit(_plan, each[0].experiment, gpu): each for each in alike.values()}
             try:
                 for future in as_completed(made):
-                    planned |= {arm.id: future.result() for arm in made[future]}
+                    for arm in made[future]:
+                        planned.setdefault(arm.id, {})[gpu or _CPU] = future.result()
                     write_json(self._results / "forecast.json", planned)
                     progress.advance(1)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return planned
+
+
+def device_of(env: Mapping[str, Any]) -> str:
+    """What plans for the device of a run's `env.json` are kept under; of an empty one, for this machine's."""
+    name = env["gpu"] if env else gpu_model()
+    if not name:
+        return _CPU
+    known = gpu_of_device(str(name))
+    return str(name) if known is None else known.name
 
 
 def planned_columns(plan: Mapping[str, Any]) -> dict[str, float | None]:

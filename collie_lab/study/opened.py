@@ -7,13 +7,15 @@ import html
 import importlib
 import itertools
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collie_lab.cells import CellError, Experiment, Problem
+from collie_lab.gpus import on_machine
 from collie_lab.launch import Run, launch
 from collie_lab.study.arms import Arm, read_arm
-from collie_lab.study.forecast import Forecast
+from collie_lab.study.forecast import Forecast, device_of
 from collie_lab.study.store import ArmFolder
 from collie_lab.view.units import bytes_text, number_text
 
@@ -50,9 +52,11 @@ class OpenArm:
 
     @property
     def forecast(self) -> Any:
-        """What the study's forecast says of the arm."""
-        return _Words(f"peak {bytes_text(self._planned_bytes)} a rank" if self._planned_bytes
-                      else "no forecast was made: study.forecast()")
+        """What the study's forecast for this machine says of the arm."""
+        planned = self._planned_bytes({})
+        gpu = on_machine({})
+        return _Words(f"peak {bytes_text(planned)} a rank" if planned else "no forecast was made for this machine: "
+                      f"study.forecast({'' if gpu is None else repr(gpu.name)})")
 
     def launch(self, resume: str | None = None) -> Run:
         """Run it, into `runs/` of the arm's folder, or of the working directory where there is none.
@@ -67,14 +71,14 @@ class OpenArm:
     def outcome(self, run: Run) -> pd.Series[Any]:
         """The run's summary, with the forecast beside."""
         summary = run.summary
-        if self._planned_bytes:
-            summary["planned_bytes"] = self._planned_bytes
+        if planned := self._planned_bytes(run.folder.read("env.json")):
+            summary["planned_bytes"] = planned
         return summary
 
-    @property
-    def _planned_bytes(self) -> int | None:
-        results = self._place.resolve().parent.parent
-        return Forecast(results).planned.get(self.arm.id, {}).get("bytes")
+    def _planned_bytes(self, env: Mapping[str, Any]) -> int | None:
+        """What was planned for the device of an `env.json`; of an empty one, for this machine's."""
+        plans = Forecast(self._place.resolve().parent.parent).planned.get(self.arm.id, {})
+        return plans.get(device_of(env), {}).get("bytes")
 
     def __repr__(self) -> str:
         labels = ", ".join(f"{axis}: {label}" for axis, label in self.arm.labels.items())

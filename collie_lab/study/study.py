@@ -19,7 +19,7 @@ from collie_lab.study.arms import Arm, arms_of
 from collie_lab.study.cluster import Cluster
 from collie_lab.study.columns import Column, column
 from collie_lab.study.executor import Executor, make_executor
-from collie_lab.study.forecast import Forecast, planned_columns
+from collie_lab.study.forecast import Forecast, device_of, planned_columns
 from collie_lab.study.grid import Grid
 from collie_lab.study.outcomes import SEED, run_figures
 from collie_lab.study.presentation import Presentation
@@ -135,14 +135,14 @@ class Study(Presentation):
     def frame(self) -> pd.DataFrame:
         """A row an arm, by its name: `id`, its labels, `seed`, `status` and `reason`, `attempts`, `run` (the folder),
         `runner`, `code` (the version of collie_lab), `arm_seconds` (of the last attempt, from the start of its process
-        to its end), the figures of its run (see `run_figures`), and `planned_bytes`, the peak that the forecast said,
-        with its parts: `planned_weights`, `planned_optimizer`, ...
+        to its end), the figures of its run (see `run_figures`), and `planned_bytes`, the peak that the forecast said
+        for the device that the arm ran on, with its parts: `planned_weights`, `planned_optimizer`, ...
         """
         import pandas as pd
 
         self._ends.clear()
-        planned = Forecast(self.results).planned
-        rows = {arm.name: {**self._row(arm), **planned_columns(planned.get(arm.id, {}))} for arm in self.arms}
+        planned = Forecast(self.results).beside({arm.id: self._device(arm) for arm in self.arms})
+        rows = {arm.name: {**self._row(arm), **planned_columns(planned[arm.id])} for arm in self.arms}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
     # --- before anything runs
@@ -274,6 +274,12 @@ class Study(Presentation):
             "arm_seconds": state.get("seconds"),
             **{key: value for key, value in figures.items() if key not in ("status", "detail", *labels)},
         }
+
+    def _device(self, arm: Arm) -> str | None:
+        """What plans for the device that an arm ran on are kept under; None: it has not."""
+        run = folder.run if (folder := self._folder(arm)) is not None else None
+        env = {} if run is None else run.folder.read("env.json")
+        return device_of(env) if env else None
 
     def _outcome(self, arm: Arm) -> tuple[str, dict[str, Any]]:
         """Status and summary of an arm; of one that has ended they are read once."""

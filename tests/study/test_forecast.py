@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from unittest import mock
 import pytest
 
 import collie_lab as lab
+from collie_lab.folder import RunFolder, write_json
 from tests.study.grids import toy_grid
 
 
@@ -50,3 +52,45 @@ def test_forecast_is_made_once_and_corrected(tmp_path: Path) -> None:
     assert frame.loc[arm.name, "remaining"] == 0
     assert frame["gpu_hours"].sum() == pytest.approx(frame["seconds"].sum() / 3600)
     assert study.frame.loc["batch_size=4, adamw, seed=0", "planned_bytes"] == 4000
+
+
+def ran(study: lab.Study, name: str, gpu: str | None, **status: Any) -> None:
+    """An arm that has ended, with a run on a GPU, or on a CPU (None)."""
+    folder = study._made(next(arm for arm in study.arms if arm.name == name))
+    run = RunFolder.create(folder.runs, "run")
+    run.write("env.json", {"gpu": gpu})
+    run.write("launch.json", {"created": 0.0})
+    (run.path / "metrics.jsonl").write_text(json.dumps({"step": 1, "mfu": None, "tokens": 1}) + "\n")
+    run.write("result.json", {"status": "ok", "seconds": status.pop("trained", 1.0)})
+    run.write("status.json", {"status": "ok", "pid": 1, "pid_started": 0.0, "ended": 1.0})
+    folder.write_status({"status": "ok", "seconds": 1.0, **status})
+
+
+def plan_by_gpu(experiment: lab.Experiment, gpu: Any = None, **options: Any) -> Any:
+    made = plan(experiment)
+    made.peak_bytes += {None: 0, "H100": 100, "H200": 200}[gpu]
+    return made
+
+
+def test_the_plan_beside_a_peak_is_of_the_same_device(tmp_path: Path) -> None:
+    study = lab.Study(toy_grid([0, 1, 2, 3]), results=tmp_path)
+    ran(study, "seed=0", None)
+    ran(study, "seed=1", "NVIDIA H200")
+    ran(study, "seed=2", "NVIDIA A100-SXM4-80GB")
+    with mock.patch.object(lab.Experiment, "plan", autospec=True, side_effect=plan_by_gpu) as planned:
+        for gpu, times in ((None, 1), ("h200", 2), ("H100", 3), ("H200", 3), (None, 3)):
+            study.forecast(gpu)
+            assert planned.call_count == times
+    found = study.frame["planned_bytes"]
+    assert found["seed=0"] == 1000
+    assert found["seed=1"] == 1200
+    assert found[["seed=2"]].isna().all()
+    assert found["seed=3"] == 1200  # nobody ran on an H100
+    assert study.frame.loc["seed=0", "planned_weights"] == 1000
+
+
+def test_a_forecast_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    study = lab.Study(toy_grid([0]), results=tmp_path)
+    kept = {"gpu": None, "bytes": 7, "fits": None, "tokens_per_second": None, "seconds": None, "note": ""}
+    write_json(tmp_path / "forecast.json", {study.arms[0].id: kept})
+    assert study.forecast().loc["toy", "planned_bytes"] == 7
