@@ -60,16 +60,17 @@ class Forecast:
 
         gpu = None if gpu is None else find_gpu(gpu).name  # one that is none is a mistake, and no note of every arm's
         planned = self._plan(arms, gpu)
-        measured = {arm.id: _measured(self._results, arm) for arm in arms}
-        rows = {}
+        rows, measured = {}, {}
         for arm in arms:
             plan = planned[arm.id][gpu or _CPU]
+            measured[arm.name] = _measured(self._results, arm)
             rows[arm.name] = {
                 "status": outcome(arm)[0], "planned_bytes": plan["bytes"], "fits": plan["fits"],
                 "tokens_per_second": plan["tokens_per_second"], "seconds": plan["seconds"],
-                "measured_seconds": measured[arm.id], "note": plan["note"]}
+                "measured_seconds": measured[arm.name]["seconds"], "note": plan["note"]}
         frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
-        frame["seconds"] = _corrected(frame["seconds"].astype(float), frame["measured_seconds"].astype(float))
+        frame["seconds"] = _corrected(frame["seconds"].astype(float), pd.DataFrame.from_dict(measured, orient="index"),
+                                      gpu)
         frame["gpu_hours"] = frame["seconds"] / 3600 * [arm.gpus for arm in arms]
         open_ = ~frame["status"].isin(FINAL)
         frame["remaining"] = frame["seconds"].where(open_, 0.0)
@@ -130,15 +131,25 @@ def _plan(experiment: Experiment, gpu: str | None) -> dict[str, Any]:
             "seconds": tokens / speed if speed else None}
 
 
-def _measured(results: Path, arm: Arm) -> float | None:
-    """Seconds that an arm took, all attempts together, where it has come to its end."""
+def _measured(results: Path, arm: Arm) -> dict[str, Any]:
+    """Of an arm that has come to its end: the `seconds` that it took, all attempts together, those of them in which it
+    was `training`, and the `device` that it ran on."""
     folder = ArmFolder.find(results, arm.id)
     state: dict[str, Any] = folder.state if folder is not None else {"status": "pending"}
-    return float(state["seconds"] + state.get("seconds_before", 0.0)) if state["status"] == "ok" else None
+    if folder is None or state["status"] != "ok":
+        return {"seconds": None, "training": None, "device": None}
+    run = folder.run
+    env = {} if run is None else run.folder.read("env.json")
+    return {"seconds": float(state["seconds"] + state.get("seconds_before", 0.0)),
+            "training": None if run is None else run.result.get("seconds"), "device": device_of(env) if env else None}
 
 
-def _corrected(planned: pd.Series[float], measured: pd.Series[float]) -> pd.Series[float]:
-    """Planned seconds times what arms took in truth over what was planned for them (the median); where nothing is
-    planned, the median of what arms took. What was measured stays."""
-    ratio = (measured / planned).median()
-    return measured.fillna(planned * (1.0 if ratio != ratio else ratio)).fillna(measured.median())
+def _corrected(planned: pd.Series[float], measured: pd.DataFrame, gpu: str | None) -> pd.Series[float]:
+    """Planned seconds times what training took in truth over what was planned for it, and what arms took beside
+    training: medians over those that ran on this device, for another says nothing of it. Where nothing is planned, the
+    median of what those took; without a GPU, on whatever they ran. What was measured stays."""
+    taken, training = measured["seconds"].astype(float), measured["training"].astype(float)
+    here = measured["device"] == (gpu or _CPU)
+    ratio, beside = (training / planned)[here].median(), (taken - training)[here].median()
+    expected = planned * (1.0 if ratio != ratio else ratio) + (0.0 if beside != beside else beside)
+    return taken.fillna(expected).fillna((taken if gpu is None else taken[here]).median())

@@ -165,7 +165,7 @@ class Study(Presentation):
         `tokens_per_second`, `seconds`, `gpu_hours`; `remaining` seconds of those that have no result yet.
 
         Seconds are planned where the speed is (with a `gpu` of the catalogue), and else what arms that have ended took;
-        they are corrected by what those took in truth. What cannot be planned says so in `note`.
+        they are corrected by what those on this GPU took in truth. What cannot be planned says so in `note`.
         """
         self._ends.clear()
         return Forecast(self.results).make(self.arms, gpu, self._outcome)

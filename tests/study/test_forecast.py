@@ -43,13 +43,13 @@ def test_forecast_is_made_once_and_corrected(tmp_path: Path) -> None:
             2000, True, pytest.approx(50 * 2 * 16 / 100)]
         assert not frame.loc["batch_size=4, adamw, seed=1", "fits"]
         assert frame.loc["batch_size=2, lomo, seed=0", "note"] == "Experiment.optimizer: no plan of this"
-        arm = next(arm for arm in study.arms if arm.name == "batch_size=2, adamw, seed=0")
-        study._made(arm).write_status({"status": "ok", "seconds": 20.0, "seconds_before": 12.0})
+        first = "batch_size=2, adamw, seed=0"
+        ran(study, first, "NVIDIA H200", seconds=24.0, seconds_before=12.0, trained=32.0)
         frame = study.forecast("H200")
-    assert frame.loc["batch_size=2, adamw, seed=1", "seconds"] == pytest.approx(32.0)  # twice what was planned
-    assert frame.loc["batch_size=4, adamw, seed=0", "seconds"] == pytest.approx(64.0)
-    assert frame.loc["batch_size=4, lomo, seed=0", "seconds"] == pytest.approx(32.0)  # as those that ran
-    assert frame.loc[arm.name, "remaining"] == 0
+    assert frame.loc["batch_size=2, adamw, seed=1", "seconds"] == pytest.approx(36.0)  # twice what was planned, and 4
+    assert frame.loc["batch_size=4, adamw, seed=0", "seconds"] == pytest.approx(68.0)
+    assert frame.loc["batch_size=4, lomo, seed=0", "seconds"] == pytest.approx(36.0)  # as those that ran
+    assert frame.loc[first, "remaining"] == 0
     assert frame["gpu_hours"].sum() == pytest.approx(frame["seconds"].sum() / 3600)
     assert study.frame.loc["batch_size=4, adamw, seed=0", "planned_bytes"] == 4000
 
@@ -87,6 +87,20 @@ def test_the_plan_beside_a_peak_is_of_the_same_device(tmp_path: Path) -> None:
     assert found[["seed=2"]].isna().all()
     assert found["seed=3"] == 1200  # nobody ran on an H100
     assert study.frame.loc["seed=0", "planned_weights"] == 1000
+
+
+def test_a_forecast_is_corrected_by_training_on_its_own_device_alone(tmp_path: Path) -> None:
+    """Two arms of 9 s on a CPU, nearly all of it their start, say nothing of the speed of an H200."""
+    study = lab.Study(toy_grid([0, 1, 2, 3], training={"steps": 500}), results=tmp_path)
+    planned_seconds = 500 * 16 / 100
+    ran(study, "seed=0", None, seconds=9.0, trained=0.1)
+    ran(study, "seed=1", None, seconds=9.0, trained=0.1)
+    with mock.patch.object(lab.Experiment, "plan", autospec=True, side_effect=plan):
+        frame = study.forecast("H200")
+        assert frame["seconds"].tolist() == pytest.approx([9.0, 9.0, planned_seconds, planned_seconds])
+        ran(study, "seed=2", "NVIDIA H200", seconds=planned_seconds + 30, trained=planned_seconds)
+        frame = study.forecast("H200")
+    assert frame.loc["seed=3", "remaining"] == pytest.approx(planned_seconds + 30)  # it starts too
 
 
 def test_a_forecast_of_an_earlier_version_is_read(tmp_path: Path) -> None:
