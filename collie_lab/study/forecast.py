@@ -99,7 +99,7 @@ class Forecast:
 
 def device_of(env: Mapping[str, Any]) -> str:
     """What plans for the device of a run's `env.json` are kept under; of an empty one, for this machine's."""
-    name = env["gpu"] if env else gpu_model()
+    name = env.get("gpu") if env else gpu_model()
     if not name:
         return _CPU
     known = gpu_of_device(str(name))
