@@ -54,9 +54,10 @@ def attempts(run: Run) -> list[tuple[Run, float]]:
     found = [(run, math.inf)]
     while resumed := _resumed(found[0][0]):
         checkpoint = Path(resumed)
-        earlier, step = checkpoint.parents[1], checkpoint.name.removeprefix("step-")  # <run>/checkpoints/step-N
-        if not step.isdecimal() or earlier.parent != run.folder.path.parent or not (
-                earlier / "launch.json").is_file() or any(earlier == each.folder.path for each, _ in found):
+        step = checkpoint.name.removeprefix("step-")  # <run>/checkpoints/step-N
+        earlier = run.folder.path.parent / checkpoint.parents[1].name  # both may have been moved, or copied
+        if not step.isdecimal() or not (earlier / "launch.json").is_file() or any(
+                earlier == each.folder.path for each, _ in found):
             break
         found.insert(0, (Run(earlier), float(step)))
     return found

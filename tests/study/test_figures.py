@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,11 @@ def test_of_an_attempt_the_steps_count_up_to_where_the_next_went_on() -> None:
     run = lab.Run(later.folder.path)
     assert whole_metrics(run)["step"].tolist() == [1, 2, 3, 4, 5, 6]
     assert run_figures(run)["tokens_per_step"] == pytest.approx((4 * 1000 + 2 * 2000) / 6)
+    copied = lab.Run(Path(shutil.copytree("runs", "copied")) / run.id)
+    assert whole_metrics(copied)["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    moved = lab.Run(Path("runs").rename("moved") / run.id)
+    assert whole_metrics(moved)["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    Path("moved").rename("runs")
     for place in (later.folder.checkpoints / "step-000005", begun.folder.checkpoints / "copied"):
         later.folder.write("launch.json", {"resume_from": str(place)})
         assert whole_metrics(run)["step"].tolist() == [5, 6]
