@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 from collie_lab.cells import CellError, Experiment, Problem
 from collie_lab.folder import read_json
 from collie_lab.study import peer
+from collie_lab.study.columns import METRICS
 from collie_lab.study.fingerprint import Identity, identify
 from collie_lab.study.grid import DEFAULT_RUNNER, Combination, Grid
 
@@ -103,7 +104,8 @@ def arms_of(grid: Grid, results: Path) -> list[Arm]:
     Where the data of an arm are not there, its id is that under which it stands in `results`.
 
     Raises:
-        CellError: cells that do not accept their fields, two arms that are the same, unequal budgets of tuning.
+        CellError: cells that do not accept their fields, an axis with the name of a figure, two arms that are the same,
+            unequal budgets of tuning.
     """
     made = [(combination, seed) for combination in grid.combinations() for seed in _seeds(grid, combination)]
     names = _names([({**each.labels}, seed) for each, seed in made], grid.name)
@@ -111,6 +113,7 @@ def arms_of(grid: Grid, results: Path) -> list[Arm]:
     arms = [_arm(grid, combination, seed, name, home) for (combination, seed), name in zip(made, names, strict=True)]
     if not arms:
         raise CellError([Problem("Grid", "exclude", "no arm is left")])
+    _check_axes(grid, arms)
     _check_distinct(arms)
     _check_budgets(grid, arms)
     return arms
@@ -185,6 +188,15 @@ def _part(axis: str, label: Any) -> str:
 def _slug(name: str) -> str:
     """A name for a folder, of letters that every file system and shell takes as they are."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name.replace("=", "")).strip("-._")[:60] or "arm"
+
+
+def _check_axes(grid: Grid, arms: Iterable[Arm]) -> None:
+    """No axis is called as a figure, whose place in the frame its labels would take."""
+    given = {figure for arm in arms for cell in arm.experiment.evaluate for name in cell.figures or ()
+             for figure in (name, f"{name}_se")}
+    for axis in (axis for axis in grid.axes if "." not in axis):
+        if axis in METRICS or axis in given or axis.startswith("planned_") or axis.endswith("_bytes"):
+            raise CellError([Problem("Grid", axis, "a figure of the arms has this name", "another name for the axis")])
 
 
 def _check_distinct(arms: Iterable[Arm]) -> None:

@@ -180,6 +180,10 @@ def test_limits_in_words() -> None:
     ({"product": {"model": ["llama-tiny", "llama-tiny"]}}, "two of its values are called 'llama-tiny'"),
     ({"product": {"seed": [1, 2]}}, "seeds are no axis"),
     ({"product": {"status": {"x": {"training.steps": 1}}}}, "a column of this name"),
+    *(({"product": {figure: METHODS}, "base": {**BASE, "evaluate": [{"kind": "exact_match", "name": "clinc"}]}},
+       f"Grid.{figure}: a figure of the arms has this name → another name for the axis")
+      for figure in ("loss", "trainable", "parameters", "seconds", "planned_weights", "peak_bytes", "clinc_exact_match",
+                     "clinc_exact_match_se")),
     ({"product": {"method": METHODS}, "include": [{"method": "LOMO", "training.steps": 9}]},
      "two arms that are not the same are called 'LOMO'"),
     ({"include": [{"training.steps": 9}]}, "two arms that are not the same are called 'toy'"),
