@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from collie_lab.cells import CellError, Problem
-from collie_lab.study.arms import Arm
+from collie_lab.study.arms import RUNNERS, Arm
 from collie_lab.study.grid import Tune
 from collie_lab.study.store import FINAL
 
 __all__ = ["Trials", "Tuning", "direction"]
+
+#: Figures of a summary that no evaluation gives, beside the loss.
+_OF_EVERY_RUN: Final = ("seconds", "steps", "tokens_per_second", "peak_bytes", "weights_bytes", "gradients_bytes",
+                        "optimizer_bytes", "planned_bytes", "parameters", "trainable", "world_size")
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,26 @@ def direction(arm: Arm, tune: Tune) -> Literal["min", "max"]:
     """Whether less or more of the metric is better.
 
     Raises:
-        CellError: nothing that the arm evaluates gives it, and the grid does not say.
+        CellError: nothing that the arm evaluates gives it, and the grid does not say; or it is known that the arm will
+            not have it, whatever the grid says.
     """
     known: dict[str, Literal["min", "max"]] = {"loss": "min"}
     for cell in arm.experiment.evaluate:
         known |= cell.figures or {}
     if tune.better is not None:
+        if _lacks(arm, tune.metric, known):
+            raise CellError([Problem("Grid", "tune.metric", f"nothing gives {tune.metric!r} of {arm.name}",
+                                     "an evaluation that does; given are: " + ", ".join([*known, *_OF_EVERY_RUN]))])
         return tune.better
     if tune.metric not in known:
         raise CellError([Problem("Grid", "tune.metric", f"nothing says whether less or more of {tune.metric!r} is "
                                  "better", "`better: min` or `max` beside it; known are: " + ", ".join(known))])
     return known[tune.metric]
+
+
+def _lacks(arm: Arm, metric: str, given: Collection[str]) -> bool:
+    """Whether an arm's summary cannot have a figure. What functions measure, and modules of one's own write, is known
+    only when they have run."""
+    if arm.runner not in RUNNERS or any(cell.figures is None for cell in arm.experiment.evaluate):
+        return False
+    return metric.removesuffix("_se") not in given and metric not in _OF_EVERY_RUN

@@ -59,11 +59,23 @@ def test_budgets_are_equal_and_the_metric_is_known() -> None:
     for keys, words in (
         ({"product": unequal}, "different numbers of values are tried: AdamW: 2, Lion: 2, LOMO: 1"),
         ({"tune": {"axis": "optimizer.lr", "metric": "bleu"}}, "less or more of 'bleu' is better"),
+        ({"tune": {"axis": "optimizer.lr", "metric": "perplexity", "better": "min"}},
+         "Grid.tune.metric: nothing gives 'perplexity' of AdamW, lr=0.0001, seed=5 → an evaluation that does; "
+         "given are: loss, exact_match, seconds"),
         ({"tune": {"axis": "method", "metric": "loss", "mode": "min"}}, "unknown field"),
     ):
         with pytest.raises(lab.CellError) as error:
             lab.Study({**GRID, **keys})
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize(("metric", "base"), [
+    ("peak_bytes", {}), ("exact_match_se", {}), ("anything", {"runner": "a.module"}),
+    ("bleu", {"evaluate": [{"kind": "generation", "metrics": ["bleu"]}]}),
+])
+def test_a_metric_that_may_be_given_is_taken(metric: str, base: dict[str, Any]) -> None:
+    tune = {"axis": "optimizer.lr", "metric": metric, "better": "min"}
+    assert lab.Study({**GRID, "base": {**GRID["base"], **base}, "tune": tune}).tuned["optimizer.lr"].better == "min"
 
 
 def test_a_study_runs_what_follows_and_records_the_choice(tmp_path: Path) -> None:
