@@ -155,11 +155,13 @@ class Grid(Cell):
         return made, str(made.pop("runner", DEFAULT_RUNNER))
 
     def _excluded(self, found: list[Combination]) -> list[Combination]:
-        for rule in self.exclude:
+        for rule in ({name: _wanted(item) for name, item in rule.items()} for rule in self.exclude):
             kept = [each for each in found if not _matches(each.labels, rule)]
             if len(kept) == len(found):
-                raise _error("exclude", f"no arm has {_text(rule)}",
-                             f"the axes are: {', '.join(self.axes) or 'none'}, each with one of its labels")
+                told = {name: ", ".join(map(str, labels)) for name, labels in rule.items()}
+                there = [f"{name} ({', '.join(str(each.label) for each in axis)})" for name, axis in self.axes.items()]
+                raise _error("exclude", f"no arm has {_text(told)}",
+                             f"the axes, and their labels, are: {'; '.join(there) or 'none'}")
             found = kept
         return found
 
@@ -373,9 +375,13 @@ def _value_at(mapping: Any, path: str) -> Any:
     return _label(mapping)
 
 
-def _matches(labels: Mapping[str, Any], rule: Mapping[str, Any]) -> bool:
-    return all(name in labels and labels[name] in (wanted if isinstance(wanted, Sequence)
-               and not isinstance(wanted, str) else [wanted]) for name, wanted in rule.items())
+def _wanted(items: Any) -> list[Any]:
+    """The labels that a rule has for an axis; it may have the values instead, as the axis has them."""
+    return [_label(item) for item in (items if isinstance(items, Sequence) and not isinstance(items, str) else [items])]
+
+
+def _matches(labels: Mapping[str, Any], rule: Mapping[str, list[Any]]) -> bool:
+    return all(name in labels and _label(labels[name]) in wanted for name, wanted in rule.items())
 
 
 def _text(entry: Mapping[str, Any]) -> str:

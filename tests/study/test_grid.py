@@ -82,6 +82,18 @@ def test_zip_include_exclude_and_seeds() -> None:
     assert found[-1].experiment.training.seed == 3
 
 
+@pytest.mark.parametrize(("rule", "left"), [
+    (None, ["lora(r=4)", "lora(r=8)"]),
+    ("none", ["lora(r=4)", "lora(r=8)"]),
+    ({"kind": "lora", "r": 8}, ["none", "lora(r=4)"]),
+    ([None, "lora(r=4)"], ["lora(r=8)"]),
+])
+def test_values_are_excluded_by_their_labels_or_as_the_axis_has_them(rule: Any, left: list[str]) -> None:
+    adapters = [None, {"kind": "lora", "r": 4}, {"kind": "lora", "r": 8}]
+    found = arms(product={"adapter": adapters}, exclude=[{"adapter": rule}])
+    assert [arm.labels["adapter"] for arm in found] == left
+
+
 def test_profiles_are_merged_deeply_and_replace_axes() -> None:
     keys: dict[str, Any] = {
         "product": {"model": ["llama-7b"], "method": METHODS, "training.precision": ["bf16", "fp32"]},
@@ -191,6 +203,8 @@ def test_limits_in_words() -> None:
     ({"product": {"model": ["llama-tiny"]}, "zip": {"model": ["llama-1m"]}}, "stands in `product` too"),
     ({"product": {"a": {"x": {"training.steps": 1}}, "b": {"y": {"training.steps": 2}}}}, "sets `training.steps` too"),
     ({"product": {"method": METHODS}, "exclude": [{"method": "Lomo"}]}, "no arm has method: Lomo"),
+    ({"product": {"adapter": [None, {"kind": "lora", "r": 4}], "method": METHODS}, "exclude": [{"adapter": "LoRA"}]},
+     "no arm has adapter: LoRA → the axes, and their labels, are: adapter (none, lora(r=4)); method (AdamW, LOMO)"),
     ({"product": {"method": METHODS}, "exclude": [{"method": ["AdamW", "LOMO"]}]}, "no arm is left"),
     ({"product": {"method": METHODS}, "include": [{"training.steps": 4}]}, "has no `method`"),
     ({"product": {"a": {"x": {}, "y": {}}}}, "are the same experiment"),
