@@ -191,11 +191,13 @@ def _slug(name: str) -> str:
 
 
 def _check_axes(grid: Grid, arms: Iterable[Arm]) -> None:
-    """No axis is called as a figure, whose place in the frame its labels would take."""
+    """No axis is called as a figure, whose place in the frame its labels would take. `steps` may be one: no table shows
+    this figure unless it is asked to."""
     given = {figure for arm in arms for cell in arm.experiment.evaluate for name in cell.figures or ()
              for figure in (name, f"{name}_se")}
     for axis in (axis for axis in grid.axes if "." not in axis):
-        if axis in METRICS or axis in given or axis.startswith("planned_") or axis.endswith("_bytes"):
+        known = axis in METRICS and axis != "steps"
+        if known or axis in given or axis.startswith("planned_") or axis.endswith("_bytes"):
             raise CellError([Problem("Grid", axis, "a figure of the arms has this name", "another name for the axis")])
 
 
