@@ -173,16 +173,17 @@ def _draw_losses(axes: Axes, histories: list[History], names: list[str]) -> None
     _step_axis(axes, min(history.span[0] for history in histories), max(history.step for history in histories) or 1, 8)
     low, high = value_range(*parts)
     axes.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
-    # Handed over: of its own accord a legend leaves out what begins with `_`.
-    axes.legend(drawn, names, loc="upper right", ncols=1 + (len(names) > 6))
+    # Handed over: of its own accord a legend leaves out what begins with `_`. Some losses rise, so no corner is free.
+    axes.legend(drawn, names, loc="best", ncols=1 + (len(names) > 6))
 
 
 def _outcomes(histories: list[History]) -> dict[str, list[float | None]]:
-    """What each run reached and needed, by the title of its column."""
+    """What each run reached and needed, by the title of its column. Of one that has ended its result alone counts, as
+    in tables: what it had halfway is no figure of its end."""
     def reached(history: History, metric: str) -> float | None:
-        values = history.evaluated(metric)[1]
-        value = history.result.get(metric)
-        return value if value is not None else float(values[-1]) if len(values) else None
+        if history.alive and len(values := history.evaluated(metric)[1]):
+            return float(values[-1])
+        return history.result.get(metric)
 
     return {
         "held-out perplexity": [reached(history, "perplexity") for history in histories],

@@ -11,7 +11,7 @@ from collie_lab.folder import RunFolder
 from collie_lab.view import compare, figure
 from collie_lab.view.history import History
 from collie_lab.view.style import COLORS, STYLE, style
-from tests.view.fabricate import FakeRun, append, end, record
+from tests.view.fabricate import START, FakeRun, append, end, record
 
 
 def test_the_lines_of_a_figure_hold_the_run(finished: FakeRun) -> None:
@@ -63,6 +63,30 @@ def test_compare_draws_every_run_and_what_it_reached(finished: FakeRun) -> None:
     values = {axes.get_title(loc="left"): [text.get_text() for text in axes.texts] for axes in bars}
     assert values == {"held-out perplexity": ["3.000", "–"], "exact match": ["50.0%", "–"],
                       "peak memory": ["2.00 MB", "–"], "tokens per second": ["130", "128"]}
+
+
+@pytest.mark.parametrize(("status", "shown"), [("running", "4.000"), ("stopped", "–"), ("diverged", "–")])
+def test_what_a_run_had_halfway_is_not_what_it_reached(finished: FakeRun, status: str, shown: str) -> None:
+    other = RunFolder.create(finished.folder.path.parent, "other")
+    run = _with(other, [3.0, 2.0, 1.0])
+    append(other, "events.jsonl", [{"time": START, "kind": "evaluation", "step": 2, "perplexity": 4.0}])
+    if status != "running":
+        end(other, status, loss=1.0)
+    perplexity = compare([finished, run]).axes[1]
+    assert [text.get_text() for text in perplexity.texts] == ["3.000", shown]
+
+
+@pytest.mark.parametrize("losses", [[5.0, 3.0, 2.0, 1.5, 1.2, 1.0, 1.0], [1.0, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0]])
+def test_the_legend_lies_on_no_curve(folder: RunFolder, losses: list[float]) -> None:
+    run = _with(folder, losses)
+    end(folder)
+    picture = compare([run, run])
+    picture.canvas.draw()
+    legend, axes = picture.axes[0].get_legend(), picture.axes[0]
+    assert legend is not None
+    box = legend.get_window_extent()
+    points = axes.transData.transform(np.asarray(axes.get_lines()[0].get_xydata()))
+    assert not any(box.contains(*point) for point in points)
 
 
 def test_labels_are_shown_as_they_are(finished: FakeRun) -> None:
