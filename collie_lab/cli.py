@@ -186,8 +186,7 @@ def export(runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run
 
     rows: dict[str, Run] = {}
     for given in runs:
-        name, _, id_ = given.rpartition("=")
-        found = _attached(id_, folder)
+        name, found = _row(given, folder)
         if rows.setdefault(name or found.id, found) is not found:
             raise CellError([Problem("export", "", f"two rows are called {name or found.id!r}",
                                      "another name for one of them: NAME=RUN")])
@@ -233,6 +232,17 @@ def _save_figure(figure: Figure, path: Path) -> None:
 
 def _resumed(resume: str | None, folder: Path) -> Run | str | None:
     return resume if resume is None or Path(resume).exists() else _attached(resume, folder)
+
+
+def _row(given: str, folder: Path) -> tuple[str, Run]:
+    """The name and the run of NAME=RUN. A folder may have a `=` too: the longest end that is one is the run."""
+    parts = given.split("=")
+    for cut in range(len(parts)):
+        end = "=".join(parts[cut:])
+        if any((place / "launch.json").is_file() for place in (Path(end), folder / end)):
+            return "=".join(parts[:cut]), _attached(end, folder)
+    name, _, id_ = given.rpartition("=")
+    return name, _attached(id_, folder)
 
 
 def _attached(name: str, folder: Path) -> Run:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import collie_lab as lab
 from collie_lab.cli import app
 from tests.processes import MARK, marked, wait_until
+from tests.study.fabricate import made_run
 
 EXPERIMENT = lab.Experiment(
     model=lab.Model("llama-tiny", init="random"), data=lab.RandomTokens(length=32, documents=8),
@@ -57,6 +58,17 @@ def test_a_run_is_that_of_the_file_with_its_changes(file: str) -> None:
     for twice in ((f"Lion={run.id}", f"Lion={run.id}"), (run.id, str(run.folder.path))):
         assert "two rows are called" in _call("export", *twice, "--to", "again", code=2)
     assert not Path("again").exists()
+
+
+def test_a_row_of_an_export_may_have_equals_signs_in_its_folder() -> None:
+    run = made_run()
+    Path("runs").rename("lr=0.1")
+    place = f"lr=0.1/{run.id}"
+    for given, name in ((place, run.id), (f"Mine={place}", "Mine"), (f"a=b={place}", "a=b")):
+        _call("export", given, "--to", "out")
+        assert f"| {name} " in Path("out/table.md").read_text(encoding="utf-8")
+    _call("export", f"Mine={run.id[-4:]}", "--to", "out", "--folder", "lr=0.1")
+    assert "| Mine " in Path("out/table.md").read_text(encoding="utf-8")
 
 
 def test_the_exit_code_tells_how_a_run_ended(file: str) -> None:
