@@ -27,6 +27,7 @@ from pydantic import Field, field_validator
 from collie_lab.cells import SHAPES, Cell, CellError, Experiment, Problem
 from collie_lab.cells._base import check_names
 from collie_lab.cells._yaml import read
+from collie_lab.study.mappings import as_mapping
 
 __all__ = ["DEFAULT_RUNNER", "Choice", "Combination", "Grid", "Tune", "size_in_bytes"]
 
@@ -97,7 +98,8 @@ class Grid(Cell):
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any], profile: str | None = None,
              changes: Mapping[str, Any] | None = None) -> Self:
-        """A grid from its file, or from a mapping of the same form, with a profile merged into it.
+        """A grid from its file, or from a mapping of the same form, with a profile merged into it. A mapping may have
+        cells in it.
 
         `changes` are made to `base` last: `{"data.source": "alpaca.json"}`.
 
@@ -278,7 +280,7 @@ def _folded(changes: Iterable[tuple[str, Any]], start: Mapping[str, Any] | None 
 
 def _mapping(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(source, Mapping):
-        return dict(source)
+        return {key: as_mapping(value) for key, value in source.items()}
     found = read(source, "Grid")
     if not isinstance(found, Mapping):
         raise _error("", f"{source} is no mapping")

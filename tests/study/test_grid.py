@@ -37,6 +37,18 @@ def test_an_arm_is_the_experiment_that_one_would_compose() -> None:
     assert found["batch_size=4, LOMO"] == by_hand
 
 
+def test_cells_stand_for_mappings() -> None:
+    base = lab.Experiment(model=lab.Model("llama-tiny", init="random"), data=lab.RandomTokens(length=16),
+                          optimizer=lab.AdamW(), training=lab.Training(steps=2, batch_size=2))
+    axes = {"optimizer": [lab.AdamW(lr=1e-3), lab.Lion()], "adapter": [None, lab.LoRA(r=4, targets=("q_proj",))]}
+    found = arms_from({"base": base, "product": axes})
+    plain = arms_from({"product": {
+        "optimizer": [{"kind": "adamw", "lr": 1e-3}, {"kind": "lion"}],
+        "adapter": [None, {"kind": "lora", "r": 4, "targets": ["q_proj"]}]}})
+    assert [(arm.id, arm.name) for arm in found] == [(arm.id, arm.name) for arm in plain]
+    assert found[3].name == "lion, lora(r=4, targets=['q_proj'])"
+
+
 def test_a_file_and_its_experiments_round_trip(tmp_path: Path) -> None:
     experiment = lab.Experiment(model=lab.Model("llama-tiny", init="random"), optimizer=lab.Lion(lr=3e-4),
                                 adapter=lab.LoRA(r=4), evaluate=(lab.Perplexity(every=2),), name="toy")
