@@ -106,9 +106,9 @@ def _cells(experiment: Experiment, problems: list[Problem]) -> dict[str, Any]:
     """Find conflicts between cells; the model's configuration."""
     config: dict[str, Any] = _collect(problems, lambda: _model(experiment.model, problems)) or {}
     problems += [*_batches(experiment), *tokenizer_problems(experiment, config), *optimizer_problems(experiment),
-                 *adapter_problems(experiment), *parallel_problems(experiment, config), *deepspeed_problems(experiment),
-                 *evaluation_problems(experiment, config), *callback_problems(experiment),
-                 *compile_problems(experiment, config), *_without_effect(experiment)]
+                 *adapter_problems(experiment, config), *parallel_problems(experiment, config),
+                 *deepspeed_problems(experiment), *evaluation_problems(experiment, config),
+                 *callback_problems(experiment), *compile_problems(experiment, config), *_without_effect(experiment)]
     return config
 
 
@@ -234,7 +234,7 @@ def _data(experiment: Experiment, config: dict[str, Any], problems: list[Problem
                                 if isinstance(cell, HeldOut) and cell.data is not None)]
     problems += [Problem(type(cell).__name__, "max_length", f"{cell.max_length} tokens do not fit the model's context "
                          f"of {context}{taken}", f"at most {room}")
-                 for cell in cells if room is not None and (cell.max_length or 0) > room]
+                 for cell in cells if room is not None and room >= 2 and (cell.max_length or 0) > room]
     model = experiment.model if config else None
     for cell in cells:
         if isinstance(cell, (Instructions, Text)):  # every record is looked at

@@ -23,6 +23,8 @@ from collie_lab.cells import (
     QLoRA,
     VirtualTokens,
 )
+from collie_lab.data.hub import context_length
+from collie_lab.data.prepare import room_for_documents
 from collie_lab.data.tensor_names import adapter_tensors, layer_names, names_one_of
 from collie_lab.folder import read_json
 
@@ -31,8 +33,8 @@ __all__ = ["adapter_problems"]
 _HEADS = ("lm_head", "embed_out", "output_layer")
 
 
-def adapter_problems(experiment: Experiment) -> Iterator[Problem]:
-    """Errors and warnings of the adapter, each with its remedy."""
+def adapter_problems(experiment: Experiment, config: dict[str, Any]) -> Iterator[Problem]:
+    """Errors and warnings of the adapter on a model with this configuration, each with its remedy."""
     cell, name = experiment.adapter, type(experiment.adapter).__name__
     if not isinstance(cell, AddedAdapter):
         return
@@ -52,7 +54,7 @@ def adapter_problems(experiment: Experiment) -> Iterator[Problem]:
                 yield from _quantized(cell, experiment)
                 return
         case VirtualTokens():
-            yield from _virtual(cell, experiment)
+            yield from _virtual(cell, experiment, context_length(config))
             return
         case AdaLoRA():
             yield from _budget(cell, experiment)
@@ -168,8 +170,12 @@ def _quantized(cell: QLoRA, experiment: Experiment) -> Iterator[Problem]:
                       "which are not kept", "the default, or LoRA")
 
 
-def _virtual(cell: VirtualTokens, experiment: Experiment) -> Iterator[Problem]:
+def _virtual(cell: VirtualTokens, experiment: Experiment, context: int | None) -> Iterator[Problem]:
     name, parallel = type(cell).__name__, experiment.parallel
+    room = room_for_documents(experiment, context)
+    if room is not None and room < 2:  # a document is a token to learn, after one to learn it from
+        yield Problem(name, "tokens", f"{cell.tokens} leave nothing of the model's context of {context} for a document",
+                      "fewer")
     for axis, size, reason in (
         ("pp", parallel.pp, "virtual tokens enter with the embedding, and the stages after it would have nothing to "
          "train" if not cell.cached else "a prefix is one matrix for all layers, of which no stage has all"),

@@ -136,7 +136,7 @@ def _answer_tokens(cell: Evaluation) -> int:
 
 def sequence_length(data: Data, context: int | None) -> int:
     """Tokens of the longest sequence of a data cell on a model of the given context."""
-    return data.max_length or min(DEFAULT_MAX_LENGTH, context or DEFAULT_MAX_LENGTH)
+    return data.max_length or (DEFAULT_MAX_LENGTH if context is None else min(DEFAULT_MAX_LENGTH, context))
 
 
 class _Maker:

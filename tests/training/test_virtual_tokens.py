@@ -152,6 +152,14 @@ def test_documents_leave_room_for_virtual_tokens(tmp_path: Path) -> None:
     assert "beside 5 virtual tokens" in str(problems[0])
 
 
+@pytest.mark.parametrize("tokens", [511, 512, 5000])
+def test_virtual_tokens_that_fill_the_context_are_refused(tokens: int) -> None:
+    experiment = BASE.replace(adapter=lab.Prompt(tokens=tokens), evaluate=[lab.ExactMatch()],
+                              data=lab.Skills(size=20, test_size=4, max_length=64))
+    (problem,) = experiment.check().errors
+    assert str(problem) == f"Prompt.tokens: {tokens} leave nothing of the model's context of 512 for a document → fewer"
+
+
 def test_what_virtual_tokens_cannot_do_is_refused() -> None:
     changes: dict[str, dict[str, Any]] = {
         "pp": {"parallel": lab.Parallel(pp=2)}, "tp": {"parallel": lab.Parallel(tp=2)},
