@@ -46,7 +46,7 @@ class Data(Cell):
     """Draw the sequences of a step from those of like length: less padding where a model needs padded rows, and ranks
     that wait less for each other. Packed sequences are all of a length."""
     limit: int | None = Field(default=None, ge=1)
-    """Train on a fixed random sample of so many documents."""
+    """Train, or evaluate where the data is an evaluation's own, on a fixed random sample of so many documents."""
 
     def preview(self, model: Model | str | Path = "llama-tiny", n: int = 3, *,
                 split: Literal["train", "test"] = "train") -> Preview:

@@ -132,14 +132,15 @@ class Corpus:
 
     def select(self, split: Split) -> Selection:
         """The documents of a split: `train`, `test` (the source's own test split, or the held-out share), or `all`
-        for a source that an evaluation names itself (still the test split where the source has one of its own)."""
+        for a source that an evaluation names itself (still the test split where the source has one of its own). The
+        cell's `limit` is for what is trained on, and for what an evaluation names."""
         if self._source.test is not None:
             own = self._source.train if split == "train" else self._source.test
             selection = Selection(lambda: self._documents(own, self._render))
         else:
             selection = self._part(split)
         limit = self._cell.limit
-        if split != "train" or limit is None or selection.count <= limit:
+        if split == "test" or limit is None or selection.count <= limit:
             return selection
         # Files are often sorted, by topic or label: the first records would be no fair sample.
         drawn = np.zeros(selection.count, dtype=np.bool_)

@@ -9,6 +9,7 @@ import pytest
 
 from collie_lab import CellError, Instructions, Skills, Text
 from collie_lab.data import make_skills, read_documents
+from collie_lab.data.records import Split
 
 ALPACA = [{"instruction": "Add.", "input": "1 2", "output": "3"},
           {"instruction": "Say hi.", "input": "", "output": "hi"}]
@@ -18,8 +19,8 @@ CHAT = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user
                       {"role": "assistant", "content": "see you"}]}]
 
 
-def _texts(cell: Instructions) -> list[tuple[tuple[str, bool], ...]]:
-    return [document.segments for document in read_documents(cell, "train")]
+def _texts(cell: Instructions, split: Split = "train") -> list[tuple[tuple[str, bool], ...]]:
+    return [document.segments for document in read_documents(cell, split)]
 
 
 def test_alpaca_with_and_without_input() -> None:
@@ -70,9 +71,10 @@ def test_json_strings_may_hold_line_separators(tmp_path: Path) -> None:
     assert _texts(Instructions(file, holdout=0)) == [(("a\u2028b", False), ("c", True))]
 
 
-def test_limit_is_a_fair_sample() -> None:
+@pytest.mark.parametrize("split", ["train", "all"])
+def test_limit_is_a_fair_sample(split: Split) -> None:
     cell = Instructions([{"prompt": str(n), "completion": "x"} for n in range(1000)], holdout=0, limit=100)
-    chosen = [int(text) for (text, _), _ in _texts(cell)]
+    chosen = [int(text) for (text, _), _ in _texts(cell, split)]
     assert chosen == sorted(chosen)
     assert len(chosen) == 100
     assert chosen[-1] > 900
