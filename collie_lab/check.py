@@ -31,6 +31,7 @@ from collie_lab.check_tokenizer import tokenizer_problems
 from collie_lab.data.hub import context_length, holds_weights, model_config, weights_digest
 from collie_lab.data.prepare import room_for_documents
 from collie_lab.data.records import Corpus
+from collie_lab.data.sources import unused_separator
 from collie_lab.data.tokenizer import save_tokenizer
 from collie_lab.folder import read_json
 from collie_lab.machine import visible_gpus
@@ -241,11 +242,13 @@ def _data(experiment: Experiment, config: dict[str, Any], problems: list[Problem
             problems += _once(known, ("records", cell, model), partial(_records, cell, model))
 
 
-def _records(cell: Instructions | Text, model: Model | None) -> None:
-    """Raise what is wrong with the records, or with the template of a model's tokenizer, by which the first chat is
+def _records(cell: Instructions | Text, model: Model | None) -> Iterator[Problem]:
+    """Find, or raise, what is wrong with the records, or with the template of a model's tokenizer, by which the first chat is
     rendered; `prepare` renders all."""
     corpus = Corpus(cell)
     corpus.read_all()
+    if isinstance(cell, Text) and (reason := unused_separator(cell)):
+        yield Problem("Text", "separator", *reason, level="warning")
     if model is None or isinstance(cell, Text) or isinstance(model.tokenizer, TrainTokenizer):
         return
     if corpus.first().style == "headed":

@@ -22,11 +22,13 @@ from collie_lab.cells import CellError, Data, Instructions, Problem, Text
 from collie_lab.data import hub_datasets
 from collie_lab.data._files import json_fault
 
-__all__ = ["Anew", "Source", "files_of", "open_source", "problem"]
+__all__ = ["Anew", "Source", "files_of", "open_source", "problem", "unused_separator"]
 
 #: A generator that yields more records is kept in a temporary file, not in memory.
 _IN_MEMORY: Final = 10_000
 _CHUNK: Final = 2**20
+#: Endings of files that hold records; `Text` takes any other for plain text.
+_RECORDS: Final = (".json", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,31 @@ def files_of(cell: Data, source: str) -> list[Path]:
     if not found:
         raise problem(cell, "source", f"no such file: {source}", f"paths are relative to {Path.cwd()}")
     return found
+
+
+def unused_separator(cell: Text) -> tuple[str, str] | None:
+    """Why the separator parts nothing, with the remedy; None where it does, or there is none."""
+    if not cell.separator:
+        return None
+    if not isinstance(cell.source, str) or cell.source.startswith(hub_datasets.PREFIX):
+        return "without effect: the source is no text file", "leave it out"
+    texts = [path for path in files_of(cell, cell.source) if _ending(path) not in _RECORDS]
+    if not texts:
+        return f"without effect: {cell.source} holds records, and each is a document", "leave it out"
+    if any(_holds(cell, path, cell.separator) for path in texts):
+        return None
+    return (f"{cell.separator!r} stands nowhere in {cell.source}: a whole file is one document",
+            "what stands there between the documents; line ends are read as \\n")
+
+
+def _holds(cell: Text, path: Path, wanted: str) -> bool:
+    """Whether a text stands in a file, which is read up to there."""
+    with _open(cell, path, newline=None) as file:
+        rest = ""
+        while chunk := file.read(_CHUNK):
+            if wanted in (rest := rest[-len(wanted):] + chunk):  # it may begin in the chunk before
+                return True
+    return False
 
 
 def _hash(paths: list[Path]) -> str:

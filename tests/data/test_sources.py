@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from collie_lab import CellError, Data, Experiment, Instructions, Model, Text
+from collie_lab import CellError, Data, Experiment, Instructions, Model, Text, Training
 from collie_lab.data import read_documents, sources
 
 RECORDS = [{"prompt": f"{number} ü?", "completion": "x" * number} for number in range(30)]
@@ -84,6 +84,23 @@ def test_separators_between_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "a.txt").write_text("one<|end|>two and more<|end|><|end|>three", encoding="utf-8")
     documents = read_documents(Text(tmp_path / "a.txt", separator="<|end|>", holdout=0), "train")
     assert [document.segments[0][0] for document in documents] == ["one", "two and more", "three"]
+
+
+def test_a_separator_that_parts_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_CHUNK", 5)
+    text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("one<|end|>", encoding="utf-8")
+    lines.write_text('{"text": "a<|end|>b"}\n', encoding="utf-8")
+    experiment = Experiment(model=Model("llama-tiny", init="random"), data=Text(text, separator="<|end|>"),
+                            training=Training(steps=1, batch_size=1))
+    assert experiment.check().problems == []
+    for source, separator, message in (
+            (text, "<|END|>", f"'<|END|>' stands nowhere in {text}: a whole file is one document → what stands there"),
+            (lines, "<|end|>", f"without effect: {lines} holds records, and each is a document → leave it out"),
+            (["a<|end|>b"], "<|end|>", "without effect: the source is no text file → leave it out")):
+        report = experiment.replace(data=Text(source, separator=separator)).check()
+        assert report.ok
+        assert f"Text.separator: {message}" in str(report.warnings[0])
 
 
 def test_a_generator_is_read_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
