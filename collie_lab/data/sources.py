@@ -206,7 +206,7 @@ def _places(cell: Instructions | Text, path: Path) -> Iterator[str]:
 
 
 def _ending(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _read(cell: Instructions | Text, path: Path) -> Iterable[Any] | dict[str, Any]:
@@ -243,8 +243,11 @@ def _parse(cell: Data, path: Path, text: str, line: int | None = None) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise problem(cell, "source", f"{path}{json_fault(error, line)}",
-                      "mend the file" + ("" if line else "; one record a line is JSONL, and is called so")) from None
+        remedy = "mend the file" + ("" if line else "; one record a line is JSONL, and is called so")
+        if (ending := _ending(path)) not in _RECORDS:
+            remedy = f"{ending or 'a name without an ending'} is read as JSON; the endings of other formats: " + \
+                ", ".join(_RECORDS[1:]) + "; .gz after them"
+        raise problem(cell, "source", f"{path}{json_fault(error, line)}", remedy) from None
 
 
 def _csv(cell: Data, path: Path) -> Iterator[dict[str, str]]:
@@ -310,7 +313,7 @@ def _open(cell: Data, path: Path, newline: str | None = "") -> Iterator[IO[str]]
 
 
 def _bytes(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 class _NoNul(io.BufferedReader):

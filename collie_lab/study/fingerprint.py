@@ -60,7 +60,7 @@ def _hash(fields: Any, runner: str) -> str:
 
 def _is_file_name(name: str) -> bool:
     """Whether it can be nothing but a file's name: a folder's may be a name on the hub as well."""
-    return Path(name).suffix in _SUFFIXES and ":" not in name
+    return Path(name).suffix.lower() in _SUFFIXES and ":" not in name
 
 
 def _with_names(value: Any, named: Callable[[str], str]) -> Any:

@@ -159,6 +159,16 @@ def test_bad_files_are_named(name: str, content: bytes, message: str, tmp_path: 
     assert [problem.cell for problem in report.errors] == [type(cell).__name__]
 
 
+def test_the_ending_tells_the_format(tmp_path: Path) -> None:
+    lines, whole = _jsonl(RECORDS).encode(), json.dumps(RECORDS).encode()
+    for name, content in (("A.JSONL", lines), ("B.Jsonl.GZ", gzip.compress(lines)), ("C.JSON", whole), ("d", whole)):
+        (tmp_path / name).write_bytes(content)
+        assert len(read_documents(Instructions(tmp_path / name, holdout=0), "train")) == len(RECORDS)
+    (tmp_path / "d.tsv").write_text("prompt\tcompletion\na\tb\n", encoding="utf-8")
+    with pytest.raises(CellError, match=r".tsv is read as JSON; the endings of other formats: .jsonl, .csv, .parq"):
+        read_documents(Instructions(tmp_path / "d.tsv"), "train")
+
+
 def test_a_record_of_several_files_is_named_in_its_own(written: Path) -> None:
     (written / "part-1.jsonl").write_text(_jsonl(RECORDS[:3]) + '\n{"prompt": "a"}\n', encoding="utf-8")
     with pytest.raises(CellError, match=r"part-1\.jsonl, line 5: has no field 'completion'"):
