@@ -49,7 +49,7 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     for problem in report.warnings:
         warnings.warn(str(problem), stacklevel=3)
     world_size = experiment.parallel.world_size
-    _check_numbers(timeout=timeout, stall_timeout=stall_timeout, grace=grace, max_restarts=max_restarts)
+    _check_numbers(max_restarts, timeout=timeout, stall_timeout=stall_timeout, grace=grace)
     _check_options(world_size, pool, nodes, detach=detach, max_restarts=max_restarts, env=env)
     checkpoint = _checkpoint(resume)
     mapping, packed = code.pack(experiment)
@@ -89,8 +89,10 @@ def launch(experiment: Experiment, *, wait: bool = True, folder: str | Path = "r
     return run
 
 
-def _check_numbers(**options: float | None) -> None:
-    """Raise where one of them is no number, or below zero."""
+def _check_numbers(max_restarts: int, **options: float | None) -> None:
+    """Raise where one of them is no number, or below zero; restarts are counted."""
+    if not isinstance(max_restarts, int) or isinstance(max_restarts, bool) or max_restarts < 0:
+        raise CellError([Problem("launch", "max_restarts", f"a whole number, 0 or more, got {max_restarts!r:.60}")])
     for name, value in options.items():
         if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0):
             raise CellError([Problem("launch", name, f"a number, 0 or more, got {value!r:.60}")])

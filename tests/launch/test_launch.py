@@ -119,8 +119,10 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path) -> Non
         toy.start("unused", tmp_path / "runs", resume=tmp_path / "nowhere")
     for option in ("timeout", "stall_timeout", "grace", "max_restarts"):
         for wrong in (-1, "3", True):
-            with pytest.raises(lab.CellError, match=rf"launch\.{option}: a number, 0 or more, got {wrong!r}"):
+            with pytest.raises(lab.CellError, match=rf"launch\.{option}: a (whole )?number, 0 or more, got {wrong!r}"):
                 toy.start("unused", tmp_path / "runs", **{option: wrong})
+    with pytest.raises(lab.CellError, match=r"launch\.max_restarts: a whole number, 0 or more, got 0\.5"):
+        toy.start("unused", tmp_path / "runs", max_restarts=0.5)
     for option, value, words in (("pool", 2, r"lab\.Pool"), ("nodes", 2, r"lab\.Nodes"), ("env", {"A": 1}, "are text")):
         with pytest.raises(lab.CellError, match=rf"launch\.{option}: .*{words}"):
             lab.Experiment(model=lab.Model("llama-tiny", init="random")).launch(
