@@ -31,6 +31,16 @@ def _check(notebook: nbformat.NotebookNode) -> list[str]:
     return table
 
 
+@pytest.mark.parametrize(("parameters", "message"), [
+    ({"stepps": 500}, r"stepps.*unknown parameter"), ({"batch_size": 3}, r"batch_size.*cannot be shared equally"),
+])
+def test_what_is_wrong_is_told_before_the_pool_starts(parameters: dict[str, int], message: str) -> None:
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        _execute(**parameters)
+    run = [cell for cell in nbformat.read("out.ipynb", as_version=4).cells if cell.get("execution_count")]
+    assert not any("lab.Pool(" in cell.source for cell in run)
+
+
 @pytest.mark.ranks
 def test_on_generated_data() -> None:
     table = _check(_execute(pretraining_steps=4, steps=4, batch_size=4, answers=8))
