@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def adapter_problems(experiment: Experiment, config: dict[str, Any]) -> Iterator
     if heads := [target for target in targets if target in _HEADS]:
         yield Problem(name, "targets", f"{heads[0]} is the output head, which the loss uses without an adapter",
                       "leave it out")
-    yield from _unknown(name, targets, experiment.model)
+    yield from _unknown(name, [target for target in targets if target not in _HEADS], experiment.model)
     if cell.load is not None:
         yield from _load(cell, cell.load)
     match cell:
@@ -64,7 +64,7 @@ def adapter_problems(experiment: Experiment, config: dict[str, Any]) -> Iterator
                       "parallelism cuts LoRA along, and no other adapter", "tp=1; dp, zero and pp work with all")
 
 
-def _unknown(name: str, targets: tuple[str, ...], model: Model) -> Iterator[Problem]:
+def _unknown(name: str, targets: Sequence[str], model: Model) -> Iterator[Problem]:
     """Targets that name nothing in the model, where its names are known before it is built."""
     layers = layer_names(model) if targets else None
     if layers is None:

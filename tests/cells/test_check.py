@@ -143,6 +143,11 @@ def test_what_is_not_trained_is_that_of_the_resumed_run(tmp_path: Path) -> None:
     check_resume(GOOD.replace(model=lab.Model(tmp_path / "b")), "abc", tmp_path)  # all of it is in the checkpoint
 
 
+def test_an_output_head_is_one_problem() -> None:
+    (problem,) = GOOD.replace(adapter=lab.LoRA(targets=("q_proj", "lm_head"))).check().errors
+    assert "lm_head is the output head" in str(problem)
+
+
 def test_all_problems_come_at_once() -> None:
     bad = GOOD.replace(data=lab.Instructions("absent.json"), parallel=lab.Parallel(dp=3))
     assert len(bad.check().errors) == 2
