@@ -49,12 +49,12 @@ class RunFolder:
     """Paths of one run, and how its files are read and written."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).resolve()
+        self.path = Path(path).expanduser().resolve()
 
     @classmethod
     def create(cls, parent: str | Path, name: str) -> RunFolder:
         """A new folder `<parent>/<name>-<id>`; the id is the time and a few random letters."""
-        parent = Path(parent)
+        parent = Path(parent).expanduser()
         parent.mkdir(parents=True, exist_ok=True)
         while True:
             stamp = time.strftime("%m%d-%H%M%S")

@@ -9,7 +9,23 @@ from typing import Any
 
 import pytest
 
+import collie_lab as lab
 from collie_lab.folder import JsonLines, RunFolder, Tail
+from tests.study.grids import toy_grid
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = RunFolder.create("~/runs", "a")
+    folder.write("launch.json", {})
+    assert folder.path.parent == tmp_path / "home" / "runs"
+    assert [run.id for run in lab.runs("~/runs")] == [folder.id]
+    assert lab.attach(f"~/runs/{folder.id}").id == lab.attach(folder.id, "~/runs").id == folder.id
+    experiment = lab.Experiment(model="llama-tiny")
+    experiment.to_yaml("~/e.yaml")
+    assert lab.Experiment.from_yaml("~/e.yaml") == lab.Experiment.from_yaml(Path("~/e.yaml")) == experiment
+    assert lab.Study(toy_grid([0]), results="~/study").results == tmp_path / "home" / "study"
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_line_that_a_full_disk_has_cut_is_told_and_later_dropped(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def read(path: str | Path, cell: str) -> Any:
         CellError: it cannot be read, is no text in UTF-8, or no valid YAML.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise CellError([Problem(cell, "", f"{path}: {error.strerror}",
                                  f"paths are relative to {Path.cwd()}")]) from None

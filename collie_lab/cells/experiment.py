@@ -126,7 +126,7 @@ class Experiment(Cell):
 
         text = dump(self.to_dict())
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            Path(path).expanduser().write_text(text, encoding="utf-8")
         return text
 
     @classmethod
@@ -135,7 +135,7 @@ class Experiment(Cell):
         from collie_lab.cells._yaml import parse, read
 
         if isinstance(source, Path) or source.endswith((".yaml", ".yml")):
-            if not Path(source).is_file():
+            if not Path(source).expanduser().is_file():
                 raise CellError([Problem("Experiment", "", f"no such file: {source}")])
             mapping = read(source, "Experiment")
         else:

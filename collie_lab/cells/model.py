@@ -62,6 +62,11 @@ class Model(Cell):
         return self.source in SHAPES and not Path(self.source).exists()
 
     @property
+    def location(self) -> str:
+        """`source` as transformers takes it, to which a `~` is a folder's name."""
+        return str(Path(self.source).expanduser()) if self.source.startswith("~") else self.source
+
+    @property
     def overrides(self) -> dict[str, Any]:
         """`config`, with what a tokenizer that is to be trained says of the vocabulary."""
         return {**self.config, **(self.tokenizer.config if isinstance(self.tokenizer, TrainTokenizer) else {})}

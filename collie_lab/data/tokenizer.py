@@ -187,7 +187,8 @@ def save_tokenizer(model: Model, target: Path) -> Tokenizer:
     if source == "bytes":
         _save_bytes(target)
         return Tokenizer(target)
-    folder = fetch(model.replace(source=source) if model.tokenizer else model, _FILES, field="tokenizer")
+    named = model.replace(source=source)
+    folder = fetch(named, _FILES, field="tokenizer")
     if (folder / "tokenizer.json").is_file():
         for name in _FILES:
             if (folder / name).is_file():
@@ -195,19 +196,19 @@ def save_tokenizer(model: Model, target: Path) -> Tokenizer:
         if not (target / "tokenizer_config.json").is_file():
             (target / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     else:
-        _convert(model, source, target)
+        _convert(named, target)
     return Tokenizer(target)
 
 
-def _convert(model: Model, source: str, target: Path) -> None:
+def _convert(model: Model, target: Path) -> None:
     """A tokenizer of another format (SentencePiece, a Python one), converted by transformers."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=model.revision,
+        tokenizer = AutoTokenizer.from_pretrained(model.location, revision=model.revision,
                                                   trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise CellError([Problem("Model", "tokenizer", f"{source} has no tokenizer that loads: {error}",
+        raise CellError([Problem("Model", "tokenizer", f"{model.source} has no tokenizer that loads: {error}",
                                  "name one: Model(..., tokenizer=...), `bytes` for the built-in one")]) from None
     tokenizer.save_pretrained(target)
 

@@ -140,7 +140,7 @@ def _checkpoint(resume: Run | str | Path | None) -> str | None:
     """The checkpoint to resume from: `resume` itself, or the newest one of the run that it names."""
     if resume is None:
         return None
-    path = (resume.folder.path if isinstance(resume, Run) else Path(resume)).resolve()
+    path = (resume.folder.path if isinstance(resume, Run) else Path(resume).expanduser()).resolve()
     newest: Path | None = path
     if (path / "launch.json").is_file():
         newest = RunFolder(path).latest_checkpoint()

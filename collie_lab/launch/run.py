@@ -384,13 +384,13 @@ class Run:
 
 def runs(folder: str | Path = "runs") -> list[Run]:
     """The runs in a folder, oldest first."""
-    created = {path.parent: path.stat().st_mtime for path in Path(folder).glob("*/launch.json")}
+    created = {path.parent: path.stat().st_mtime for path in Path(folder).expanduser().glob("*/launch.json")}
     return [Run(path) for path in sorted(created, key=lambda path: (created[path], path.name))]
 
 
 def attach(id: str | Path, folder: str | Path = "runs") -> Run:
     """The handle of a run by its id (the folder's name, or an unambiguous part of it) or by its path."""
-    for path in (Path(id), Path(folder) / id):
+    for path in (Path(id).expanduser(), Path(folder).expanduser() / id):
         if (path / "launch.json").is_file():
             return Run(path)
     found = [run for run in runs(folder) if str(id) in run.id]

@@ -43,7 +43,7 @@ class StudyFigure(Picture):
 
     def save(self, stem: str | Path) -> list[Path]:
         """Write `<stem>.pdf`, `.svg`, `.png`, the data as `.csv`, and the sidecar `.json` with the arms."""
-        stem = Path(stem)
+        stem = Path(stem).expanduser()
         files = save_figure(self, stem)
         data = stem.with_name(f"{stem.name}.csv")
         self.data.to_csv(data, index=False)

@@ -154,7 +154,7 @@ def build_model(experiment: Experiment) -> transformers.PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa",
                                "trust_remote_code": cell.trust_remote_code}
     if cell.init == "pretrained":
-        return AutoModelForCausalLM.from_pretrained(cell.source, revision=cell.revision, **options)
+        return AutoModelForCausalLM.from_pretrained(cell.location, revision=cell.revision, **options)
     if experiment.parallel.zero == 3:
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(configuration(cell), **options)

@@ -88,7 +88,7 @@ def read_arm(place: str | Path) -> Arm:
     Raises:
         CellError: neither of both.
     """
-    path = Path(place)
+    path = Path(place).expanduser()
     if path.suffix in (".yaml", ".yml"):
         experiment = Experiment.from_yaml(path)
         id, key, _ = identify(experiment, DEFAULT_RUNNER)

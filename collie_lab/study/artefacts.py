@@ -55,7 +55,7 @@ def save_figure(figure: Figure, stem: str | Path, formats: Collection[str] = FOR
 
     The same figure gives the same bytes: no dates are written.
     """
-    stem = Path(stem)
+    stem = Path(stem).expanduser()
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = [stem.with_name(f"{stem.name}.{name}") for name in formats]
     dates: dict[str, Any] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}

@@ -50,7 +50,7 @@ def export(
     Raises:
         FileExistsError: something else is there.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     zipped = out.suffix == ".zip" if as_zip is None else as_zip
     target = out.with_name(f"{out.name}.zip") if zipped and out.suffix != ".zip" else out
     if target.exists() and not (_is_zipped_export if zipped else _is_export)(target):

@@ -54,7 +54,7 @@ def write_report(
         prose: the question, the method and the finding, in Markdown.
         found: the fairness to tell of; default: of what is compared.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     text = _page(outcomes, default_tables(outcomes) if tables is None else tables,
                  default_figures(outcomes) if figures is None else figures, prose,
                  fairness(outcomes) if found is None else found)

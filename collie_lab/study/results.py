@@ -61,7 +61,7 @@ class Results(Presentation):
         """
         from collie_lab.study.artefacts import save_figure
 
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         table = self.table()
         self.frame.to_csv(folder / "table.csv")

@@ -60,7 +60,7 @@ class ArmFolder:
     """Paths of one arm, and what became of it."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).resolve()
+        self.path = Path(path).expanduser().resolve()
 
     @classmethod
     def create(cls, results: Path, arm: Arm) -> ArmFolder:

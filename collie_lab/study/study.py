@@ -56,7 +56,7 @@ class Study(Presentation):
         self.grid = Grid.read(grid, profile, changes)
         self.profile = profile
         name = self.grid.name if profile is None else f"{self.grid.name}-{profile}"
-        self.results = Path(results if results is not None else Path("results") / name)
+        self.results = Path(results if results is not None else Path("results") / name).expanduser()
         self._ends: dict[str, tuple[str, dict[str, Any]]] = {}  # of arms that have ended: status and summary
         self._folders: dict[str, ArmFolder] = {}
         self._made_now: dict[str, ArmFolder] = {}

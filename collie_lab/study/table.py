@@ -138,7 +138,7 @@ class Table:
 
     def save(self, stem: str | Path) -> list[Path]:
         """Write `<stem>.csv`, `.md`, `.tex`, `.html`, and the sidecar `.json` with the arms."""
-        stem, files = Path(stem), []
+        stem, files = Path(stem).expanduser(), []
         stem.parent.mkdir(parents=True, exist_ok=True)
         for suffix, text in ((".csv", self.to_csv()), (".md", self.to_markdown()), (".tex", self.to_latex()),
                              (".html", self.to_html())):

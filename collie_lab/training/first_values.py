@@ -40,7 +40,7 @@ def set_first_values(model: nn.Module, cell: Adapter | None, gather: Gather, tok
     """
     match cell:
         case AddedAdapter(load=str(folder)):
-            _load(model, Path(folder))
+            _load(model, Path(folder).expanduser())
         case LoRA(dora=True):
             _set_magnitudes(model, gather)
         case LoRA(init="pissa" | "olora"):

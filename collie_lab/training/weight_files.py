@@ -126,7 +126,7 @@ def _converted(cell: Model, whole: PreTrainedModel, dtype: torch.dtype, extensio
     if extension is not None:
         config.get_text_config().vocab_size = extension.rows_before
     loaded, report = AutoModelForCausalLM.from_pretrained(
-        cell.source, config=config, dtype=dtype, revision=cell.revision, ignore_mismatched_sizes=True,
+        cell.location, config=config, dtype=dtype, revision=cell.revision, ignore_mismatched_sizes=True,
         trust_remote_code=cell.trust_remote_code, output_loading_info=True)
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     return {name: values for name, values in loaded.state_dict().items() if name not in missing}

@@ -108,7 +108,7 @@ def configuration(cell: Model) -> PretrainedConfig:
         fields = {**SHAPES[cell.source], **cell.overrides}
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     else:
-        config = AutoConfig.from_pretrained(cell.source, revision=cell.revision,
+        config = AutoConfig.from_pretrained(cell.location, revision=cell.revision,
                                             trust_remote_code=cell.trust_remote_code, **cell.overrides)
     if unknown := [name for name in cell.config if not hasattr(type(config)(), name)]:
         raise ValueError(f"Model.config: {type(config).__name__} has no field {unknown[0]!r}")
@@ -118,9 +118,9 @@ def configuration(cell: Model) -> PretrainedConfig:
 def _generation_config(cell: Model) -> GenerationConfig:
     """As `from_pretrained` finds it: a file of its own, else (old checkpoints) what `config.json` says."""
     try:
-        return GenerationConfig.from_pretrained(cell.source, revision=cell.revision)
+        return GenerationConfig.from_pretrained(cell.location, revision=cell.revision)
     except OSError:
-        return GenerationConfig.from_pretrained(cell.source, "config.json", revision=cell.revision,
+        return GenerationConfig.from_pretrained(cell.location, "config.json", revision=cell.revision,
                                                 _from_model_config=True)
 
 

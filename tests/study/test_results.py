@@ -60,6 +60,11 @@ def test_a_table_of_no_runs_has_its_head_in_every_format(tmp_path: Path) -> None
     assert lab.Results({}).table(["loss"]).to_latex() == table.to_latex()
 
 
+def test_export_goes_to_the_home_folder(results: lab.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert {file.parent for file in results.export("~/out")} == {tmp_path / "out"}
+
+
 def test_export_writes_every_format_and_where_it_comes_from(results: lab.Results, tmp_path: Path) -> None:
     files = results.export(tmp_path / "out")
     names = ["arms.json", "figure.pdf", "figure.png", "table.csv", "table.md", "table.tex"]

@@ -52,6 +52,13 @@ def _saved(folder: Path, family: str = "llama", **fields: Any) -> PreTrainedMode
     return model
 
 
+def test_a_model_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved = _saved(tmp_path / "mine")
+    for name, values in _filled(Model("~/mine")).state_dict().items():
+        assert torch.equal(values, saved.state_dict()[name])
+
+
 def _assert_same(found: nn.Module, expected: nn.Module) -> None:
     here, there = found.state_dict(), expected.state_dict()
     assert here.keys() == there.keys()
