@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,15 +20,23 @@ Record = dict[str, Any]
 Format = Literal["auto", "alpaca", "prompt_completion", "chat", "clinc"]
 
 
-def _no_iterator(source: Any) -> Any:
-    if isinstance(source, Iterator):
-        raise ValueError(f"a {type(source).__name__} can be read only once, and cannot travel: give the function that "
-                         "makes it, `source=records` and not `source=records()`")
-    return source
+def _source(*kinds: type) -> BeforeValidator:
+    """For sources, which are read more than once, and whose lists hold nothing but items of these kinds."""
+    wanted, remedy = ("a text or a record", '{"text": ...}') if str in kinds else \
+        ("a record", '{"prompt": ..., "completion": ...}, as df.to_dict("records") has them')
 
+    def check(source: Any) -> Any:
+        if isinstance(source, Iterator):
+            raise ValueError(f"a {type(source).__name__} can be read only once, and cannot travel: give the function "
+                             "that makes it, `source=records` and not `source=records()`")
+        if type(source).__name__ == "DataFrame" and hasattr(source, "to_dict"):
+            raise ValueError('a DataFrame is no list of records → df.to_dict("records")')
+        for index, item in enumerate(source if isinstance(source, (list, tuple)) else ()):
+            if not isinstance(item, kinds):
+                raise ValueError(f"item {index} of the list is not {wanted}, got {item!r:.80} → {remedy}")
+        return source
 
-_Again = BeforeValidator(_no_iterator)
-"""For sources, which are read more than once."""
+    return BeforeValidator(check)
 
 
 class Data(Cell):
@@ -70,7 +78,7 @@ class Instructions(Data):
     from a record to `(prompt, response)`. `auto` recognises the first four.
     """
 
-    source: Annotated[str | list[Record] | Callable[[], Iterable[Record]], _Again]
+    source: Annotated[str | list[Record] | Callable[[], Iterable[Record]], _source(Mapping)]
     format: Format | Callable[[Record], tuple[str, str]] = "auto"
     holdout: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the records kept for evaluation, where the source has no test split of its own. Records that ask the
@@ -87,7 +95,7 @@ class Text(Data):
     callable gives, may hold texts, or records with a `text`. Blank texts are left out; the count is reported.
     """
 
-    source: Annotated[str | list[str | Record] | Callable[[], Iterable[str | Record]], _Again]
+    source: Annotated[str | list[str | Record] | Callable[[], Iterable[str | Record]], _source(str, Mapping)]
     separator: str | None = None
     holdout: float = Field(default=0.05, ge=0.0, lt=1.0)
     overlong: Literal["truncate", "drop", "error", "split"] = "split"  # type: ignore[assignment]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from collie_lab import CellError, Data, Experiment, Instructions, Model, Text, Training
@@ -121,6 +122,19 @@ def test_a_generator_is_read_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_generator_object_is_refused() -> None:
     with pytest.raises(CellError, match="a generator can be read only once, and cannot travel: give the function"):
         Instructions(record for record in RECORDS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("cell", "source", "message"), [
+    (Instructions, pd.DataFrame(RECORDS), 'a DataFrame is no list of records → df.to_dict("records")'),
+    (Text, pd.DataFrame(TEXTS), 'a DataFrame is no list of records → df.to_dict("records")'),
+    (Instructions, [RECORDS[0], ("a", "b")], "item 1 of the list is not a record, got ('a', 'b') → "
+     '{"prompt": ..., "completion": ...}, as df.to_dict("records") has them'),
+    (Text, [("a", "b")], "item 0 of the list is not a text or a record, got ('a', 'b') → {\"text\": ...}"),
+])
+def test_what_is_no_list_of_records_is_one_problem(cell: type[Any], source: Any, message: str) -> None:
+    with pytest.raises(CellError) as caught:
+        cell(source)
+    assert str(caught.value) == f"{cell.__name__}.source: {message}"
 
 
 def test_a_function_that_fails_on_the_way() -> None:
