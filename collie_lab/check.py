@@ -27,6 +27,7 @@ from collie_lab.check_deepspeed import deepspeed_problems
 from collie_lab.check_evaluation import evaluation_problems
 from collie_lab.check_optimizer import matrix_problems, optimizer_problems
 from collie_lab.check_parallel import parallel_problems
+from collie_lab.check_patterns import pattern_problems
 from collie_lab.check_tokenizer import tokenizer_problems
 from collie_lab.data.hub import context_length, holds_weights, model_config, weights_digest
 from collie_lab.data.prepare import room_for_documents
@@ -109,7 +110,8 @@ def _cells(experiment: Experiment, problems: list[Problem]) -> dict[str, Any]:
     problems += [*_batches(experiment), *tokenizer_problems(experiment, config), *optimizer_problems(experiment),
                  *adapter_problems(experiment, config), *parallel_problems(experiment, config),
                  *deepspeed_problems(experiment), *evaluation_problems(experiment, config),
-                 *callback_problems(experiment), *compile_problems(experiment, config), *_without_effect(experiment)]
+                 *callback_problems(experiment), *pattern_problems(experiment),
+                 *compile_problems(experiment, config), *_without_effect(experiment)]
     return config
 
 

@@ -13,6 +13,7 @@ import pytest
 import collie_lab as lab
 from collie_lab.check import check_resume, identity
 from collie_lab.check_evaluation import TAKEN
+from collie_lab.check_patterns import pattern_problems
 from collie_lab.folder import write_json
 from tests.ranks import run_here
 
@@ -141,6 +142,40 @@ def test_what_is_not_trained_is_that_of_the_resumed_run(tmp_path: Path) -> None:
             check_resume(other, "abc", tmp_path)
     write_json(tmp_path / "state.json", {"step": 1, "identity": identity(GOOD, "abc")})
     check_resume(GOOD.replace(model=lab.Model(tmp_path / "b")), "abc", tmp_path)  # all of it is in the checkpoint
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"adapter": lab.Freeze(("*norm*", "nope*"))},
+     "Freeze.train: no parameter of llama-tiny matches 'nope*' → there are: lm_head.weight, "),
+    ({"optimizer": lab.AdamW(lr_scale={"*q_proj*": 2.0, "*nope*": 0.1})},
+     "AdamW.lr_scale: no trained parameter matches '*nope*' → there are: lm_head.weight, "),
+    ({"optimizer": lab.AdamW(lr_scale={"*q_proj*": 2.0}), "adapter": lab.Freeze("*norm*")},
+     "AdamW.lr_scale: no trained parameter matches '*q_proj*' → there are: model.layers.*.input_layernorm.weight, "),
+    ({"callbacks": [lab.GradientStatistics(groups={"b": "*", "a": ("*nope*", "no")})]},
+     "GradientStatistics.groups: no trained parameter matches ('*nope*', 'no') → there are: lm_head.weight, "),
+])
+def test_patterns_that_match_nothing(change: dict[str, Any], message: str) -> None:
+    (problem,) = GOOD.replace(**change).check().errors
+    assert str(problem).startswith(message)
+
+
+@pytest.mark.parametrize("change", [
+    {"adapter": lab.Freeze("lm_head*"), "optimizer": lab.AdamW(lr_scale={"*embed*": 0.1})},  # they are tied
+    {"adapter": lab.LoRA(), "optimizer": lab.AdamW(lr_scale={"*lora_B*": 16.0})},
+    {"model": GOOD.model.replace(config={"attention_bias": True}), "adapter": lab.Freeze("*.o_proj.bias")},
+    {"model": GOOD.model.replace(config={"model_type": "qwen3"}), "adapter": lab.Freeze("*.q_norm.*")},
+])
+def test_patterns_are_refused_only_for_sure(change: dict[str, Any]) -> None:
+    assert GOOD.replace(**change).check().problems == []
+
+
+@pytest.mark.parametrize(("model_type", "known"), [("llama", True), ("gpt_neox", False)])
+def test_patterns_by_the_files_of_a_model(model_type: str, known: bool, tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": model_type, "max_position_embeddings": 64})
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"model.layers.0.a.weight": "x.safetensors"}})
+    for pattern, wrong in (("model.layers.?.a.*", False), ("lm_head*", False), ("nope*", known)):
+        experiment = lab.Experiment(model=lab.Model(tmp_path, init="random"), adapter=lab.Freeze(pattern))
+        assert bool([*pattern_problems(experiment)]) == wrong
 
 
 def test_an_output_head_is_one_problem() -> None:

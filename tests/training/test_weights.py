@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from collie_lab import Model
+from collie_lab.data.tensor_names import parameter_names
 from collie_lab.training import weight_files
 from collie_lab.training.memory import CpuMemory
 from collie_lab.training.probe import ModelWarning
@@ -50,6 +51,18 @@ def _saved(folder: Path, family: str = "llama", **fields: Any) -> PreTrainedMode
         nn.init.normal_(parameter)  # else norms are all alike
     model.save_pretrained(folder, max_shard_size=size)
     return model
+
+
+@pytest.mark.parametrize("config", [{}, {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3}])
+@pytest.mark.parametrize("family", ["shape", "llama", "qwen3"])
+def test_the_names_that_are_known_before_a_model_is_built(family: str, config: dict[str, Any], tmp_path: Path) -> None:
+    cell = Model(tmp_path)
+    if family == "shape":
+        cell = TINY.replace(config=config)
+    else:
+        _saved(tmp_path, family, **config)
+    built = blueprint(cell).named_parameters(remove_duplicate=False)
+    assert {*(parameter_names(cell) or ())} == {name for name, _ in built}
 
 
 def test_a_model_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
