@@ -245,8 +245,8 @@ def _data(experiment: Experiment, config: dict[str, Any], problems: list[Problem
 
 
 def _records(cell: Instructions | Text, model: Model | None) -> Iterator[Problem]:
-    """Find, or raise, what is wrong with the records, or with the template of a model's tokenizer, by which the first chat is
-    rendered; `prepare` renders all."""
+    """Find, or raise, what is wrong with the records, or with the template of a model's tokenizer, by which the first
+    chat is rendered; `prepare` renders all."""
     corpus = Corpus(cell)
     corpus.read_all()
     if isinstance(cell, Text) and (reason := unused_separator(cell)):
