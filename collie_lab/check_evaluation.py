@@ -27,13 +27,14 @@ from collie_lab.data.hub import context_length
 from collie_lab.data.prepare import answer_problem, room_for_documents
 from collie_lab.training.metrics import names
 
-__all__ = ["TAKEN", "evaluation_problems"]
+__all__ = ["OF_EVERY_RUN", "TAKEN", "evaluation_problems"]
 
+#: Figures that the result of every run has, beside its loss.
+OF_EVERY_RUN: Final = ("seconds", "steps", "tokens_per_second", "peak_bytes", "weights_bytes", "gradients_bytes",
+                       "optimizer_bytes", "planned_bytes", "parameters", "trainable", "world_size")
 #: What stands beside the figures of evaluations: in the result of a run, in its events, and in a study's tables.
-TAKEN: Final = frozenset((
-    "checkpoint", "components", "detail", "gradients_bytes", "kind", "loss", "mfu", "optimizer_bytes", "parameters",
-    "peak_bytes", "planned_bytes", "restored", "seconds", "status", "step", "steps", "tgs", "time",
-    "tokens_per_second", "tokens_per_step", "trainable", "weights_bytes", "world_size"))
+TAKEN: Final = frozenset((*OF_EVERY_RUN, "checkpoint", "components", "detail", "kind", "loss", "mfu", "restored",
+                          "status", "step", "tgs", "time", "tokens_per_step"))
 
 
 def evaluation_problems(experiment: Experiment, config: dict[str, Any]) -> Iterator[Problem]:

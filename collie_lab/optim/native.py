@@ -48,18 +48,18 @@ class Native(Engine):
     @override
     def elementwise(self, formula: Formula, weight: Weight, gradient: Gradient, operands: States,
                     scalars: Scalars) -> None:
-        lies = _lie(weight, gradient, operands)
-        if lies is None:
+        layout = _layout(weight, gradient, operands)
+        if layout is None:
             self._eager.elementwise(formula, weight, gradient, operands, scalars)
             return
-        kinds, n = lies
+        kinds, n = layout
         table = _Table(_kind(weight, gradient), kinds)
         table.add(0, weight, gradient, operands, n)
         _run(formula, table, _clip(gradient.scale, gradient.limit), scalars)
 
     @override
     def elementwise_all(self, formula: Formula, updates: Updates, scalars: Scalars) -> None:
-        tables, left = _sorted(updates, formula, lambda update: _lie(*update[:3]))
+        tables, left = _tables(updates, formula, lambda update: _layout(*update[:3]))
         for place in left:
             self._eager.elementwise(formula, *updates[place][:3], scalars)
         clip = _clip(updates.scale, updates.limit)
@@ -68,13 +68,12 @@ class Native(Engine):
 
     @override
     def factored(self, matrix: Formula, vector: Formula, updates: Updates, scalars: Scalars) -> list[Update]:
-        tables, left = _sorted(updates, (matrix, vector),
-                               lambda update: _lie_factored(update) if _is_whole(update) else None)
+        tables, left = _tables(updates, (matrix, vector), _factored_layout)
         clip = _clip(updates.scale, updates.limit)
-        scratch = factored_scratch(updates.weights[place] for table in tables if table.lie for place in table.places)
+        scratch = factored_scratch(updates.weights[place] for table in tables if table.layout for place in table.places)
         for table in tables:
             functions, beta = _factored(matrix, vector, table.kind), scalars["beta"]
-            table.run(functions.matrices if table.lie else functions.vectors, clip, beta, 1 - beta, scalars["lr"],
+            table.run(functions.matrices if table.layout else functions.vectors, clip, beta, 1 - beta, scalars["lr"],
                       scalars["weight_decay"], scratch.data_ptr())
         return [updates[place] for place in left]
 
@@ -120,12 +119,12 @@ class _Table:
     """Tensors that share a call: of each its sizes, where its noise begins, and its addresses.
 
     Attributes:
-        kind, lie: what they have in common: their types, and how their operands lie.
+        kind, layout: what they have in common: their types, and how operands lie beside weights.
         places: theirs among the updates.
     """
 
-    def __init__(self, kind: Kind, lie: Any):
-        self.kind, self.lie = kind, lie
+    def __init__(self, kind: Kind, layout: Any):
+        self.kind, self.layout = kind, layout
         self.places: list[int] = []
         self._rows = array("q")
 
@@ -149,37 +148,36 @@ class _Table:
         function(self._rows.buffer_info()[0], len(self.places), torch.get_num_threads(), *clip, *rest)
 
 
-_Sorted = tuple[list[_Table], list[int]]
-
-
-def _sorted(updates: Updates, key: Hashable, lie: Callable[[Update], tuple[Hashable, int] | None]) -> _Sorted:
+def _tables(updates: Updates, key: Hashable, layout: Callable[[Update], tuple[Hashable, int] | None]
+            ) -> tuple[list[_Table], list[int]]:
     """The tables of updates, and the places of those that go another way; kept for the next step.
 
     Args:
         key: what the tables are for.
-        lie: of an update, how its operands lie, and how many columns it has; None: it goes another way.
+        layout: of an update, how its operands lie, and how many columns it has; None: it goes another way.
     """
     key = key, updates.scale is not None  # which the kind of a table says too
-    found: _Sorted | None = updates.kept.get(key)
-    if found is not None:
-        for table in found[0]:
+    if key in updates.kept:
+        tables, left = updates.kept[key]
+        for table in tables:
             table.renew(updates)
-        return found
-    tables: dict[Any, _Table] = {}
-    left: list[int] = []
+        return tables, left
+    made: dict[Any, _Table] = {}
+    left = []
     for place, update in enumerate(updates):
-        if (lies := lie(update)) is None:
+        if (found := layout(update)) is None:
             left.append(place)
             continue
-        what, n = lies
+        what, n = found
         kind = _kind(update.weight, update.gradient)
-        tables.setdefault((kind, what), _Table(kind, what)).add(place, *update[:3], n)
-    found = updates.kept[key] = list(tables.values()), left
-    return found
+        made.setdefault((kind, what), _Table(kind, what)).add(place, *update[:3], n)
+    tables = list(made.values())
+    updates.kept[key] = tables, left
+    return tables, left
 
 
 def _run(formula: Formula, table: _Table, clip: tuple[float, float], scalars: Scalars) -> None:
-    table.run(_loop(formula, table.kind, table.lie, tuple(scalars)), clip, *scalars.values())
+    table.run(_loop(formula, table.kind, table.layout, tuple(scalars)), clip, *scalars.values())
 
 
 @functools.cache
@@ -228,7 +226,7 @@ def _is_clipped(gradient: Gradient) -> bool:
     return gradient.scale is not None or gradient.limit is not None
 
 
-def _lie(weight: Weight, gradient: Gradient, operands: States) -> tuple[tuple[tuple[str, str], ...], int] | None:
+def _layout(weight: Weight, gradient: Gradient, operands: States) -> tuple[tuple[tuple[str, str], ...], int] | None:
     """How operands lie beside a weight, and its columns; None: no loop takes them."""
     w = weight.tensor
     if not _suits(w, gradient.raw, operands):
@@ -244,8 +242,10 @@ def _is_whole(update: Update) -> bool:
     return bool(not shards.dims and w.ndim <= 2 and w.numel() and _suits(w, gradient.raw, states))
 
 
-def _lie_factored(update: Update) -> tuple[bool, int]:
-    """Whether it is a matrix, and its columns."""
+def _factored_layout(update: Update) -> tuple[bool, int] | None:
+    """Whether it is a matrix, and its columns; None: AdaLomo's own loops do not take it."""
+    if not _is_whole(update):
+        return None
     w = update.weight.tensor
     return (True, w.shape[1]) if w.ndim == 2 else (False, 1)
 

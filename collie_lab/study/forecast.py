@@ -21,7 +21,9 @@ from collie_lab.study.store import FINAL, ArmFolder
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Forecast", "device_of", "planned_columns"]
+    from collie_lab.launch import Run
+
+__all__ = ["Forecast", "device_of", "planned_columns", "ran_on"]
 
 
 #: Under which the plans for a CPU are kept.
@@ -106,6 +108,12 @@ def device_of(env: Mapping[str, Any]) -> str:
     return str(name) if known is None else known.name
 
 
+def ran_on(run: Run | None) -> str | None:
+    """What plans for the device that a run was made on are kept under; None: there is none yet."""
+    env = {} if run is None else run.folder.read("env.json")
+    return device_of(env) if env else None
+
+
 def planned_columns(plan: Mapping[str, Any]) -> dict[str, float | None]:
     """A plan's memory as columns of a frame: `planned_bytes`, and its parts: `planned_weights`, ..."""
     parts = plan.get("components") or {}
@@ -139,9 +147,8 @@ def _measured(results: Path, arm: Arm) -> dict[str, Any]:
     if folder is None or state["status"] != "ok":
         return {"seconds": None, "training": None, "device": None}
     run = folder.run
-    env = {} if run is None else run.folder.read("env.json")
     return {"seconds": float(state["seconds"] + state.get("seconds_before", 0.0)),
-            "training": None if run is None else run.result.get("seconds"), "device": device_of(env) if env else None}
+            "training": None if run is None else run.result.get("seconds"), "device": ran_on(run)}
 
 
 def _corrected(planned: pd.Series[float], measured: pd.DataFrame, gpu: str | None) -> pd.Series[float]:

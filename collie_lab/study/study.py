@@ -19,7 +19,7 @@ from collie_lab.study.arms import Arm, arms_of
 from collie_lab.study.cluster import Cluster
 from collie_lab.study.columns import Column, column
 from collie_lab.study.executor import Executor, make_executor
-from collie_lab.study.forecast import Forecast, device_of, planned_columns
+from collie_lab.study.forecast import Forecast, planned_columns, ran_on
 from collie_lab.study.grid import Grid
 from collie_lab.study.outcomes import SEED, run_figures
 from collie_lab.study.presentation import Presentation
@@ -141,7 +141,8 @@ class Study(Presentation):
         import pandas as pd
 
         self._ends.clear()
-        planned = Forecast(self.results).beside({arm.id: self._device(arm) for arm in self.arms})
+        planned = Forecast(self.results).beside({
+            arm.id: ran_on(folder.run if (folder := self._folder(arm)) is not None else None) for arm in self.arms})
         rows = {arm.name: {**self._row(arm), **planned_columns(planned[arm.id])} for arm in self.arms}
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
@@ -274,12 +275,6 @@ class Study(Presentation):
             "arm_seconds": state.get("seconds"),
             **{key: value for key, value in figures.items() if key not in ("status", "detail", *labels)},
         }
-
-    def _device(self, arm: Arm) -> str | None:
-        """What plans for the device that an arm ran on are kept under; None: it has not."""
-        run = folder.run if (folder := self._folder(arm)) is not None else None
-        env = {} if run is None else run.folder.read("env.json")
-        return device_of(env) if env else None
 
     def _outcome(self, arm: Arm) -> tuple[str, dict[str, Any]]:
         """Status and summary of an arm; of one that has ended they are read once."""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from collie_lab.cells import CellError, Problem
+from collie_lab.check_evaluation import OF_EVERY_RUN
 from collie_lab.study.arms import RUNNERS, Arm
 from collie_lab.study.grid import Tune
 from collie_lab.study.store import FINAL
 
 __all__ = ["Trials", "Tuning", "direction"]
-
-#: Figures of a summary that no evaluation gives, beside the loss.
-_OF_EVERY_RUN: Final = ("seconds", "steps", "tokens_per_second", "peak_bytes", "weights_bytes", "gradients_bytes",
-                        "optimizer_bytes", "planned_bytes", "parameters", "trainable", "world_size")
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def direction(arm: Arm, tune: Tune) -> Literal["min", "max"]:
     if tune.better is not None:
         if _lacks(arm, tune.metric, known):
             raise CellError([Problem("Grid", "tune.metric", f"nothing gives {tune.metric!r} of {arm.name}",
-                                     "an evaluation that does; given are: " + ", ".join([*known, *_OF_EVERY_RUN]))])
+                                     "an evaluation that does; given are: " + ", ".join([*known, *OF_EVERY_RUN]))])
         return tune.better
     if tune.metric not in known:
         raise CellError([Problem("Grid", "tune.metric", f"nothing says whether less or more of {tune.metric!r} is "
@@ -121,4 +118,4 @@ def _lacks(arm: Arm, metric: str, given: Collection[str]) -> bool:
     only when they have run."""
     if arm.runner not in RUNNERS or any(cell.figures is None for cell in arm.experiment.evaluate):
         return False
-    return metric.removesuffix("_se") not in given and metric not in _OF_EVERY_RUN
+    return metric.removesuffix("_se") not in given and metric not in OF_EVERY_RUN
